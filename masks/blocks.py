@@ -1,0 +1,72 @@
+"""Block maps to the block lists of a FlexAttention ``BlockMask``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+from omnisparse_flex.types import MaskMod
+
+_LISTS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
+
+
+def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and indices of the kept blocks of each row, kept ones first and ascending.
+
+    Args:
+        keep: bool (B, H, NQ, NK).
+
+    Returns:
+        int32 (B, H, NQ) and int32 (B, H, NQ, NK).
+    """
+    columns = torch.arange(keep.shape[-1], device=keep.device, dtype=torch.int32)
+    order = torch.sort(torch.where(keep, columns, columns + keep.shape[-1]), dim=-1).values
+    return keep.sum(-1, dtype=torch.int32), order % keep.shape[-1]
+
+
+def block_mask_from_maps(
+    keep: Tensor, full: Tensor, mask_mod: MaskMod, lengths: tuple[int, int], block: int, *, transposed: bool
+) -> BlockMask:
+    """A ``BlockMask`` from a map of kept blocks; never an N x N tensor.
+
+    Args:
+        keep: bool (B, H, NQ, NK), blocks to compute.
+        full: bool, broadcastable to ``keep``: blocks that run without ``mask_mod``.
+        mask_mod: Applied inside the other kept blocks.
+        lengths: Numbers of queries and keys.
+        block: Block side.
+        transposed: Build the key-to-query lists too, which the backward needs.
+
+    Returns:
+        A ``BlockMask`` with full and partial blocks in separate lists.
+    """
+    partial_num, partial_idx = block_lists(keep & ~full)
+    full_num, full_idx = block_lists(keep & full)
+    block_mask = BlockMask.from_kv_blocks(
+        partial_num,
+        partial_idx,
+        full_num,
+        full_idx,
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod,
+        seq_lengths=lengths,
+        compute_q_blocks=transposed,
+    )
+    # The kernels find a batch row at H * stride(H), which holds for contiguous lists only; Inductor
+    # gives an axis of size 1 any stride it likes, unless the list is a buffer of its own.
+    for name in _LISTS:
+        blocks = getattr(block_mask, name)
+        if blocks is not None:
+            setattr(block_mask, name, torch.ops.omnisparse.realize(blocks))
+    return block_mask

@@ -1,0 +1,49 @@
+"""The cheapest estimator: attention between block means of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mean_pool(
+    query: Tensor, key: Tensor, some: Tensor, *, scale: float, block: int, adjust: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """Estimated attention mass that each query block gives to each key block.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
+        scale: Logit scale.
+        block: Tokens per block.
+        adjust: The model's own change of the logits (bias, soft cap) at block centres,
+            (B, Hq, NQ, NK) -> the same shape, or None.
+
+    Returns:
+        float32 (B, Hkv, NQ, NK): the mean over the group's query heads; a row sums to 1,
+        or to 0 where nothing is allowed.
+
+    Source: PAPER "Scores"; block means as in most block-sparse prefill methods. Our
+    choice: the group shares the mean of its heads' mass.
+    """
+    kv_heads = key.shape[1]
+    pooled_q = block_mean(query, block).unflatten(1, (kv_heads, query.shape[1] // kv_heads))
+    pooled_k = block_mean(key, block).unsqueeze(2)
+    logits = (pooled_q @ pooled_k.transpose(-1, -2)).float() * scale
+    if adjust is not None:
+        logits = adjust(logits.flatten(1, 2)).view_as(logits)
+    mass = torch.softmax(logits.masked_fill(~some.unsqueeze(2), float("-inf")), dim=-1)
+    return mass.masked_fill(~some.unsqueeze(2), 0.0).mean(dim=2)
+
+
+def block_mean(x: Tensor, block: int) -> Tensor:
+    """Mean over consecutive blocks of tokens, the ragged last one included: (B, H, N, D) -> (B, H, NB, D)."""
+    length = x.shape[2]
+    count = (length + block - 1) // block
+    padded = F.pad(x, (0, 0, 0, count * block - length))
+    sizes = (length - torch.arange(count, device=x.device) * block).clamp(max=block)
+    return (padded.unflatten(2, (count, block)).sum(3, dtype=torch.float32) / sizes[:, None]).to(x.dtype)

@@ -1,0 +1,39 @@
+"""Lazy-active classification of query blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: One query block in this many is kept active whatever its breadth. Our choice, PAPER "e.g. every 16th".
+LAZY_STRIDE = 16
+#: A block less similar than this to its chunk's kept leader is active. Our choice; inert at 1.0, off at -1.0.
+REDUNDANCY_THRESHOLD = 0.5
+
+
+def active_rows(pooled_query: Tensor, local_mass: Tensor, text: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+    """Which query blocks may fetch keys beyond the always-kept ones.
+
+    Args:
+        pooled_query: (B, Hkv, G, NQ, D) block means.
+        local_mass: float32 (B, Hkv, NQ), estimated mass on sinks and window.
+        text: bool (B or 1, 1, NQ), blocks that hold a text token.
+        threshold: Breadth under which a block is lazy; None: every block is active.
+
+    Returns:
+        ``(active, lazy)``, bool (B, Hkv, NQ): lazy blocks are those that look near and
+        repeat their neighbours; the kept sub-sample of them is in both.
+
+    Source: PAPER "Query selection": active if breadth > tau_b, or redundancy < tau_r, or
+    text. Our choice: the "nearest earlier kept neighbour" is the first block of a chunk
+    of ``LAZY_STRIDE``, which is always kept, so that no row depends on another's outcome.
+    """
+    if threshold is None:
+        lazy = torch.zeros_like(local_mass, dtype=torch.bool)
+        return ~lazy, lazy
+    rows = torch.arange(local_mass.shape[-1], device=local_mass.device)
+    leader = rows - rows % LAZY_STRIDE
+    redundancy = F.cosine_similarity(pooled_query.float(), pooled_query.float()[..., leader, :], dim=-1).mean(2)
+    lazy = (1.0 - local_mass < threshold) & (redundancy >= REDUNDANCY_THRESHOLD) & ~text
+    return ~lazy | (rows == leader), lazy

@@ -1,0 +1,19 @@
+"""OmniSparse attention for video-MLLMs, installed by graph passes in one call."""
+
+from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
+from omnisparse_flex.attention import sparse_attention
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.stats import collect_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "OmniSparseConfig",
+    "apply_omnisparse",
+    "collect_stats",
+    "remove_omnisparse",
+    "rewrite_report",
+    "sparse_attention",
+]

@@ -1,0 +1,195 @@
+"""``apply_omnisparse`` and what goes with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnisparse_flex import integration
+from omnisparse_flex.backend import Backend
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.entry import Entry, check_visual, entry_of, refuse_compiled
+from omnisparse_flex.errors import require
+from omnisparse_flex.explain import explain
+from omnisparse_flex.report import RewriteReport
+
+VisualMaskArgument = Tensor | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None
+
+
+@dataclasses.dataclass(eq=False)
+class _Undo:
+    """How to take ``apply_omnisparse`` back."""
+
+    names: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    hooks: list[Any] = dataclasses.field(default_factory=list)
+
+    def __call__(self) -> None:
+        for config, name in self.names:
+            config._attn_implementation_internal = name
+        for hook in self.hooks:
+            hook.remove()
+
+
+def apply_omnisparse(
+    model: nn.Module,
+    config: OmniSparseConfig | None = None,
+    *,
+    kernel: str = "auto",
+    min_seq_len: int | str = "auto",
+    visual_mask: VisualMaskArgument = None,
+    inner: str = "auto",
+    dynamic: bool | None = None,
+) -> nn.Module:
+    """Give a model OmniSparse attention, in training and in inference.
+
+    Only the text decoder of a transformers model is compiled; vision towers stay as they
+    are. ``state_dict``, ``save_pretrained``, ``generate``, ``Trainer`` and hooks go on working.
+
+    Args:
+        model: A transformers model, or any ``nn.Module`` that computes attention with
+            ``F.scaled_dot_product_attention``, ``flex_attention`` or matmul - softmax - matmul.
+        config: Selection rules; None: ``OmniSparseConfig()``. A new call replaces the old rules.
+        kernel: ``"auto"``, ``"triton"`` or ``"flash"`` (needs flash-attn-4).
+        min_seq_len: Queries below which attention stays dense; ``"auto"``: the break-even of
+            the device type. 0 switches every dense fallback off, decoding included.
+        visual_mask: Which tokens may be dropped: bool (B, N), or a callable ``(args, kwargs)``
+            of the module's inputs that returns one (or None: all). By default the model config's
+            image and video token ids; prompts without them: every token is eligible.
+        inner: ``"inductor"``, ``"aot_eager"``, ``"eager"``; ``"auto"``: Inductor, but aot_eager
+            for CPU graphs that need gradients.
+        dynamic: As in ``torch.compile``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: On a user's mistake, before anything is changed or compiled.
+    """
+    require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
+    require(dynamic in (None, True, False), "dynamic", "be None, True or False", dynamic)
+    config = OmniSparseConfig() if config is None else config
+    backend = Backend(config, min_seq_len=min_seq_len, kernel=kernel, inner=inner)
+    refuse_compiled(model)
+    if isinstance(visual_mask, Tensor) or not callable(visual_mask):
+        check_visual(visual_mask, None, None)
+    is_hf = integration.is_transformers_model(model)
+    decoder = integration.find_decoder(model) if is_hf else model  # type: ignore[arg-type]
+    if is_hf:
+        config.check_layers(decoder.config.num_hidden_layers)  # type: ignore[union-attr]
+
+    remove_omnisparse(model)
+    undo = _Undo()
+    try:
+        entry = Entry(decoder, backend, dynamic)
+        entry.undo = undo
+        if is_hf:
+            _install_in_transformers(model, decoder, entry, undo, visual_mask)
+        elif visual_mask is not None:
+            entry.visual_mask = lambda a, k: check_visual(
+                visual_mask(a, k) if callable(visual_mask) else visual_mask, None, None
+            )
+        decoder._compiled_call_impl = entry  # type: ignore[assignment]
+    except BaseException:
+        undo()
+        raise
+    return model
+
+
+def remove_omnisparse(model: nn.Module) -> nn.Module:
+    """Take ``apply_omnisparse`` back: the model is what it was, bit for bit.
+
+    Args:
+        model: Any module; one that was never changed is returned as it is.
+
+    Returns:
+        The same object.
+    """
+    entry = entry_of(model)
+    if entry is not None:
+        entry.undo()
+        entry.module._compiled_call_impl = None
+    return model
+
+
+def rewrite_report(model: nn.Module) -> RewriteReport:
+    """Every attention site of a model: rewritten, or skipped with the reason.
+
+    Before the first run of a transformers model the sites come from a trace without
+    weights; a plain module lists its sites once it has run.
+
+    Args:
+        model: A model that ``apply_omnisparse`` changed.
+
+    Returns:
+        The report; prints as a table.
+
+    Raises:
+        ConfigError: If the model was never changed, or lost its compile when it was copied.
+    """
+    entry = entry_of(model)
+    copied = integration.is_transformers_model(model) and any(
+        c._attn_implementation_internal == integration.NAME for c in integration.attention_configs(model)
+    )
+    rule = "be the object that apply_omnisparse changed (a deep copy or unpickled model loses its compile)"
+    require(entry is not None, "model", rule if copied else "be changed by apply_omnisparse", type(model).__name__)
+    assert entry is not None
+    report = entry.backend.log.report()
+    return report if report.compiled else explain(entry)
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[nn.Module]:
+    """Run a changed model densely for a while: same weights, same code, plain SDPA.
+
+    Args:
+        model: A model that ``apply_omnisparse`` changed.
+
+    Yields:
+        The model.
+    """
+    entry = entry_of(model)
+    require(entry is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
+    assert entry is not None
+    entry.module._compiled_call_impl = None
+    try:
+        yield model
+    finally:
+        entry.module._compiled_call_impl = entry  # type: ignore[assignment]
+
+
+def _install_in_transformers(
+    model: Any, decoder: nn.Module, entry: Entry, undo: _Undo, visual_mask: VisualMaskArgument
+) -> None:
+    integration.register()
+    for config in integration.attention_configs(decoder):
+        name = config._attn_implementation_internal
+        undo.names.append((config, "sdpa" if name == integration.NAME else name))
+        config._attn_implementation_internal = integration.NAME
+    receiver = integration.receiver_of(model, decoder)
+    hook = integration.VisualMaskHook(model, decoder if receiver is None else receiver, entry, visual_mask)
+    for module in model.modules():
+        _drop_stale_hooks(module)
+    if receiver is None:
+        entry.visual_mask = integration.as_entry_mask(hook)
+    else:
+        undo.hooks.append(receiver.register_forward_pre_hook(hook, with_kwargs=True))
+    if not hook.token_ids and visual_mask is None:
+        entry.backend.log.notes["no visual tokens known: every token is eligible for selection"] = None
+
+
+def _drop_stale_hooks(module: nn.Module) -> None:
+    """A deep copy keeps our hook but not our entry."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, integration.VisualMaskHook):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether a model has no storage: its report can be read, it cannot run."""
+    return any(p.device == torch.device("meta") for p in model.parameters())

@@ -1,0 +1,325 @@
+"""``sparse_attention``: the one call that a pass writes into the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
+from torch.nn.attention.flex_attention import flex_attention
+
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.errors import require
+from omnisparse_flex.masks.blocks import block_mask_from_maps
+from omnisparse_flex.masks.capture import Captures
+from omnisparse_flex.masks.expr import Const, Expr, Load, Loader, causal, evaluate, plain_load
+from omnisparse_flex.masks.interval import Grid
+from omnisparse_flex.masks.opaque import OpaqueMask
+from omnisparse_flex.masks.program import MaskProgram, UntraceableError
+from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, select_blocks
+from omnisparse_flex.trace_mask import trace_mask_mod
+from omnisparse_flex.types import MaskMod, ScoreMod
+
+#: head_dim range of the flex kernels.
+HEAD_DIMS = range(16, 257)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """Everything about one attention call except its tensors' values.
+
+    Attributes:
+        config: Selection rules; None keeps all that the mask allows (a dense layer).
+        target: Recall of this site, a number or 0-d tensor.
+        mask: The model's own mask.
+        score_mod: ``(score, b, h, q, kv, *score_buffers)``, the model's own, or None.
+        score_buffers: Trailing arguments of ``score_mod``.
+        softcap: ``c`` of ``c * tanh(logit / c)``, applied first; 0: none.
+        bias: Additive logits as an expression over ``bias_buffers``, applied last, or None.
+        bias_buffers: Tensors that ``bias`` reads; they may require gradients.
+        scale: Logit scale; None: 1 / sqrt(D).
+        visual: bool (B, S), tokens eligible for selection, or None.
+        q_offset: Position of query 0 among the keys.
+        lists: The kernel honours block lists (Inductor). Otherwise (eager, aot_eager) the
+            selection rides in the ``mask_mod``.
+        kernel_options: Options for the flex kernel.
+        on_select: Called with the selection, query, key, scale and the site, to record statistics.
+    """
+
+    config: OmniSparseConfig | None
+    target: Tensor | float = 1.0
+    mask: MaskProgram | OpaqueMask = MaskProgram()
+    score_mod: Callable[..., Tensor] | None = None
+    score_buffers: tuple[Tensor, ...] = ()
+    softcap: float = 0.0
+    bias: Expr | None = None
+    bias_buffers: tuple[Tensor, ...] = ()
+    scale: float | None = None
+    visual: Tensor | None = None
+    q_offset: Tensor | int = 0
+    lists: bool = False
+    kernel_options: tuple[tuple[str, Any], ...] = ()
+    on_select: Callable[[BlockSelection, Tensor, Tensor, float, Site], None] | None = None
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether logits are more than scaled dot products."""
+        return self.bias is not None or self.score_mod is not None or self.softcap != 0
+
+    def score(self, load: Loader, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *own: Tensor) -> Tensor:
+        """The model's own change of a logit; ``load`` reads the bias' buffers, ``own`` are the score_mod's."""
+        if self.softcap != 0:
+            score = torch.tanh(score / self.softcap) * self.softcap
+        if self.score_mod is not None:
+            score = self.score_mod(score, b, h, q, kv, *own)
+        if self.bias is not None:
+            score = score + evaluate(self.bias, load, b, h, q, kv).to(score.dtype)
+        return score
+
+    def plain_score(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """``score`` over the site's own buffers, outside a kernel and without gradients."""
+        load = plain_load([x.detach() for x in self.bias_buffers])
+        return self.score(load, score, b, h, q, kv, *self.score_buffers)
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: OmniSparseConfig,
+    visual_mask: Tensor | None = None,
+    is_causal: bool = True,
+    mask_mod: MaskMod | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """OmniSparse attention over dense tensors; eagerly or under ``torch.compile``.
+
+    Args:
+        query: (B, Hq, L, D), float16 / bfloat16 / float32 (float64 eagerly).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        config: Selection rules. Only the first ``target_recall`` is used if it lists layers.
+        visual_mask: bool (B, S), tokens eligible for selection; the others are always kept.
+            None: every token is eligible.
+        is_causal: Query i sees keys up to i + S - L (lower-right causality).
+        mask_mod: Further restriction, ``(b, h, q_idx, kv_idx) -> bool``, pointwise.
+        score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, pointwise.
+        scale: Logit scale; None: 1 / sqrt(D).
+        enable_gqa: Allow Hq to be a multiple of Hkv.
+
+    Returns:
+        (B, Hq, L, Dv). A query with no allowed key gives 0.
+
+    Raises:
+        ConfigError: On mismatched shapes or types, before anything is computed.
+
+    Source: PAPER "KV selection", "Query selection". Our choice: lower-right causality,
+    because a query block after a cache is the common case.
+    """
+    _check(query, key, value, visual_mask, enable_gqa)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    offset = kv_len - q_len if is_causal else 0
+    mask: MaskProgram | OpaqueMask = causal_program(offset, query.device) if is_causal else MaskProgram()
+    if mask_mod is not None:
+        mask = _with_mask_mod(mask, mask_mod, query.device)
+    site = Site(
+        config=config,
+        target=config.recall_of(0),
+        mask=mask,
+        score_mod=score_mod,
+        scale=scale,
+        visual=visual_mask,
+        q_offset=offset,
+    )
+    return attend(query, key, value, site)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
+    """Run one attention site: select, build the block lists, call flex.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        site: The rest.
+
+    Returns:
+        (B, Hq, L, Dv).
+    """
+    query, key, value = _autocast(query, key, value)
+    # Heads are numbers, also where Dynamo made every size a symbol: masks divide by them.
+    kv_heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
+    scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
+    keep, full = _maps(query.detach(), key.detach(), scale, site)
+
+    # Where block lists are ignored, the map of kept blocks is one more captured tensor.
+    selection = () if site.lists or site.config is None else (keep,)
+    captures = Captures.of((*site.mask.buffers, *selection), query.device)
+    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=bool(selection))
+    score_captures = Captures.of(site.bias_buffers, query.device)
+    score_mod = _folded_score(site, score_captures, kv_heads, groups)
+
+    # KV heads move into the batch: the heads of a group then share one row of block lists.
+    batch = query.shape[0]
+    folded = [
+        query.reshape(batch * kv_heads, groups, query.shape[2], query.shape[3]),
+        key.reshape(batch * kv_heads, 1, key.shape[2], key.shape[3]),
+        value.reshape(batch * kv_heads, 1, value.shape[2], value.shape[3]),
+    ]
+    keep, full = (
+        x.expand(batch, kv_heads, *x.shape[2:]).reshape(batch * kv_heads, 1, *x.shape[2:]) for x in (keep, full)
+    )
+    out = _call_flex(folded, keep, full, mask_mod, score_mod, captures, (*site.score_buffers, *score_captures.tensors), scale, site)
+    return out.reshape(batch, kv_heads * groups, *out.shape[2:])
+
+
+def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor, Tensor]:
+    """The kept and the full block maps of a site."""
+    if site.config is None:
+        return dense_selection(query, key, site.mask)
+    adjust = None
+    if site.changes_scores:
+        grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], BLOCK, query.device)
+        adjust = at_centres(grid, site.plain_score)
+    selection = select_blocks(
+        query,
+        key,
+        site.mask,
+        site.config,
+        target=site.target,
+        scale=scale,
+        visual=site.visual,
+        q_offset=site.q_offset,
+        adjust=adjust,
+    )
+    if site.on_select is not None:
+        site.on_select(selection, query, key, scale, site)
+    return selection.keep, selection.full
+
+
+def _folded_mask(site: Site, captures: Captures, kv_heads: int, groups: int, *, has_map: bool) -> Callable[..., Tensor]:
+    """The site's mask over (batch x KV head, head of the group, query, key), captures trailing."""
+
+    def omnisparse_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
+        load = captures.loader(arguments)
+        batch, kv_head = b // kv_heads, b % kv_heads
+        allowed = site.mask.at(load, batch, kv_head * groups + h, q, kv)
+        if has_map:
+            allowed = allowed & load(len(site.mask.buffers), (batch, kv_head, q // BLOCK, kv // BLOCK))
+        return allowed
+
+    return omnisparse_mask
+
+
+def _folded_score(site: Site, captures: Captures, kv_heads: int, groups: int) -> Callable[..., Tensor]:
+    """The site's score change over the folded heads, captures trailing."""
+    own = len(site.score_buffers)
+
+    def omnisparse_score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
+        load = captures.loader(arguments[own:])
+        return site.score(load, score, b // kv_heads, (b % kv_heads) * groups + h, q, kv, *arguments[:own])
+
+    return omnisparse_score
+
+
+def _call_flex(
+    folded: list[Tensor],
+    keep: Tensor,
+    full: Tensor,
+    mask_mod: Callable[..., Tensor],
+    score_mod: Callable[..., Tensor],
+    captures: Captures,
+    score_buffers: tuple[Tensor, ...],
+    scale: float,
+    site: Site,
+) -> Tensor:
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*folded, *score_buffers))
+    closed_mask: MaskMod = lambda b, h, q, kv: mask_mod(b, h, q, kv, *captures.tensors)  # noqa: E731
+    lengths = (folded[0].shape[2], folded[1].shape[2])
+    block_mask = block_mask_from_maps(keep, full, closed_mask, lengths, BLOCK, transposed=needs_grad)
+    if torch.compiler.is_dynamo_compiling():
+        closed_score: ScoreMod = lambda s, b, h, q, kv: score_mod(s, b, h, q, kv, *score_buffers)  # noqa: E731
+        out = flex_attention(
+            *folded,
+            score_mod=closed_score,
+            block_mask=block_mask,
+            scale=scale,
+            enable_gqa=folded[0].shape[1] > 1,
+            kernel_options=dict(site.kernel_options) or None,
+        )
+        assert isinstance(out, Tensor)
+        return out
+    # The public function refuses CPU gradients and closures under AOT tracing: call the operator,
+    # with every capture as a trailing argument.
+    options = {
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+        "OUTPUT_LOGSUMEXP": needs_grad,
+        "OUTPUT_MAX": False,
+        **dict(site.kernel_options),
+    }
+    result: Tensor = flex_hop(
+        *folded,
+        score_mod,
+        (*block_mask.as_tuple()[:-1], mask_mod),
+        scale,
+        options,
+        score_buffers,
+        captures.tensors,
+    )[0]
+    return result
+
+
+def causal_program(offset: int | torch.SymInt, device: torch.device) -> MaskProgram:
+    """Causality with query 0 at position ``offset``; a symbolic offset becomes a captured tensor."""
+    if isinstance(offset, int):
+        return MaskProgram(causal(Const(offset)))
+    return MaskProgram(causal(Load(0, ())), (torch.full((), offset, dtype=torch.int64, device=device),))
+
+
+def _with_mask_mod(order: MaskProgram, mask_mod: MaskMod, device: torch.device) -> MaskProgram | OpaqueMask:
+    if torch.compiler.is_dynamo_compiling():
+        return OpaqueMask(order, mask_mod)
+    try:
+        return order.joined(trace_mask_mod(mask_mod, device))
+    except UntraceableError:
+        return OpaqueMask(order, mask_mod)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Follow autocast as SDPA does; the flex operator is not on its list."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) if x.dtype in DTYPES else x for x in tensors]
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, visual: Tensor | None, enable_gqa: bool) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        require(x.dim() == 4, name, "have shape (B, H, N, D)", tuple(x.shape))
+        require(x.is_floating_point(), name, "be floating point", x.dtype)
+        require(x.dtype == query.dtype, name, f"have query's dtype {query.dtype}", x.dtype)
+        require(x.device == query.device, name, f"be on query's device {query.device}", x.device)
+    batch, heads, kv_len = query.shape[0], query.shape[1], key.shape[2]
+    require(query.shape[2] > 0, "query", "hold at least one token", tuple(query.shape))
+    require(kv_len > 0, "key", "hold at least one token", tuple(key.shape))
+    require(key.shape[:3] == value.shape[:3], "value", f"match key's {tuple(key.shape[:3])}", tuple(value.shape[:3]))
+    require(key.shape[0] == batch, "key", f"have query's batch size {batch}", key.shape[0])
+    require(key.shape[3] == query.shape[3], "key", f"have query's head_dim {query.shape[3]}", key.shape[3])
+    rule = f"have heads that divide query's {heads}" if enable_gqa else f"have query's {heads} heads"
+    fits = heads % key.shape[1] == 0 if enable_gqa else heads == key.shape[1]
+    require(fits, "key", rule, key.shape[1])
+    if visual is not None:
+        require(visual.dtype == torch.bool, "visual_mask", "be bool", visual.dtype)
+        rule = f"have shape {(batch, kv_len)}"
+        require(tuple(visual.shape) == (batch, kv_len), "visual_mask", rule, tuple(visual.shape))

@@ -1,0 +1,223 @@
+"""The Dynamo seam: captured graph -> passes -> inner compiler."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch.fx import GraphModule
+
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
+from omnisparse_flex.passes.rewrite import Site, shape_of
+from omnisparse_flex.report import RewriteReport, SiteReport
+
+INNERS = ("auto", "inductor", "aot_eager", "eager")
+KERNELS = ("auto", "triton", "flash")
+
+#: Queries from which sparse prefill wins against the fastest dense kernel, by device type.
+#: Conservative until measured on the device at hand. Source: benchmarks/bench_prefill_cpu.py for
+#: "cpu"; for "cuda" the FACTS table (selection + sparse kernel against cuDNN).
+BREAK_EVEN: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
+
+CompiledFn = Callable[..., Any]
+
+
+@dataclasses.dataclass(eq=False)
+class Log:
+    """What one backend object did; the report and the fall-back check read it.
+
+    Attributes:
+        sites: Reports of every compiled graph.
+        graphs: Number of graphs compiled.
+        runs: Number of compiled graphs that ran.
+        inners: Inner compilers used.
+        notes: Remarks for the report.
+    """
+
+    sites: list[SiteReport] = dataclasses.field(default_factory=list)
+    graphs: int = 0
+    runs: int = 0
+    inners: set[str] = dataclasses.field(default_factory=set)
+    notes: dict[str, None] = dataclasses.field(default_factory=dict)
+    on_graph: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
+
+    def report(self) -> RewriteReport:
+        """The report so far."""
+        return RewriteReport(tuple(self.sites), self.graphs > 0, self.graphs, tuple(self.notes))
+
+
+class Backend:
+    """One Dynamo backend object: settings, and the log of what it compiled.
+
+    A model gets an object of its own, so that Dynamo keeps its graphs apart from every
+    other model's.
+    """
+
+    def __init__(
+        self,
+        config: OmniSparseConfig,
+        *,
+        min_seq_len: int | str = "auto",
+        kernel: str = "auto",
+        inner: str = "auto",
+    ) -> None:
+        """Check the options; see ``apply_omnisparse`` for their meaning.
+
+        Raises:
+            ConfigError: On an unknown or mistyped option.
+        """
+        require(isinstance(config, OmniSparseConfig), "config", "be an OmniSparseConfig", config)
+        valid = min_seq_len == "auto" or (isinstance(min_seq_len, int) and not isinstance(min_seq_len, bool))
+        require(valid, "min_seq_len", 'be "auto" or an int of at least 0', min_seq_len)
+        require(isinstance(min_seq_len, str) or min_seq_len >= 0, "min_seq_len", "be at least 0", min_seq_len)
+        for name, value, known in (("kernel", kernel, KERNELS), ("inner", inner, INNERS)):
+            require(value in known, name, f"be one of {', '.join(known)}", value)
+        _check_flash(kernel)
+        self.config = config
+        self.min_seq_len = min_seq_len
+        self.kernel = kernel
+        self.inner = inner
+        self.log = Log()
+        self.last: Rewrite | None = None
+
+    def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CompiledFn:
+        """Rewrite one captured graph and hand it to the inner compiler."""
+        device, needs_grad = _device_of(inputs), _needs_grad(inputs)
+        inner = self.inner_for(device, needs_grad)
+        settings = Settings(
+            config=self.config,
+            min_seq_len=self.threshold(device),
+            lists=inner == "inductor",
+            kernel_options=(("BACKEND", "FLASH"),) if self.kernel == "flash" else (),
+        )
+        rewrite = run_pipeline(graph_module, settings)
+        around = self.log.on_graph(self.log.graphs) if self.log.on_graph else contextlib.nullcontext()
+        with around:
+            compiled = _compile(graph_module, inputs, inner, device, **kwargs)
+        # Only now: the inner compiler may raise to make Dynamo start over with other sizes.
+        self._record(rewrite, inner, device, needs_grad)
+        log = self.log
+
+        def run(*args: Any) -> Any:
+            log.runs += 1
+            return compiled(*args)
+
+        return run
+
+    def inner_for(self, device: torch.device, needs_grad: bool) -> str:
+        """The inner compiler of a graph: Inductor, but aot_eager for CPU graphs that need gradients."""
+        if self.inner != "auto":
+            return self.inner
+        return "aot_eager" if device.type == "cpu" and needs_grad else "inductor"
+
+    def threshold(self, device: torch.device) -> int:
+        """Queries below which a graph stays dense."""
+        if isinstance(self.min_seq_len, int):
+            return self.min_seq_len
+        return BREAK_EVEN.get(device.type, max(BREAK_EVEN.values()))
+
+    def _record(self, rewrite: Rewrite, inner: str, device: torch.device, needs_grad: bool) -> None:
+        self.last = rewrite
+        self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
+        self.log.graphs += 1
+        self.log.inners.add(inner)
+        if inner != "inductor":
+            why = ": compiled flex_attention has no CPU backward" if needs_grad and device.type == "cpu" else ""
+            self.log.notes[f"inner compiler {inner}{why}; correct, but without sparse kernels"] = None
+
+
+def omnisparse_backend(graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CompiledFn:
+    """``torch.compile(model, backend="omnisparse", options={...})`` for models without transformers.
+
+    Args:
+        graph_module: From Dynamo.
+        inputs: From Dynamo.
+        **kwargs: ``options``: a dict with ``config`` (an ``OmniSparseConfig`` or a dict of
+            its fields), ``min_seq_len``, ``kernel`` and ``inner`` as in ``apply_omnisparse``;
+            ``mode`` goes to Inductor.
+
+    Returns:
+        The compiled callable. All tokens are eligible for selection.
+
+    Raises:
+        ConfigError: On unknown or invalid options.
+    """
+    options = dict(kwargs.pop("options", None) or {})
+    backend = backend_from_options(options)
+    compiled = backend(graph_module, inputs, **kwargs)
+    if backend.log.sites and not backend.log.report().rewritten:
+        reasons = sorted({site.reason for site in backend.log.sites})
+        warnings.warn(f"omnisparse rewrote no attention site: {'; '.join(reasons)}", stacklevel=2)
+    return compiled
+
+
+def backend_from_options(options: Mapping[str, Any]) -> Backend:
+    """Build a backend from the ``options`` of ``torch.compile``.
+
+    Raises:
+        ConfigError: On unknown or invalid options.
+    """
+    known = ("config", "min_seq_len", "kernel", "inner")
+    unknown = sorted(set(options) - set(known))
+    require(not unknown, "options", f"hold only {', '.join(known)}", unknown)
+    rest = {name: value for name, value in options.items() if name != "config"}
+    config = options.get("config")
+    if isinstance(config, Mapping):
+        config = OmniSparseConfig.from_dict(config)
+    return Backend(OmniSparseConfig() if config is None else config, **rest)
+
+
+def site_report(site: Site, graph: int) -> SiteReport:
+    """What the report says of one site."""
+    shape = ", ".join(str(size) for size in shape_of(site.query))
+    kv_heads = shape_of(site.key)[1] if len(shape_of(site.key)) == 4 else 0
+    reason = site.skip.reason if site.skip else ""
+    return SiteReport(graph, site.layer, site.path, site.kind, f"({shape})", int(kv_heads), reason)
+
+
+def _compile(graph_module: GraphModule, inputs: Sequence[Any], inner: str, device: torch.device, **kwargs: Any) -> CompiledFn:
+    if inner != "inductor":
+        compiled: CompiledFn = lookup_backend(inner)(graph_module, list(inputs))
+        return compiled
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = {}
+    if mode := kwargs.get("mode"):
+        patches.update(list_mode_options(mode))
+    if device.type == "cpu":
+        # The C++ flex template takes no epilogue, and a fused one fails to compile.
+        patches["epilogue_fusion"] = False
+    result: CompiledFn = compile_fx(graph_module, list(inputs), config_patches=patches)
+    return result
+
+
+def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
+    return (x for x in inputs if isinstance(x, Tensor))
+
+
+def _device_of(inputs: Sequence[Any]) -> torch.device:
+    devices = [x.device for x in _tensors(inputs)]
+    cuda = [d for d in devices if d.type != "cpu"]
+    return cuda[0] if cuda else torch.device("cpu")
+
+
+def _needs_grad(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(inputs))
+
+
+def _check_flash(kernel: str) -> None:
+    if kernel != "flash":
+        return
+    import importlib.util
+
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError('kernel must be "auto" or "triton" unless flash-attn-4 is installed, got \'flash\'')

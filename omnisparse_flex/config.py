@@ -1,0 +1,139 @@
+"""What changes the mathematics of the attention, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from omnisparse_flex.errors import ConfigError, require
+
+Budget = Literal["flattest_head", "per_head"] | int
+
+SCORINGS = ("mean_pool",)
+GRANULARITIES = ("block",)
+LAZY_MODES = ("local",)
+BUDGETS = ("flattest_head", "per_head")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OmniSparseConfig:
+    """The selection rule: which queries look far, and which keys they may see.
+
+    Attributes:
+        target_recall: Softmax mass a row must keep, in (0, 1]; one value, or one
+            per decoder layer. A layer at 1.0 is dense.
+        granularity: Unit of the key selection: ``"block"`` (128 keys, per block of
+            128 queries).
+        scoring: The estimator of attention mass: ``"mean_pool"``.
+        budget: ``"flattest_head"`` gives every head of a layer the budget that its
+            flattest head needs; ``"per_head"`` gives each its own; an int is a fixed
+            number of tokens.
+        max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
+            counted); None: no bound.
+        lazy_threshold: A query block whose estimated mass beyond sinks and window is
+            under this is lazy, in [0, 1]; None: no query selection.
+        lazy_mode: What a discarded lazy query still attends: ``"local"`` = the
+            always-kept keys (sinks, window, text).
+        sink_size: First tokens every query keeps, in tokens.
+        window_size: Latest tokens every query keeps, in tokens, itself included.
+
+    Raises:
+        ConfigError: On a wrong type, range or combination.
+
+    Source: PAPER "Query selection", "KV selection with head-level dynamic budget
+    allocation". Our choice: the default values; see README "Defaults".
+    """
+
+    target_recall: float | tuple[float, ...] = 0.95
+    granularity: str = "block"
+    scoring: str = "mean_pool"
+    budget: Budget = "flattest_head"
+    max_kv_budget: int | None = None
+    lazy_threshold: float | None = 0.05
+    lazy_mode: str = "local"
+    sink_size: int = 64
+    window_size: int = 256
+
+    def __post_init__(self) -> None:
+        """Normalise ``target_recall`` and check every field."""
+        if isinstance(self.target_recall, Sequence) and not isinstance(self.target_recall, str):
+            object.__setattr__(self, "target_recall", tuple(self.target_recall))
+            require(len(self.recalls) > 0, "target_recall", "hold one value per layer", self.target_recall)
+        for recall in self.recalls:
+            require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("scoring", self.scoring, SCORINGS)
+        _one_of("lazy_mode", self.lazy_mode, LAZY_MODES)
+        if isinstance(self.budget, str):
+            _one_of("budget", self.budget, BUDGETS)
+        else:
+            _count("budget", self.budget, minimum=0)
+        if self.max_kv_budget is not None:
+            _count("max_kv_budget", self.max_kv_budget, minimum=0)
+        if self.lazy_threshold is not None:
+            ok = _is_real(self.lazy_threshold) and 0 <= self.lazy_threshold <= 1
+            require(ok, "lazy_threshold", "be None or in [0, 1]", self.lazy_threshold)
+        _count("sink_size", self.sink_size, minimum=0)
+        _count("window_size", self.window_size, minimum=1)
+        if isinstance(self.budget, int) and self.max_kv_budget is not None:
+            ok = self.budget <= self.max_kv_budget
+            require(ok, "budget", f"be at most max_kv_budget={self.max_kv_budget}", self.budget)
+
+    @property
+    def recalls(self) -> tuple[float, ...]:
+        """``target_recall`` as a tuple, whichever way it was given."""
+        return self.target_recall if isinstance(self.target_recall, tuple) else (self.target_recall,)
+
+    def recall_of(self, layer: int) -> float:
+        """The target recall of one decoder layer (0-based)."""
+        return self.recalls[layer] if len(self.recalls) > 1 else self.recalls[0]
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse per-layer targets whose number is not the model's.
+
+        Raises:
+            ConfigError: If there are several targets and not ``num_layers`` of them.
+        """
+        ok = not isinstance(self.target_recall, tuple) or len(self.target_recall) == num_layers
+        require(ok, "target_recall", f"hold one value for each of the {num_layers} layers", self.target_recall)
+
+    @classmethod
+    def paper(cls) -> OmniSparseConfig:
+        """The paper's rules to the letter, as we read them: shared budget of the flattest head, lazy queries local."""
+        return cls(target_recall=0.95, budget="flattest_head", lazy_threshold=0.05, lazy_mode="local")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that ``from_dict`` reads back."""
+        fields = dataclasses.asdict(self)
+        if isinstance(self.target_recall, tuple):
+            fields["target_recall"] = list(self.target_recall)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> OmniSparseConfig:
+        """Build a config from ``to_dict``'s output.
+
+        Raises:
+            ConfigError: On unknown fields or invalid values.
+        """
+        require(isinstance(fields, Mapping), "config", "be a mapping of field names to values", fields)
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        require(not unknown, "config", f"hold only the fields {sorted(known)}", unknown)
+        return cls(**fields)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _count(name: str, value: object, minimum: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    require(ok, name, f"be an int of at least {minimum}", value)

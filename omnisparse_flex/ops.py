@@ -1,0 +1,92 @@
+"""The operators that carry our meaning through Dynamo and AOTAutograd.
+
+``attn`` marks an attention site in a captured graph; left alone it decomposes to dense
+SDPA. ``bind`` carries run-time state into the graph. ``realize`` is a copy that Inductor
+cannot fuse away.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_lib = torch.library.Library("omnisparse", "DEF")
+
+_lib.define(
+    "attn(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? mask, bool is_causal, "
+    "float scale, int layer, float softcap) -> Tensor"
+)
+_lib.define("bind(Tensor? visual, Tensor recall, Tensor? stats, Tensor? maps, Tensor? recalls) -> Tensor")
+_lib.define("realize(Tensor x) -> Tensor")
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    layer: int,
+    softcap: float,
+) -> Tensor:
+    """What the marker means, densely: (B, Hq, L, D) queries over (B, Hkv, S, D) keys.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        padding: bool (B, S), keys that exist, or None.
+        mask: (B, 1 or Hq, L, S) bool (True = may attend) or additive, or None.
+        is_causal: Apply lower-right causality (query i sits at i + S - L) when ``mask`` is None.
+        scale: Logit scale.
+        layer: Decoder layer number; carried for the passes, without effect here.
+        softcap: ``c`` of ``c * tanh(logit / c)``; 0: none.
+
+    Returns:
+        (B, Hq, L, Dv). A query with no key gives 0.
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if mask is None and padding is None and softcap == 0 and (q_len == kv_len or q_len == 1 or not is_causal):
+        # SDPA takes no symbolic bool.
+        upper_left = True if is_causal and q_len > 1 else False  # noqa: SIM210
+        return F.scaled_dot_product_attention(query, key, value, is_causal=upper_left, scale=scale, enable_gqa=True)
+    if mask is None and is_causal:
+        rows = torch.arange(q_len, device=query.device)[:, None] + (kv_len - q_len)
+        mask = (torch.arange(kv_len, device=query.device) <= rows)[None, None]
+    if padding is not None:
+        keys = padding[:, None, None, :]
+        mask = keys if mask is None else mask & keys
+    # A mask and enable_gqa together leave the fused CUDA kernels: repeat instead.
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if softcap == 0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    logits = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return torch.softmax(logits.float(), -1).nan_to_num(0.0).to(value.dtype) @ value
+
+
+def _bind(
+    visual: Tensor | None, recall: Tensor, stats: Tensor | None, maps: Tensor | None, recalls: Tensor | None
+) -> Tensor:
+    """A node that Dynamo must keep; the passes thread its operands to every site and erase it."""
+    return recall.detach().clone()
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+_lib.impl("attn", dense_attention, "CompositeImplicitAutograd")
+_lib.impl("bind", _bind, "CompositeImplicitAutograd")
+_lib.impl("realize", _copy, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "omnisparse::realize", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), lib=_lib
+)
+torch.library.register_autograd("omnisparse::realize", lambda ctx, grad: grad, lib=_lib)
+torch.fx.node.has_side_effect(torch.ops.omnisparse.bind)
+torch.fx.node.has_side_effect(torch.ops.omnisparse.bind.default)

@@ -1,0 +1,101 @@
+"""What became of every attention site, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SiteReport:
+    """One attention site in one compiled graph.
+
+    Attributes:
+        graph: Number of the compiled graph, 0-based; -1 for a trace without weights.
+        layer: Decoder layer, 0-based.
+        path: Module path, "" if the graph does not say.
+        kind: ``marker``, ``sdpa``, ``flex`` or ``eager``: how attention was spelled.
+        queries: Shape (B, Hq, L, D) as text; symbols stand for dynamic sizes.
+        kv_heads: Number of key heads.
+        reason: Why it stays dense; "" where it was rewritten.
+    """
+
+    graph: int
+    layer: int
+    path: str
+    kind: str
+    queries: str
+    kv_heads: int
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RewriteReport:
+    """Every attention site of a model: rewritten, or skipped with the reason.
+
+    Attributes:
+        sites: One entry per site and compiled graph (lengths below and above the
+            threshold, prefill and decode compile separately).
+        compiled: Whether a real graph was compiled; False: a trace without weights.
+        graphs: Number of graphs compiled so far.
+        notes: What the user should know, e.g. a frame that ran eagerly.
+    """
+
+    sites: tuple[SiteReport, ...] = ()
+    compiled: bool = False
+    graphs: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rewritten(self) -> tuple[SiteReport, ...]:
+        """Sites that run sparse attention in at least one graph; one entry each."""
+        return tuple({_key(s): s for s in reversed(self.sites) if not s.reason}.values())[::-1]
+
+    @property
+    def skipped(self) -> tuple[SiteReport, ...]:
+        """Sites that stay dense in every graph; one entry each, with its first reason."""
+        sparse = {_key(s) for s in self.rewritten}
+        return tuple({_key(s): s for s in reversed(self.sites) if _key(s) not in sparse}.values())[::-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {
+            "compiled": self.compiled,
+            "graphs": self.graphs,
+            "notes": list(self.notes),
+            "rewritten": len(self.rewritten),
+            "skipped": len(self.skipped),
+            "sites": [dataclasses.asdict(site) for site in self.sites],
+        }
+
+    def __str__(self) -> str:
+        """A table: one line per site, graphs merged where they agree."""
+        head = f"{len(self.rewritten)} sites rewritten, {len(self.skipped)} skipped, {self.graphs} graphs compiled"
+        if not self.compiled:
+            head = f"not compiled yet; {len(self.rewritten)} sites would be rewritten, {len(self.skipped)} skipped"
+        rows = [("layer", "site", "kind", "queries", "KV heads", "attention")]
+        seen: dict[tuple[Any, ...], None] = {}
+        for site in self.sites:
+            outcome = f"dense: {site.reason}" if site.reason else "omnisparse"
+            seen[(str(site.layer), site.path, site.kind, site.queries, str(site.kv_heads), outcome)] = None
+        lines = [head, *(f"note: {note}" for note in self.notes)]
+        return "\n".join([*lines, *table([*rows, *seen])] if seen else lines)
+
+
+def _key(site: SiteReport) -> tuple[int, str, str]:
+    return site.layer, site.path, site.kind
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as aligned lines, the first as a heading.
+
+    Args:
+        rows: Equal-length rows of cells.
+
+    Returns:
+        One line per row, and a rule under the first.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

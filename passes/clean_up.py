@@ -1,0 +1,69 @@
+"""Pass 6: drop what nothing reads any more, above all the N x N mask."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from omnisparse_flex.passes.find_sites import BINDS
+from omnisparse_flex.passes.rewrite import Rewrite, Scope, op_name
+
+
+def clean_up(rewrite: Rewrite) -> None:
+    """Erase replaced sites with whatever fed only them, the bind node and unused sub-graph inputs.
+
+    Only nodes that a pass orphaned are looked at: a graph may rely on calls without readers
+    that we know nothing about.
+    """
+    for node in rewrite.root.graph_module.graph.nodes:
+        if node.op == "call_function" and node.target in BINDS and not node.users:
+            rewrite.root.graph_module.graph.erase_node(node)
+            rewrite.modified = True
+    if not rewrite.modified:
+        return
+    orphans = {leaf.home: [] for leaf in rewrite.orphans}  # type: dict[Scope, list[Node]]
+    for leaf in rewrite.orphans:
+        assert leaf.node is not None
+        orphans[leaf.home].append(leaf.node)
+    for scope in reversed(rewrite.scopes):
+        _erase_dead(scope, orphans.get(scope, []))
+        if scope.parent is not None:
+            orphans.setdefault(scope.parent, []).extend(_drop_unused_inputs(scope))
+        scope.graph_module.graph.lint()
+        scope.graph_module.recompile()
+
+
+def _erase_dead(scope: Scope, candidates: list[Node]) -> None:
+    """Erase candidates that nothing reads, and then what fed them."""
+    erased: set[Node] = set()
+    while candidates:
+        node = candidates.pop()
+        if node in erased or node.users or not _is_pure(node):
+            continue
+        candidates.extend(node.all_input_nodes)
+        scope.graph_module.graph.erase_node(node)
+        erased.add(node)
+
+
+def _drop_unused_inputs(scope: Scope) -> list[Node]:
+    """Remove a body's unread inputs; a mask stays alive in the parent until its operand goes."""
+    call = scope.call
+    assert call is not None
+    body, *operands = call.args
+    kept, dropped = [], []
+    for placeholder, operand in zip(scope.placeholders(), operands, strict=True):
+        if placeholder.users:
+            kept.append(operand)
+            continue
+        scope.graph_module.graph.erase_node(placeholder)
+        dropped += [operand] if isinstance(operand, Node) else []
+    call.args = (body, *kept)
+    return dropped
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether an unread node may go; in-place spellings of Dynamo graphs are not in FX's own list."""
+    if node.op in ("placeholder", "output"):
+        return False
+    name = op_name(node)
+    in_place = name.endswith("_") or name == "setitem" or "out" in node.kwargs
+    return not in_place and not node.is_impure()

@@ -1,0 +1,64 @@
+"""Pass 4: which sites pay, and which no flex kernel can run."""
+
+from __future__ import annotations
+
+import torch
+
+from omnisparse_flex.attention import DTYPES, HEAD_DIMS
+from omnisparse_flex.masks.expr import TRUE, Const, causal
+from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site, shape_of, value_of
+
+
+def decide(rewrite: Rewrite) -> None:
+    """Refuse the sites that must or should stay dense, before anything is changed."""
+    for site in rewrite.open_sites():
+        reason = _unsupported(site, rewrite.settings) or _unprofitable(site, rewrite.settings)
+        if reason:
+            site.refuse(reason)
+
+
+def _unsupported(site: Site, settings: Settings) -> str | None:
+    query, key, value = (value_of(x) for x in (site.query, site.key, site.value))
+    if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (query, key, value)):
+        return "query, key and value are not (B, H, N, D)"
+    if site.dropout > 0:
+        return f"attention dropout is {site.dropout}: no flex kernel drops weights"
+    if settings.lists and query.dtype not in DTYPES and not _autocasts(query):
+        return f"dtype {query.dtype} has no compiled flex kernel"
+    if settings.lists and not (query.shape[3] in HEAD_DIMS and value.shape[3] in HEAD_DIMS):
+        return f"head_dim {int(query.shape[3])} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
+    if query.shape[1] % key.shape[1] != 0:
+        return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
+    if _is_zero(query.shape[2]) or _is_zero(key.shape[2]) or _is_zero(query.shape[0]):
+        return "the sequence is empty"
+    return None
+
+
+def _unprofitable(site: Site, settings: Settings) -> str | None:
+    q_len = shape_of(site.query)[2]
+    if settings.config.recall_of(site.layer) == 1.0 and _has_fast_dense(site):
+        return "dense by target_recall = 1.0"
+    if settings.min_seq_len == 0:
+        return None
+    if isinstance(q_len, int) and q_len == 1:
+        return "one query: decoding stays dense"
+    # A length guard: Dynamo compiles one graph for each side of the threshold.
+    if q_len < settings.min_seq_len:
+        return f"fewer than min_seq_len = {settings.min_seq_len} queries"
+    return None
+
+
+def _has_fast_dense(site: Site) -> bool:
+    """Whether plain SDPA runs this site without an N x N mask."""
+    same = str(shape_of(site.query)[2]) == str(shape_of(site.key)[2])
+    return site.kind in ("marker", "sdpa") and site.bias is None and site.mask is None and (
+        site.expr == TRUE or (site.expr == causal(Const(0)) and same)
+    )
+
+
+def _autocasts(x: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
+
+
+def _is_zero(size: object) -> bool:
+    return isinstance(size, int) and size == 0

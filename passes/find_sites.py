@@ -1,0 +1,149 @@
+"""Pass 1: find every attention site, in the graph and in its checkpointed sub-graphs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
+from torch.fx import GraphModule, Node
+
+import omnisparse_flex.ops  # noqa: F401  (defines the marker)
+from omnisparse_flex.passes.match_eager import match_eager
+from omnisparse_flex.passes.rewrite import Rewrite, Scope, Site, number_of, value_of
+
+MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
+BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)
+#: Higher-order calls ``op(body, *operands)`` whose body we may extend by inputs.
+BODY_CALLS = ("tag_activation_checkpoint", "wrap")
+#: Of the flex operator's block-mask tuple: its last entry is the mask graph.
+MASK_GRAPH = -1
+
+
+def find_sites(rewrite: Rewrite) -> None:
+    """Fill ``scopes``, ``sites`` and ``state``; changes nothing."""
+    rewrite.scopes = list(_scopes(rewrite.root))
+    for scope in rewrite.scopes:
+        for node in scope.graph_module.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target in BINDS:
+                rewrite.state = tuple(a if isinstance(a, Node) else None for a in node.args)
+                continue
+            site = _match(scope, node)
+            if site is not None:
+                rewrite.sites.append(site)
+    _number_layers(rewrite.sites)
+
+
+def _scopes(scope: Scope) -> list[Scope]:
+    found = [scope]
+    for node in scope.graph_module.graph.nodes:
+        if node.op != "call_function" or str(node.target).rsplit(".", 1)[-1] not in BODY_CALLS:
+            continue
+        body = node.args[0] if node.args else None
+        if isinstance(body, Node) and body.op == "get_attr":
+            graph_module = getattr(scope.graph_module, str(body.target))
+            if isinstance(graph_module, GraphModule):
+                found += _scopes(Scope(graph_module, scope, node))
+    return found
+
+
+def _match(scope: Scope, node: Node) -> Site | None:
+    if node.target in MARKERS:
+        site = _marker(scope, node)
+    elif node.target is F.scaled_dot_product_attention:
+        site = _sdpa(scope, node)
+    elif node.target is flex_hop:
+        site = _flex(scope, node)
+    else:
+        matched = match_eager(node)
+        if matched is None:
+            return None
+        site = Site("eager", scope, **matched)
+    site.path = _path(node)
+    return site
+
+
+def _marker(scope: Scope, node: Node) -> Site:
+    query, key, value, padding, mask, is_causal, scale, layer, softcap = node.args
+    return Site(
+        "marker",
+        scope,
+        node,
+        query,  # type: ignore[arg-type]
+        key,  # type: ignore[arg-type]
+        value,  # type: ignore[arg-type]
+        mask=mask,  # type: ignore[arg-type]
+        padding=padding,  # type: ignore[arg-type]
+        causal="lower_right" if is_causal and mask is None else "none",
+        scale=number_of(scale),
+        softcap=number_of(softcap) or 0.0,
+        layer=layer,  # type: ignore[arg-type]
+    )
+
+
+def _sdpa(scope: Scope, node: Node) -> Site:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return Site(
+        "sdpa",
+        scope,
+        node,
+        given["query"],
+        given["key"],
+        given["value"],
+        mask=given.get("attn_mask"),
+        causal="upper_left" if given.get("is_causal") else "none",
+        scale=number_of(given.get("scale")),
+        dropout=given.get("dropout_p", 0.0),
+    )
+
+
+def _flex(scope: Scope, node: Node) -> Site:
+    query, key, value, score_graph, block_mask, scale, _, *operands = node.args
+    score_operands, mask_operands = (operands + [(), ()])[:2]
+    graphs = [getattr(scope.graph_module, str(g.target)) for g in (score_graph, block_mask[MASK_GRAPH])]  # type: ignore
+    site = Site(
+        "flex",
+        scope,
+        node,
+        query,  # type: ignore[arg-type]
+        key,  # type: ignore[arg-type]
+        value,  # type: ignore[arg-type]
+        scale=number_of(scale),
+        mods=(graphs[0], graphs[1], tuple(score_operands), tuple(mask_operands)),  # type: ignore[arg-type]
+    )
+    outputs = [user for user in node.users if user.args[1:2] == (0,)]
+    others = [user for user in node.users if user not in outputs and user.users]
+    if others or len(outputs) != 1:
+        site.refuse("flex_attention returns its log-sum-exp")
+    else:
+        site.node = outputs[0]
+    return site
+
+
+def _path(node: Node) -> str:
+    """Innermost module of a node, in the user's spelling: ``layers.0.self_attn``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    path = re.sub(r"\._modules|__self__|_call_impl", "", path)
+    path = re.sub(r"^L\.\w+|^G\.\w+|^fn\b|^CALL\b", "", path.replace("L['self']", "").replace("._wrapped_call_impl", ""))
+    return re.sub(r"\.+", ".", path).strip(".")
+
+
+def _number_layers(sites: list[Site]) -> None:
+    """Sites of models that do not number their layers get their order of appearance."""
+    unnumbered = (site for site in sites if site.layer < 0)
+    for order, site in enumerate(unnumbered):
+        site.layer = order
+
+
+def head_shapes(site: Site) -> tuple[tuple[Any, ...], ...]:
+    """Recorded shapes of query, key and value."""
+    return tuple(tuple(value_of(x).shape) for x in (site.query, site.key, site.value))

@@ -1,0 +1,321 @@
+"""Read a mask tensor's graph backwards into an expression over (b, h, q, kv)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from omnisparse_flex.masks.expr import Apply, Const, Expr, Load, axes
+from omnisparse_flex.masks.program import cast_of
+from omnisparse_flex.passes.rewrite import Leaf, Scope, op_name, shape_of, value_of
+
+Indices = tuple[Expr, ...]
+
+
+class LiftError(Exception):
+    """The mask is not a function of indices and small tensors; the text says why."""
+
+
+#: Dynamo-level operation name -> name in ``masks.expr.OPS``.
+POINTWISE: dict[str, str] = {
+    **{n: n for n in ("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "remainder", "where")},
+    **{n: n for n in ("le", "lt", "ge", "gt", "eq", "ne", "log", "exp", "sqrt", "tanh", "floor_divide")},
+    "subtract": "sub",
+    "multiply": "mul",
+    "negative": "neg",
+    "truediv": "div",
+    "div": "div",
+    "floordiv": "floor_divide",
+    "mod": "remainder",
+    "less_equal": "le",
+    "less": "lt",
+    "greater_equal": "ge",
+    "greater": "gt",
+    "not_equal": "ne",
+    "and": "and",
+    "bitwise_and": "and",
+    "logical_and": "and",
+    "or": "or",
+    "bitwise_or": "or",
+    "logical_or": "or",
+    "xor": "xor",
+    "bitwise_xor": "xor",
+    "logical_xor": "xor",
+    "invert": "not",
+    "inv": "not",
+    "not": "not",
+    "bitwise_not": "not",
+    "logical_not": "not",
+    "min": "minimum",
+    "max": "maximum",
+}
+_SAME = ("contiguous", "clone", "detach", "alias", "requires_grad_", "expand", "expand_as", "broadcast_to")
+_CASTS = ("to", "type", "type_as", "bool", "float", "int", "long", "half", "bfloat16", "double")
+_FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
+_VIEWS = ("view", "reshape", "unflatten", "flatten")
+
+
+class Lifter:
+    """Lifts values of one site's mask; small tensors that it meets become leaves."""
+
+    def __init__(
+        self, leaves: list[Leaf], inputs: dict[Node, Expr] | None = None, outer: dict[Node, Leaf] | None = None
+    ) -> None:
+        """Start a lift.
+
+        Args:
+            leaves: Filled with what the expression reads; slot i is ``leaves[i]``.
+            inputs: Ready expressions of some nodes (the index inputs of a mask graph).
+            outer: Nodes that stand for a tensor of another graph (a mask graph's operands).
+        """
+        self.leaves = leaves
+        self.inputs = inputs or {}
+        self.outer = outer or {}
+
+    def lift(self, node: Any, scope: Scope, at: Indices) -> Expr:
+        """The value of ``node`` at position ``at``.
+
+        Args:
+            node: A node of ``scope``'s graph, or a number.
+            scope: Where it lives.
+            at: One expression per dimension of the node's value.
+
+        Returns:
+            The expression.
+
+        Raises:
+            LiftError: If an N x N tensor would have to be captured.
+        """
+        if not isinstance(node, Node):
+            if isinstance(node, (bool, int, float)):
+                return Const(node)
+            raise LiftError(f"the mask uses the value {node!r}")
+        if node in self.inputs:
+            return self.inputs[node]
+        if node.op == "placeholder" and node not in self.outer:
+            outer = scope.operand_of(node)
+            if outer is not None and scope.parent is not None:
+                return self.lift(outer, scope.parent, at)
+            return self._leaf(node, scope, at)
+        rule = self._rule(node)
+        return rule(node, scope, at) if rule is not None else self._leaf(node, scope, at)
+
+    def _rule(self, node: Node) -> Callable[[Node, Scope, Indices], Expr] | None:
+        name = op_name(node)
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor):
+            return None
+        if name in POINTWISE:
+            return self._pointwise
+        if name in _SAME:
+            return self._broadcast
+        if name in _CASTS:
+            return self._cast
+        if name in _FILLS or name in ("full", "full_like", "new_full"):
+            return self._fill
+        if name in _VIEWS:
+            return self._view
+        by_name: dict[str, Callable[[Node, Scope, Indices], Expr]] = {
+            "arange": self._arange,
+            "getitem": self._getitem,
+            "unsqueeze": self._unsqueeze,
+            "squeeze": self._view,
+            "transpose": self._transpose,
+            "permute": self._permute,
+            "masked_fill": self._masked_fill,
+            "embedding": self._embedding,
+            "tril": self._triangle,
+            "triu": self._triangle,
+            "pow": self._power,
+        }
+        return by_name.get(name)
+
+    def _leaf(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        queries = [i for i, e in enumerate(at) if "q" in axes(e)]
+        keys = [i for i, e in enumerate(at) if "kv" in axes(e)]
+        if any(i != j for i in queries for j in keys):
+            shape = tuple(shape_of(node))
+            raise LiftError(f"mask {node.name} {shape} is a query-by-key tensor, not a function of indices")
+        leaf = self.outer.get(node, Leaf(node, scope))
+        value = value_of(leaf.node)
+        if isinstance(value, (bool, int, float)):
+            return Const(value)
+        if leaf not in self.leaves:
+            self.leaves.append(leaf)
+        return Load(self.leaves.index(leaf), at)
+
+    def _pointwise(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        op = POINTWISE[op_name(node)]
+        if op == "div" and node.kwargs.get("rounding_mode") == "floor":
+            op = "floor_divide"
+        args = list(node.args)
+        if op == "where" and len(args) != 3 or op in ("minimum", "maximum") and len(args) != 2:
+            return self._leaf(node, scope, at)
+        if op in ("minimum", "maximum") and not isinstance(args[1], Node):
+            return self._leaf(node, scope, at)
+        if node.kwargs.get("alpha", 1) != 1:
+            return self._leaf(node, scope, at)
+        return Apply(op, tuple(self._operand(arg, scope, at) for arg in args))
+
+    def _operand(self, arg: Any, scope: Scope, at: Indices) -> Expr:
+        """An operand at the result's position: dimensions align right, size 1 broadcasts."""
+        if not isinstance(arg, Node) or arg in self.inputs:
+            return self.lift(arg, scope, ())
+        shape = shape_of(arg)
+        own = at[len(at) - len(shape) :] if shape else ()
+        return self.lift(arg, scope, _collapse(own, shape))
+
+    def _broadcast(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        return self._operand(node.args[0], scope, at)
+
+    def _cast(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        source = node.args[0]
+        inner = self._operand(source, scope, at)
+        before, after = value_of(source).dtype, value_of(node).dtype
+        return inner if before == after else Apply(cast_of(after), (inner,))
+
+    def _fill(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        name = op_name(node)
+        if name in _FILLS:
+            number: Any = _FILLS[name]
+        else:
+            position = 2 if name == "new_full" else 1
+            number = node.kwargs.get("fill_value", node.args[position] if len(node.args) > position else None)
+        if not isinstance(number, (bool, int, float)):
+            return self._leaf(node, scope, at)
+        dtype = value_of(node).dtype
+        return Const(bool(number) if dtype == torch.bool else float(number) if dtype.is_floating_point else number)
+
+    def _arange(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        bounds = [node.kwargs[k] for k in ("start", "end", "step") if k in node.kwargs]
+        bounds = [*node.args, *bounds]
+        start, step = (bounds[0] if len(bounds) > 1 else 0), (bounds[2] if len(bounds) > 2 else 1)
+        moved = at[0] if step == 1 else Apply("mul", (at[0], self.lift(step, scope, ())))
+        return moved if start == 0 else Apply("add", (moved, self.lift(start, scope, ())))
+
+    def _unsqueeze(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        if not isinstance(dim, int):
+            return self._leaf(node, scope, at)
+        dim %= len(at)
+        return self.lift(node.args[0], scope, at[:dim] + at[dim + 1 :])
+
+    def _transpose(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        moved = list(at)
+        a, b = (int(d) % len(at) for d in node.args[1:3])  # type: ignore[arg-type]
+        moved[a], moved[b] = moved[b], moved[a]
+        return self.lift(node.args[0], scope, tuple(moved))
+
+    def _permute(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        order: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        moved = list(at)
+        for position, source in enumerate(order):
+            moved[source % len(at)] = at[position]
+        return self.lift(node.args[0], scope, tuple(moved))
+
+    def _view(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        """Reshapes that only insert or drop dimensions of size 1."""
+        source = node.args[0]
+        if not isinstance(source, Node):
+            return self._leaf(node, scope, at)
+        kept = [(size, index) for size, index in zip(shape_of(node), at, strict=True) if not _is_one(size)]
+        wanted = [size for size in shape_of(source) if not _is_one(size)]
+        if len(kept) != len(wanted) or any(a is not b and a != b for (a, _), b in zip(kept, wanted, strict=True)):
+            return self._leaf(node, scope, at)
+        rest = iter(index for _, index in kept)
+        return self.lift(source, scope, tuple(Const(0) if _is_one(s) else next(rest) for s in shape_of(source)))
+
+    def _getitem(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        source, key = node.args[0], node.args[1]
+        key = key if isinstance(key, tuple) else (key,)
+        if not isinstance(source, Node):
+            return self._leaf(node, scope, at)
+        if any(_is_tensor(k) or k in self.inputs for k in key if isinstance(k, Node)):
+            return self._gather(node, source, key, scope, at)
+        rank = len(shape_of(source))
+        own = list(at)
+        indices: list[Expr] = []
+        for item in _expand_ellipsis(key, rank):
+            if item is None:
+                own.pop(0)
+            elif isinstance(item, slice):
+                index = own.pop(0)
+                if item.step not in (None, 1) or _is_negative(item.start):
+                    return self._leaf(node, scope, at)
+                shift = item.start not in (None, 0)
+                indices.append(Apply("add", (index, self.lift(item.start, scope, ()))) if shift else index)
+            elif isinstance(item, int) and item >= 0:
+                indices.append(Const(item))
+            else:
+                return self._leaf(node, scope, at)
+        return self.lift(source, scope, tuple(indices) + tuple(own))
+
+    def _gather(self, node: Node, source: Node, key: Sequence[Any], scope: Scope, at: Indices) -> Expr:
+        """``source[i, j]``: the index tensors broadcast; whole trailing dimensions may follow."""
+        if not all(_is_tensor(k) or isinstance(k, int) or k in self.inputs for k in key):
+            return self._leaf(node, scope, at)
+        held = self.outer[source].node if source in self.outer else source
+        assert held is not None
+        trailing = len(shape_of(held)) - len(key)
+        front = at[: len(at) - trailing] if trailing else at
+        indices = tuple(self._operand(k, scope, front) for k in key)
+        return self._captured(source, scope, indices + (at[len(at) - trailing :] if trailing else ()))
+
+    def _captured(self, source: Node, scope: Scope, at: Indices) -> Expr:
+        """An element of a small tensor, read where it was computed."""
+        while source.op == "placeholder" and source not in self.outer and scope.parent is not None:
+            outer = scope.operand_of(source)
+            if outer is None:
+                break
+            source, scope = outer, scope.parent
+        return self._leaf(source, scope, at)
+
+    def _masked_fill(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        source, condition, fill = node.args[:3]
+        return Apply("where", tuple(self._operand(x, scope, at) for x in (condition, fill, source)))
+
+    def _embedding(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        index, weight = node.args[:2]
+        if not isinstance(weight, Node):
+            return self._leaf(node, scope, at)
+        return self._captured(weight, scope, (self._operand(index, scope, at[:-1]), at[-1]))
+
+    def _triangle(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        diagonal = node.kwargs.get("diagonal", node.args[1] if len(node.args) > 1 else 0)
+        edge = Apply("add", (at[-2], self.lift(diagonal, scope, ()))) if diagonal != 0 else at[-2]
+        inside = Apply("le" if op_name(node) == "tril" else "ge", (at[-1], edge))
+        zero = Const(False) if value_of(node).dtype == torch.bool else Const(0)
+        return Apply("where", (inside, self._operand(node.args[0], scope, at), zero))
+
+    def _power(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        if node.args[1] != 2:
+            return self._leaf(node, scope, at)
+        base = self._operand(node.args[0], scope, at)
+        return Apply("mul", (base, base))
+
+
+def _collapse(at: Indices, shape: Sequence[Any]) -> Indices:
+    return tuple(Const(0) if _is_one(size) else index for index, size in zip(at, shape, strict=True))
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _is_tensor(key: Any) -> bool:
+    return isinstance(key, Node) and isinstance(value_of(key), torch.Tensor)
+
+
+def _is_negative(start: Any) -> bool:
+    return isinstance(start, int) and start < 0
+
+
+def _expand_ellipsis(key: Sequence[Any], rank: int) -> list[Any]:
+    used = sum(1 for k in key if k is not None and k is not Ellipsis)
+    items: list[Any] = []
+    for item in key:
+        items += [slice(None)] * (rank - used) if item is Ellipsis else [item]
+    return items

@@ -1,0 +1,215 @@
+"""The state that one run of the pipeline shares: scopes, sites, settings and reasons."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.expr import TRUE, Expr
+
+
+@dataclasses.dataclass(eq=False)
+class Scope:
+    """A graph, and for a sub-graph (an activation-checkpoint body) the call that runs it.
+
+    Attributes:
+        graph_module: The graph.
+        parent: The scope that holds ``call``; None for the outermost graph.
+        call: The higher-order call; its operands are ``call.args[1:]``.
+    """
+
+    graph_module: GraphModule
+    parent: Scope | None = None
+    call: Node | None = None
+    carried: dict[Node, Node] = dataclasses.field(default_factory=dict)
+
+    def placeholders(self) -> list[Node]:
+        """This graph's inputs, in order."""
+        return self.graph_module.graph.find_nodes(op="placeholder", sort=True)
+
+    def operand_of(self, placeholder: Node) -> Node | None:
+        """The parent's node that feeds ``placeholder``, if this is a sub-graph."""
+        if self.parent is None or self.call is None:
+            return None
+        position = self.placeholders().index(placeholder)
+        operand = self.call.args[1 + position]
+        return operand if isinstance(operand, Node) else None
+
+    def carry(self, node: Node, home: Scope) -> Node:
+        """Make a node of an enclosing scope readable here, through new sub-graph inputs."""
+        if home is self:
+            return node
+        if node in self.carried:
+            return self.carried[node]
+        assert self.parent is not None and self.call is not None, "node is not in an enclosing scope"
+        outer = self.parent.carry(node, home)
+        graph = self.graph_module.graph
+        inputs = self.placeholders()
+        with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(next(iter(graph.nodes))):
+            inner = graph.placeholder(f"omnisparse_{outer.name}")
+        inner.meta = dict(outer.meta)
+        self.call.args = (*self.call.args, outer)
+        self.carried[node] = inner
+        return inner
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skip:
+    """Why a site stays dense; a fact for the report, never an exception."""
+
+    reason: str
+    node: Node
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leaf:
+    """A small tensor (or size) that a lifted mask reads.
+
+    Attributes:
+        node: Its node; None stands for S - L, which the lowered call reads off its operands.
+        home: The graph that holds ``node``.
+    """
+
+    node: Node | None
+    home: Scope
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """One attention site, from match to rewrite.
+
+    Attributes:
+        kind: ``marker``, ``sdpa``, ``flex`` or ``eager``.
+        scope: The graph it was found in.
+        node: The node whose value is the attention output, (B, Hq, L, Dv).
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D); before ``undo_repeat_kv`` possibly repeated to Hq heads.
+        value: (B, Hkv, S, Dv).
+        mask: bool or additive mask node, or None.
+        mask_blocks: A bool ``mask`` says where attention is *not* allowed.
+        padding: bool (B, S) node, or None.
+        causal: ``"none"``, ``"upper_left"`` (SDPA) or ``"lower_right"`` (decoders with a cache).
+        scale: Logit scale, None: 1 / sqrt(D).
+        softcap: 0: none.
+        dropout: Probability.
+        layer: Decoder layer, 0-based; order of appearance where the model does not say.
+        path: Module path, for the report.
+        mods: A flex site's ``(score graph, mask graph, score operands, mask operands)``.
+        expr: The lifted mask.
+        bias: The lifted additive part, or None.
+        leaves: What ``expr`` reads, by slot.
+        bias_leaves: What ``bias`` reads, by slot.
+        offset: Expression of query 0's position.
+        skip: Set by the first pass that refuses the site.
+    """
+
+    kind: str
+    scope: Scope
+    node: Node
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None = None
+    mask_blocks: bool = False
+    padding: Node | None = None
+    causal: str = "none"
+    scale: float | None = None
+    softcap: float = 0.0
+    dropout: float = 0.0
+    layer: int = -1
+    path: str = ""
+    mods: tuple[GraphModule, GraphModule, tuple[Any, ...], tuple[Any, ...]] | None = None
+    expr: Expr = TRUE
+    bias: Expr | None = None
+    leaves: list[Leaf] = dataclasses.field(default_factory=list)
+    bias_leaves: list[Leaf] = dataclasses.field(default_factory=list)
+    offset: Expr | None = None
+    skip: Skip | None = None
+    rewritten: bool = False
+
+    def refuse(self, reason: str) -> None:
+        """Leave the site dense; the first reason stands."""
+        if self.skip is None:
+            self.skip = Skip(reason, self.node)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """How to rewrite; fixed for one backend object.
+
+    Attributes:
+        config: Selection rules.
+        min_seq_len: Queries below which a graph stays dense; 0 switches every fallback off.
+        lists: The inner compiler honours block lists (Inductor).
+        kernel_options: Passed to every flex call.
+    """
+
+    config: OmniSparseConfig
+    min_seq_len: int = 0
+    lists: bool = True
+    kernel_options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Rewrite:
+    """One run of the pipeline over one captured graph.
+
+    Attributes:
+        root: The outermost graph.
+        settings: How to rewrite.
+        scopes: ``root`` and its sub-graphs, parents first.
+        sites: What was found, in graph order.
+        state: Operands of the ``bind`` op (visual, recall, stats, maps, recalls), if there is one.
+        orphans: Nodes whose readers a pass removed; the clean-up erases the dead ones.
+        modified: Whether any graph changed.
+    """
+
+    root: Scope
+    settings: Settings
+    scopes: list[Scope] = dataclasses.field(default_factory=list)
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    state: tuple[Node | None, ...] = (None, None, None, None, None)
+    orphans: list[Leaf] = dataclasses.field(default_factory=list)
+    modified: bool = False
+
+    def open_sites(self) -> list[Site]:
+        """Sites that no pass has refused."""
+        return [site for site in self.sites if site.skip is None]
+
+
+def value_of(node: Any) -> Any:
+    """The fake value that Dynamo (or AOTAutograd) recorded for a node."""
+    if not isinstance(node, Node):
+        return node
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    """A node's recorded shape, () if it has none."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def number_of(x: Any) -> float | None:
+    """A number, or the number that a size computation stands for (which fixes it by a guard)."""
+    value = value_of(x)
+    return float(value) if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else None
+
+
+def op_name(node: Node) -> str:
+    """One vocabulary for ``operator.and_``, ``torch.bitwise_and``, ``Tensor.__and__`` and methods."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        packet = getattr(node.target, "overloadpacket", node.target)
+        name = str(getattr(packet, "__name__", packet))
+    else:
+        return node.op
+    if name.startswith("__") and name.endswith("__"):
+        return name.strip("_")
+    return name[:-1] if name in ("and_", "or_", "not_") else name
