@@ -58,6 +58,7 @@ class Captures:
             index = torch.zeros_like(at[0])
             for extent, place in zip(extents, at, strict=True):
                 index = index * extent + torch.where(place < 0, place + extent, place)
-            return torch.ops.aten._unsafe_masked_index(data, index >= 0, [index], 0)
+            element: Tensor = torch.ops.aten._unsafe_masked_index(data, index >= 0, [index], 0)
+            return element
 
         return load

@@ -116,9 +116,13 @@ def evaluate(expr: Expr, load: Loader, b: Tensor, h: Tensor, q: Tensor, kv: Tens
                 return load(slot, tuple(_as_index(walk(i), q) for i in at))
             case Apply(op, args):
                 values = [walk(a) for a in args]
-                if not any(isinstance(v, Tensor) for v in values):
-                    values = [torch.as_tensor(v, device=q.device) for v in values]
-                elif op in ("minimum", "maximum", "where", "not", "xor"):
+                if not any(isinstance(v, Tensor) for v in values) or op in (
+                    "minimum",
+                    "maximum",
+                    "where",
+                    "not",
+                    "xor",
+                ):
                     values = [torch.as_tensor(v, device=q.device) for v in values]
                 return OPS[op](*values)
 

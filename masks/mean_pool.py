@@ -44,6 +44,7 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     """Mean over consecutive blocks of tokens, the ragged last one included: (B, H, N, D) -> (B, H, NB, D)."""
     length = x.shape[2]
     count = (length + block - 1) // block
-    padded = F.pad(x, (0, 0, 0, count * block - length))
+    padded: Tensor = F.pad(x, (0, 0, 0, count * block - length))
     sizes = (length - torch.arange(count, device=x.device) * block).clamp(max=block)
-    return (padded.unflatten(2, (count, block)).sum(3, dtype=torch.float32) / sizes[:, None]).to(x.dtype)
+    sums: Tensor = padded.unflatten(2, (count, block)).sum(3, dtype=torch.float32)
+    return (sums / sizes[:, None]).to(x.dtype)

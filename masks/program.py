@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -141,10 +141,10 @@ class _ScalarReader:
             else:
                 self.values[node] = self._expr(source)
         elif name in ("index", "_unsafe_index"):
-            source, indices = node.args[0], node.args[1]
-            if source not in self.slots or any(i is None for i in indices):  # type: ignore[union-attr]
+            source, indices = cast(Node, node.args[0]), cast("list[Node]", node.args[1])
+            if source not in self.slots or any(i is None for i in indices):
                 raise UntraceableError("mask_mod indexes a computed tensor")
-            at = tuple(self._expr(i) for i in indices)  # type: ignore[union-attr]
+            at = tuple(self._expr(i) for i in indices)
             if len(at) != self.buffers[self.slots[source]].dim():
                 raise UntraceableError("mask_mod indexes only some dimensions of a captured tensor")
             self.values[node] = Load(self.slots[source], at)
@@ -201,8 +201,6 @@ def cast_of(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "cast_bool"
     return "cast_float" if dtype.is_floating_point else "cast_int"
-
-
 
 
 def _is_band(part: Expr) -> bool:

@@ -12,7 +12,9 @@ LAZY_STRIDE = 16
 REDUNDANCY_THRESHOLD = 0.5
 
 
-def active_rows(pooled_query: Tensor, local_mass: Tensor, text: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+def active_rows(
+    pooled_query: Tensor, local_mass: Tensor, text: Tensor, threshold: float | None
+) -> tuple[Tensor, Tensor]:
     """Which query blocks may fetch keys beyond the always-kept ones.
 
     Args:

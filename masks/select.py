@@ -131,7 +131,7 @@ def _per_group(x: Tensor, kv_heads: int, how: str) -> Tensor:
     """Reduce a per-query-head map to KV heads, if the mask distinguishes heads at all."""
     if x.shape[1] == 1:
         return x
-    grouped = x.unflatten(1, (kv_heads, -1))
+    grouped: Tensor = x.unflatten(1, (kv_heads, -1))
     return grouped.all(2) if how == "all" else grouped.any(2)
 
 

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from omnisparse_flex import integration
@@ -78,9 +77,9 @@ def apply_omnisparse(
     if isinstance(visual_mask, Tensor) or not callable(visual_mask):
         check_visual(visual_mask, None, None)
     is_hf = integration.is_transformers_model(model)
-    decoder = integration.find_decoder(model) if is_hf else model  # type: ignore[arg-type]
+    decoder = integration.find_decoder(model) if is_hf else model
     if is_hf:
-        config.check_layers(decoder.config.num_hidden_layers)  # type: ignore[union-attr]
+        config.check_layers(integration.layer_count(decoder))
 
     remove_omnisparse(model)
     undo = _Undo()
@@ -93,7 +92,7 @@ def apply_omnisparse(
             entry.visual_mask = lambda a, k: check_visual(
                 visual_mask(a, k) if callable(visual_mask) else visual_mask, None, None
             )
-        decoder._compiled_call_impl = entry  # type: ignore[assignment]
+        decoder._compiled_call_impl = entry
     except BaseException:
         undo()
         raise
@@ -159,7 +158,7 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        entry.module._compiled_call_impl = entry  # type: ignore[assignment]
+        entry.module._compiled_call_impl = entry
 
 
 def _install_in_transformers(
@@ -188,8 +187,3 @@ def _drop_stale_hooks(module: nn.Module) -> None:
         if isinstance(hook, integration.VisualMaskHook):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def is_meta(model: nn.Module) -> bool:
-    """Whether a model has no storage: its report can be read, it cannot run."""
-    return any(p.device == torch.device("meta") for p in model.parameters())

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
-from torch.nn.attention.flex_attention import flex_attention
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
-from omnisparse_flex.masks.blocks import block_mask_from_maps
+from omnisparse_flex.kernel import call_flex
 from omnisparse_flex.masks.capture import Captures
 from omnisparse_flex.masks.expr import Const, Expr, Load, Loader, causal, evaluate, plain_load
 from omnisparse_flex.masks.interval import Grid
@@ -25,6 +23,7 @@ from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: head_dim range of the flex kernels.
 HEAD_DIMS = range(16, 257)
+NO_MASK = MaskProgram()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -52,7 +51,7 @@ class Site:
 
     config: OmniSparseConfig | None
     target: Tensor | float = 1.0
-    mask: MaskProgram | OpaqueMask = MaskProgram()
+    mask: MaskProgram | OpaqueMask = NO_MASK
     score_mod: Callable[..., Tensor] | None = None
     score_buffers: tuple[Tensor, ...] = ()
     softcap: float = 0.0
@@ -126,9 +125,8 @@ def sparse_attention(
     _check(query, key, value, visual_mask, enable_gqa)
     q_len, kv_len = query.shape[2], key.shape[2]
     offset = kv_len - q_len if is_causal else 0
-    mask: MaskProgram | OpaqueMask = causal_program(offset, query.device) if is_causal else MaskProgram()
-    if mask_mod is not None:
-        mask = _with_mask_mod(mask, mask_mod, query.device)
+    order = causal_program(offset, query.device) if is_causal else MaskProgram()
+    mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
     site = Site(
         config=config,
         target=config.recall_of(0),
@@ -176,7 +174,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     keep, full = (
         x.expand(batch, kv_heads, *x.shape[2:]).reshape(batch * kv_heads, 1, *x.shape[2:]) for x in (keep, full)
     )
-    out = _call_flex(folded, keep, full, mask_mod, score_mod, captures, (*site.score_buffers, *score_captures.tensors), scale, site)
+    out = call_flex(
+        *folded,
+        keep=keep,
+        full=full,
+        mask_mod=mask_mod,
+        mask_buffers=captures.tensors,
+        score_mod=score_mod,
+        score_buffers=(*site.score_buffers, *score_captures.tensors),
+        scale=scale,
+        options=dict(site.kernel_options),
+    )
     return out.reshape(batch, kv_heads * groups, *out.shape[2:])
 
 
@@ -229,61 +237,17 @@ def _folded_score(site: Site, captures: Captures, kv_heads: int, groups: int) ->
     return omnisparse_score
 
 
-def _call_flex(
-    folded: list[Tensor],
-    keep: Tensor,
-    full: Tensor,
-    mask_mod: Callable[..., Tensor],
-    score_mod: Callable[..., Tensor],
-    captures: Captures,
-    score_buffers: tuple[Tensor, ...],
-    scale: float,
-    site: Site,
-) -> Tensor:
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*folded, *score_buffers))
-    closed_mask: MaskMod = lambda b, h, q, kv: mask_mod(b, h, q, kv, *captures.tensors)  # noqa: E731
-    lengths = (folded[0].shape[2], folded[1].shape[2])
-    block_mask = block_mask_from_maps(keep, full, closed_mask, lengths, BLOCK, transposed=needs_grad)
-    if torch.compiler.is_dynamo_compiling():
-        closed_score: ScoreMod = lambda s, b, h, q, kv: score_mod(s, b, h, q, kv, *score_buffers)  # noqa: E731
-        out = flex_attention(
-            *folded,
-            score_mod=closed_score,
-            block_mask=block_mask,
-            scale=scale,
-            enable_gqa=folded[0].shape[1] > 1,
-            kernel_options=dict(site.kernel_options) or None,
-        )
-        assert isinstance(out, Tensor)
-        return out
-    # The public function refuses CPU gradients and closures under AOT tracing: call the operator,
-    # with every capture as a trailing argument.
-    options = {
-        "PRESCALE_QK": False,
-        "ROWS_GUARANTEED_SAFE": False,
-        "BLOCKS_ARE_CONTIGUOUS": False,
-        "WRITE_DQ": True,
-        "OUTPUT_LOGSUMEXP": needs_grad,
-        "OUTPUT_MAX": False,
-        **dict(site.kernel_options),
-    }
-    result: Tensor = flex_hop(
-        *folded,
-        score_mod,
-        (*block_mask.as_tuple()[:-1], mask_mod),
-        scale,
-        options,
-        score_buffers,
-        captures.tensors,
-    )[0]
-    return result
-
-
 def causal_program(offset: int | torch.SymInt, device: torch.device) -> MaskProgram:
     """Causality with query 0 at position ``offset``; a symbolic offset becomes a captured tensor."""
     if isinstance(offset, int):
         return MaskProgram(causal(Const(offset)))
-    return MaskProgram(causal(Load(0, ())), (torch.full((), offset, dtype=torch.int64, device=device),))
+    return MaskProgram(causal(Load(0, ())), (scalar(offset, device),))
+
+
+def scalar(value: float | torch.SymInt | torch.SymFloat, device: torch.device) -> Tensor:
+    """A 0-d int64 or float32 tensor of a number or symbolic size."""
+    dtype = torch.float32 if isinstance(value, (float, torch.SymFloat)) else torch.int64
+    return torch.full((), value, dtype=dtype, device=device)  # type: ignore[arg-type]
 
 
 def _with_mask_mod(order: MaskProgram, mask_mod: MaskMod, device: torch.device) -> MaskProgram | OpaqueMask:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -183,10 +183,11 @@ def site_report(site: Site, graph: int) -> SiteReport:
     return SiteReport(graph, site.layer, site.path, site.kind, f"({shape})", int(kv_heads), reason)
 
 
-def _compile(graph_module: GraphModule, inputs: Sequence[Any], inner: str, device: torch.device, **kwargs: Any) -> CompiledFn:
+def _compile(
+    graph_module: GraphModule, inputs: Sequence[Any], inner: str, device: torch.device, **kwargs: Any
+) -> CompiledFn:
     if inner != "inductor":
-        compiled: CompiledFn = lookup_backend(inner)(graph_module, list(inputs))
-        return compiled
+        return cast(CompiledFn, lookup_backend(inner)(graph_module, list(inputs)))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -196,8 +197,7 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], inner: str, devic
     if device.type == "cpu":
         # The C++ flex template takes no epilogue, and a fused one fails to compile.
         patches["epilogue_fusion"] = False
-    result: CompiledFn = compile_fx(graph_module, list(inputs), config_patches=patches)
-    return result
+    return cast(CompiledFn, compile_fx(graph_module, list(inputs), config_patches=patches))
 
 
 def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:

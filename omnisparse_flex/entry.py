@@ -101,8 +101,9 @@ class Entry:
     def _compile(self) -> Callable[..., Any]:
         def template(*args: Any, **kwargs: Any) -> Any:
             # STATE and CALL are globals of the function made below, one set for each module.
-            torch.ops.omnisparse.bind(STATE.visual, STATE.recall, STATE.stats, STATE.maps, STATE.recalls)
-            return CALL(*args, **kwargs)
+            state = STATE  # noqa: F821
+            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            return CALL(*args, **kwargs)  # noqa: F821
 
         name = "omnisparse_entry"
         scope = {"__builtins__": builtins, "torch": torch, "STATE": self.state, "CALL": self.module._call_impl}

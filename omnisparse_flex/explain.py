@@ -45,7 +45,7 @@ def explain(entry: Entry) -> RewriteReport:
 def _twin(decoder: nn.Module) -> nn.Module:
     """The same decoder without storage."""
     with torch.device("meta"):
-        twin: nn.Module = type(decoder)(decoder.config)  # type: ignore[call-arg]
+        twin: nn.Module = type(decoder)(decoder.config)
     return twin.to(next(decoder.parameters()).dtype).train(decoder.training)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 import omnisparse_flex.ops  # noqa: F401  (defines the marker)
 from omnisparse_flex.entry import Entry, VisualMask, check_visual
 from omnisparse_flex.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 #: The attention implementation's name inside transformers.
 NAME = "omnisparse"
@@ -77,9 +74,7 @@ def attention_forward(
 
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = _expand_padding(attention_mask, query.shape[2])
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     mask = attention_mask if padding is None else None
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
@@ -126,7 +121,7 @@ def mask_forward(
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     if mask_function is not None:
         kwargs["mask_function"] = mask_function
-    return sdpa_mask(  # type: ignore[no-any-return]
+    return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs
     )
 
@@ -139,7 +134,7 @@ def _expand_padding(padding: Tensor, q_len: int) -> Tensor:
     return causal[None, None] & padding[:, None, None, :]
 
 
-def find_decoder(model: PreTrainedModel) -> nn.Module:
+def find_decoder(model: Any) -> nn.Module:
     """The text decoder of a transformers model; vision towers are left alone.
 
     Raises:
@@ -160,6 +155,11 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
     return module
 
 
+def layer_count(decoder: Any) -> int:
+    """Number of layers that the decoder's config states."""
+    return int(decoder.config.num_hidden_layers)
+
+
 def attention_configs(decoder: nn.Module) -> list[Any]:
     """The distinct config objects that the decoder's modules read their attention name from."""
     found: dict[int, Any] = {}
@@ -177,7 +177,7 @@ class VisualMaskHook:
     on the cache, so that decoding and later turns see the whole conversation.
     """
 
-    def __init__(self, model: PreTrainedModel, receiver: nn.Module, entry: Entry, given: Any) -> None:
+    def __init__(self, model: Any, receiver: nn.Module, entry: Entry, given: Any) -> None:
         """Prepare the hook.
 
         Args:

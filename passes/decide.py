@@ -51,8 +51,11 @@ def _unprofitable(site: Site, settings: Settings) -> str | None:
 def _has_fast_dense(site: Site) -> bool:
     """Whether plain SDPA runs this site without an N x N mask."""
     same = str(shape_of(site.query)[2]) == str(shape_of(site.key)[2])
-    return site.kind in ("marker", "sdpa") and site.bias is None and site.mask is None and (
-        site.expr == TRUE or (site.expr == causal(Const(0)) and same)
+    return (
+        site.kind in ("marker", "sdpa")
+        and site.bias is None
+        and site.mask is None
+        and (site.expr == TRUE or (site.expr == causal(Const(0)) and same))
     )
 
 

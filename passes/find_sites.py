@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 import omnisparse_flex.ops  # noqa: F401  (defines the marker)
 from omnisparse_flex.passes.match_eager import match_eager
-from omnisparse_flex.passes.rewrite import Rewrite, Scope, Site, number_of, value_of
+from omnisparse_flex.passes.rewrite import Rewrite, Scope, Site, number_of
 
 MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
 BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)
@@ -104,7 +104,7 @@ def _sdpa(scope: Scope, node: Node) -> Site:
 
 def _flex(scope: Scope, node: Node) -> Site:
     query, key, value, score_graph, block_mask, scale, _, *operands = node.args
-    score_operands, mask_operands = (operands + [(), ()])[:2]
+    score_operands, mask_operands = [*operands, (), ()][:2]
     graphs = [getattr(scope.graph_module, str(g.target)) for g in (score_graph, block_mask[MASK_GRAPH])]  # type: ignore
     site = Site(
         "flex",
@@ -131,9 +131,12 @@ def _path(node: Node) -> str:
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    # ``L['self']._modules['layers']._modules['0'].attn`` and our own entry's ``CALL.__self__`` both occur.
+    path = re.sub(
+        r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path.replace("L['self']", "").replace("._wrapped_call_impl", "")
+    )
     path = re.sub(r"\._modules|__self__|_call_impl", "", path)
-    path = re.sub(r"^L\.\w+|^G\.\w+|^fn\b|^CALL\b", "", path.replace("L['self']", "").replace("._wrapped_call_impl", ""))
+    path = re.sub(r"^[LG]\.\w+|^fn\b|^CALL\b", "", path)
     return re.sub(r"\.+", ".", path).strip(".")
 
 
@@ -142,8 +145,3 @@ def _number_layers(sites: list[Site]) -> None:
     unnumbered = (site for site in sites if site.layer < 0)
     for order, site in enumerate(unnumbered):
         site.layer = order
-
-
-def head_shapes(site: Site) -> tuple[tuple[Any, ...], ...]:
-    """Recorded shapes of query, key and value."""
-    return tuple(tuple(value_of(x).shape) for x in (site.query, site.key, site.value))

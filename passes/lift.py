@@ -152,7 +152,7 @@ class Lifter:
         if op == "div" and node.kwargs.get("rounding_mode") == "floor":
             op = "floor_divide"
         args = list(node.args)
-        if op == "where" and len(args) != 3 or op in ("minimum", "maximum") and len(args) != 2:
+        if (op == "where" and len(args) != 3) or (op in ("minimum", "maximum") and len(args) != 2):
             return self._leaf(node, scope, at)
         if op in ("minimum", "maximum") and not isinstance(args[1], Node):
             return self._leaf(node, scope, at)

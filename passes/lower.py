@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from omnisparse_flex.attention import Site as AttentionSite
-from omnisparse_flex.attention import attend
+from omnisparse_flex.attention import attend, scalar
 from omnisparse_flex.masks.expr import Const, Load
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import record_maps, selection_stats, true_recall
@@ -38,9 +38,7 @@ def lower(rewrite: Rewrite) -> None:
 
 def _operands(site: Site, rewrite: Rewrite) -> tuple[Node | None, ...]:
     """(query, key, value, visual, recall, stats, maps, recalls, *mask leaves, *bias leaves, *score operands)."""
-    state = tuple(
-        None if node is None else site.scope.carry(node, rewrite.root) for node in _state_for(site, rewrite)
-    )
+    state = tuple(None if node is None else site.scope.carry(node, rewrite.root) for node in _state_for(site, rewrite))
     leaves = [_leaf_operand(leaf, site.scope) for leaf in (*site.leaves, *site.bias_leaves)]
     scores = site.mods[2] if site.mods is not None else ()
     return (site.query, site.key, site.value, *state, *leaves, *scores)
@@ -144,7 +142,4 @@ def _offset_value(offset: object, leaves: list[Tensor]) -> Tensor | int:
 
 
 def _as_tensor(x: Any, device: torch.device) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    dtype = torch.float32 if isinstance(x, float) else torch.int64
-    return torch.full((), x, dtype=dtype, device=device)
+    return x if isinstance(x, Tensor) else scalar(x, device)

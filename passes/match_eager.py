@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from omnisparse_flex.passes.rewrite import number_of, op_name, shape_of, value_of
+from omnisparse_flex.passes.rewrite import number_of, op_name, shape_of
 
 _MATMUL = ("matmul", "bmm")
 _CASTS = ("to", "type_as", "float", "half", "bfloat16", "type")
@@ -92,13 +92,11 @@ def _split_scale(node: Any) -> tuple[Any, float]:
 
 def _untranspose(node: Any) -> Node | None:
     """``k`` of ``k.transpose(-2, -1)``."""
-    if isinstance(node, Node) and op_name(node) in ("transpose", "swapaxes") and isinstance(node.args[0], Node):
-        if {d % 4 for d in node.args[1:3] if isinstance(d, int)} == {2, 3} and len(shape_of(node)) == 4:
-            return node.args[0]
-    if isinstance(node, Node) and op_name(node) == "permute":
-        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        if tuple(order) == (0, 1, 3, 2) and isinstance(node.args[0], Node):
-            return node.args[0]
-    if isinstance(node, Node) and op_name(node) == "getattr" and node.args[1] in ("mT",):
-        return node.args[0] if isinstance(node.args[0], Node) and value_of(node.args[0]) is not None else None
-    return None
+    if not isinstance(node, Node) or not node.args or not isinstance(node.args[0], Node):
+        return None
+    source, *dims = node.args
+    name = op_name(node)
+    swaps = name in ("transpose", "swapaxes") and {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
+    order = dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims
+    permutes = name == "permute" and tuple(order) == (0, 1, 3, 2)
+    return source if swaps or permutes or (name == "getattr" and dims == ["mT"]) else None  # type: ignore[return-value]

@@ -1,0 +1,48 @@
+"""What every test file shares: hypothesis profiles, the device, the backend's name, a clean Dynamo."""
+
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# ``ci`` is what the claims rest on: no randomness, so that a red run is red again. ``dev`` looks elsewhere each time.
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("dev", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config):
+    """Make ``backend="omnisparse"`` known in a bare checkout too, where no entry point says so."""
+    from torch._dynamo import list_backends, register_backend
+
+    if "omnisparse" not in list_backends(exclude_tags=()):
+        from omnisparse_flex.backend import omnisparse_backend
+
+        register_backend(omnisparse_backend, name="omnisparse")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tests run that do not care: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """No test sees another's compiled code, recompile counters or cached guards."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

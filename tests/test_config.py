@@ -1,0 +1,127 @@
+"""The configuration: what it takes, what it refuses and in which words, and that it stays what it was."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given
+
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.testing import configs
+
+FIELDS = [field.name for field in dataclasses.fields(OmniSparseConfig)]
+
+VALID = [
+    {},
+    {"target_recall": 1.0},
+    {"target_recall": 1},
+    {"target_recall": 1e-6},
+    {"target_recall": (0.5, 1.0, 0.9)},
+    {"budget": "per_head"},
+    {"budget": 0},
+    {"budget": 256, "max_kv_budget": 256},
+    {"max_kv_budget": 0},
+    {"lazy_threshold": None},
+    {"lazy_threshold": 0},
+    {"lazy_threshold": 1.0},
+    {"sink_size": 0},
+    {"window_size": 1},
+]
+
+INVALID = [
+    ({"target_recall": 0.0}, "target_recall must be in (0, 1], got 0.0"),
+    ({"target_recall": 1.5}, "target_recall must be in (0, 1], got 1.5"),
+    ({"target_recall": -0.1}, "target_recall must be in (0, 1], got -0.1"),
+    ({"target_recall": math.nan}, "target_recall must be in (0, 1], got nan"),
+    ({"target_recall": math.inf}, "target_recall must be in (0, 1], got inf"),
+    ({"target_recall": True}, "target_recall must be in (0, 1], got True"),
+    ({"target_recall": None}, "target_recall must be in (0, 1], got None"),
+    ({"target_recall": "0.9"}, "target_recall must be in (0, 1], got '0.9'"),
+    ({"target_recall": [0.9, 2]}, "target_recall must be in (0, 1], got (0.9, 2)"),
+    ({"target_recall": ()}, "target_recall must hold one value per layer, got ()"),
+    ({"granularity": "row"}, "granularity must be one of block, got 'row'"),
+    ({"scoring": "oracle"}, "scoring must be one of mean_pool, got 'oracle'"),
+    ({"lazy_mode": None}, "lazy_mode must be one of local, got None"),
+    ({"budget": "roundest_head"}, "budget must be one of flattest_head, per_head, got 'roundest_head'"),
+    ({"budget": -1}, "budget must be an int of at least 0, got -1"),
+    ({"budget": 1.5}, "budget must be an int of at least 0, got 1.5"),
+    ({"budget": True}, "budget must be an int of at least 0, got True"),
+    ({"budget": 512, "max_kv_budget": 256}, "budget must be at most max_kv_budget=256, got 512"),
+    ({"max_kv_budget": -1}, "max_kv_budget must be an int of at least 0, got -1"),
+    ({"max_kv_budget": 128.0}, "max_kv_budget must be an int of at least 0, got 128.0"),
+    ({"lazy_threshold": 1.01}, "lazy_threshold must be None or in [0, 1], got 1.01"),
+    ({"lazy_threshold": "low"}, "lazy_threshold must be None or in [0, 1], got 'low'"),
+    ({"sink_size": -1}, "sink_size must be an int of at least 0, got -1"),
+    ({"sink_size": None}, "sink_size must be an int of at least 0, got None"),
+    ({"window_size": 0}, "window_size must be an int of at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize("fields", VALID, ids=str)
+def test_valid(fields):
+    config = OmniSparseConfig(**fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(("fields", "message"), INVALID, ids=[str(fields) for fields, _ in INVALID])
+def test_invalid(fields, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        OmniSparseConfig(**fields)
+
+
+@given(configs())
+def test_json_round_trip(config):
+    assert OmniSparseConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_json_round_trip_of_layer_targets():
+    config = OmniSparseConfig(target_recall=[0.5, 1.0])
+    assert config.target_recall == (0.5, 1.0)
+    assert OmniSparseConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_from_dict_refuses_what_it_does_not_know():
+    message = f"config must hold only the fields {sorted(FIELDS)}, got ['targt_recall']"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        OmniSparseConfig.from_dict({"targt_recall": 0.9})
+    with pytest.raises(ConfigError, match=r"^config must be a mapping of field names to values, got 0\.9$"):
+        OmniSparseConfig.from_dict(0.9)
+
+
+def test_frozen_hashable_and_slotted():
+    config = OmniSparseConfig(target_recall=[0.5, 0.6])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.target_recall = 0.9
+    assert hash(config) == hash(OmniSparseConfig(target_recall=(0.5, 0.6)))  # Dynamo guards on it
+    assert not hasattr(config, "__dict__")
+
+
+def test_recall_of_layers():
+    shared, listed = OmniSparseConfig(target_recall=0.7), OmniSparseConfig(target_recall=(0.5, 0.6))
+    assert [shared.recall_of(layer) for layer in (0, 27)] == [0.7, 0.7]
+    assert [listed.recall_of(layer) for layer in (0, 1)] == [0.5, 0.6]
+    shared.check_layers(28)
+    listed.check_layers(2)
+    message = "target_recall must hold one value for each of the 3 layers, got (0.5, 0.6)"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        listed.check_layers(3)
+
+
+def test_one_listed_target_is_still_a_list_of_one_layer():
+    message = "target_recall must hold one value for each of the 2 layers, got (0.5,)"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        OmniSparseConfig(target_recall=(0.5,)).check_layers(2)
+
+
+def test_paper():
+    paper = OmniSparseConfig.paper()
+    rules = (paper.target_recall, paper.budget, paper.lazy_threshold, paper.lazy_mode, paper.max_kv_budget)
+    assert rules == (0.95, "flattest_head", 0.05, "local", None)
+
+
+def test_a_config_error_is_a_value_error():
+    with pytest.raises(ValueError, match="window_size"):
+        OmniSparseConfig(window_size=0)
