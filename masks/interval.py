@@ -165,7 +165,9 @@ def _pool(x: Tensor, dim: int, count: int, block: int, *, highest: bool) -> Tens
         return _pool(x.to(torch.float32), dim, count, block, highest=highest) > 0
     limits = torch.finfo(x.dtype) if x.dtype.is_floating_point else torch.iinfo(x.dtype)
     missing = [0, 0] * (x.dim() - 1 - dim) + [0, count * block - x.shape[dim]]
-    padded: Tensor = F.pad(x, missing, value=limits.min if highest else limits.max)
+    # F.pad carries its value as a double, in which the largest int64 would wrap to the smallest.
+    largest = 2**62 if x.dtype == torch.int64 else limits.max
+    padded: Tensor = F.pad(x, missing, value=limits.min if highest else largest)
     blocks: Tensor = padded.unflatten(dim, (count, block))
     return blocks.amax(dim + 1) if highest else blocks.amin(dim + 1)
 

@@ -69,13 +69,13 @@ class MaskProgram:
     def blind_rows_need(self) -> Literal["nothing", "first", "all"]:
         """What a query that may not see its own position must keep lest it lose every key.
 
-        ``nothing``: there is no such query (a causal band or no mask). ``first``: causality
+        ``nothing``: there is no such query (one causal band or no mask). ``first``: causality
         and a choice of keys (padding): if any key is allowed, the first allowed one is.
         ``all``: nothing is known.
         """
-        parts = [part for part in conjuncts(self.expr) if axes(part)]
-        others = [part for part in parts if not _is_band(part)]
-        if not others:
+        parts = {part for part in conjuncts(self.expr) if axes(part)}
+        others = {part for part in parts if not _is_band(part)}
+        if not others and len(parts) <= 1:
             return "nothing"
         return "first" if all("q" not in axes(part) for part in others) else "all"
 
@@ -137,6 +137,8 @@ class _ScalarReader:
             source = node.args[0]
             assert isinstance(source, Node)
             if source in self.slots:
+                if node.meta["val"].shape != self.buffers[self.slots[source]].shape:
+                    raise UntraceableError("mask_mod reshapes a captured tensor")
                 self.slots[node] = self.slots[source]
             else:
                 self.values[node] = self._expr(source)
@@ -149,20 +151,35 @@ class _ScalarReader:
                 raise UntraceableError("mask_mod indexes only some dimensions of a captured tensor")
             self.values[node] = Load(self.slots[source], at)
         elif name in ("new_ones", "ones_like", "ones", "new_zeros", "zeros_like", "zeros"):
-            self.values[node] = Const("ones" in name)
+            number = int("ones" in name)
+            self.values[node] = Const(bool(number) if _dtype_of(node) == torch.bool else number)
         elif name == "full" or name == "full_like":
             self.values[node] = Const(node.args[1])  # type: ignore[arg-type]
         elif name == "_to_copy":
             self.values[node] = Apply(cast_of(node.kwargs["dtype"]), (self._expr(node.args[0]),))  # type: ignore[arg-type]
         else:
-            op = ATEN_OPS.get(name)
-            if op is None:
-                raise UntraceableError(f"mask_mod uses {node.target}, which has no index form")
-            if name == "div" and node.kwargs.get("rounding_mode") == "floor":
-                op = "floor_divide"
-            if op in ("and", "or") and len(node.args) != 2:
-                raise UntraceableError(f"mask_mod uses {node.target} with {len(node.args)} arguments")
-            self.values[node] = Apply(op, tuple(self._expr(a) for a in node.args))
+            self.values[node] = self._pointwise(node, name)
+
+    def _pointwise(self, node: Node, name: str) -> Expr:
+        op = ATEN_OPS.get(name)
+        if op is None or node.kwargs.get("rounding_mode") == "trunc":
+            raise UntraceableError(f"mask_mod uses {node.target}, which has no index form")
+        if name == "div" and node.kwargs.get("rounding_mode") == "floor":
+            op = "floor_divide"
+        if op in ("and", "or") and len(node.args) != 2:
+            raise UntraceableError(f"mask_mod uses {node.target} with {len(node.args)} arguments")
+        args = [self._expr(a) for a in node.args]
+        if op in ("and", "or", "xor", "not"):
+            if _dtype_of(node) != torch.bool:
+                # Of bits, neither truth nor bounds are those of the logical operation.
+                raise UntraceableError(f"mask_mod uses {node.target} on integers")
+            args = [
+                x if _dtype_of(a) == torch.bool else Apply("cast_bool", (x,))
+                for x, a in zip(args, node.args, strict=True)
+            ]
+        if (alpha := node.kwargs.get("alpha", 1)) != 1:
+            args[1] = Apply("mul", (args[1], self._expr(alpha)))
+        return Apply(op, tuple(args))
 
     def _expr(self, value: object) -> Expr:
         if isinstance(value, Node):
@@ -201,6 +218,14 @@ def cast_of(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "cast_bool"
     return "cast_float" if dtype.is_floating_point else "cast_int"
+
+
+def _dtype_of(value: object) -> torch.dtype | None:
+    """What tracing recorded for a node; numbers by their Python type, None for other than bool."""
+    if isinstance(value, Node):
+        dtype: torch.dtype = value.meta["val"].dtype
+        return dtype
+    return torch.bool if isinstance(value, bool) else None
 
 
 def _is_band(part: Expr) -> bool:

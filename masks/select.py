@@ -139,7 +139,8 @@ def _window_blocks(grid: Grid, q_offset: Tensor | int, window: int) -> Tensor:
     """Blocks within ``window`` tokens of a query, on both sides; (NQ, NK)."""
     first_q = torch.arange(grid.q_blocks, device=grid.device)[:, None] * grid.block + q_offset
     first_k = torch.arange(grid.kv_blocks, device=grid.device) * grid.block
-    reaches_back = first_k + grid.block > first_q - window + 1
+    # Queries past the last key (cross attention) count as sitting at it, as in _own_positions.
+    reaches_back = first_k + grid.block > first_q.clamp(max=grid.kv_len - 1) - window + 1
     return reaches_back & (first_k < first_q + grid.block + window - 1)
 
 
@@ -183,8 +184,8 @@ def _blind_rows(mask: MaskProgram | OpaqueMask, grid: Grid, q_offset: Tensor | i
 
 
 def _own_positions(grid: Grid, q_offset: Tensor | int) -> Tensor:
-    """Key position of each query, (L,)."""
-    positions = (torch.arange(grid.q_len, device=grid.device) + q_offset).clamp(max=grid.kv_len - 1)
+    """Key position of each query, (L,); outside the keys (L > S), the nearest one."""
+    positions = (torch.arange(grid.q_len, device=grid.device) + q_offset).clamp(min=0, max=grid.kv_len - 1)
     # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.
     own: Tensor = torch.ops.omnisparse.realize(positions)
     return own

@@ -41,7 +41,7 @@ def apply_omnisparse(
     kernel: str = "auto",
     min_seq_len: int | str = "auto",
     visual_mask: VisualMaskArgument = None,
-    inner: str = "auto",
+    inner: str | Callable[..., Any] = "auto",
     dynamic: bool | None = None,
 ) -> nn.Module:
     """Give a model OmniSparse attention, in training and in inference.
@@ -59,8 +59,9 @@ def apply_omnisparse(
         visual_mask: Which tokens may be dropped: bool (B, N), or a callable ``(args, kwargs)``
             of the module's inputs that returns one (or None: all). By default the model config's
             image and video token ids; prompts without them: every token is eligible.
-        inner: ``"inductor"``, ``"aot_eager"``, ``"eager"``; ``"auto"``: Inductor, but aot_eager
-            for CPU graphs that need gradients.
+        inner: What compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or
+            a Dynamo backend of your own; ``"auto"``: Inductor, but aot_eager for CPU graphs that
+            need gradients. Only Inductor's kernels skip blocks; elsewhere the mask carries them.
         dynamic: As in ``torch.compile``.
 
     Returns:

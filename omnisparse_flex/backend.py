@@ -67,7 +67,7 @@ class Backend:
         *,
         min_seq_len: int | str = "auto",
         kernel: str = "auto",
-        inner: str = "auto",
+        inner: str | CompiledFn = "auto",
     ) -> None:
         """Check the options; see ``apply_omnisparse`` for their meaning.
 
@@ -78,8 +78,9 @@ class Backend:
         valid = min_seq_len == "auto" or (isinstance(min_seq_len, int) and not isinstance(min_seq_len, bool))
         require(valid, "min_seq_len", 'be "auto" or an int of at least 0', min_seq_len)
         require(isinstance(min_seq_len, str) or min_seq_len >= 0, "min_seq_len", "be at least 0", min_seq_len)
-        for name, value, known in (("kernel", kernel, KERNELS), ("inner", inner, INNERS)):
-            require(value in known, name, f"be one of {', '.join(known)}", value)
+        require(kernel in KERNELS, "kernel", f"be one of {', '.join(KERNELS)}", kernel)
+        rule = f"be a Dynamo backend or one of {', '.join(INNERS)}"
+        require(callable(inner) or inner in INNERS, "inner", rule, inner)
         _check_flash(kernel)
         self.config = config
         self.min_seq_len = min_seq_len
@@ -112,7 +113,7 @@ class Backend:
 
         return run
 
-    def inner_for(self, device: torch.device, needs_grad: bool) -> str:
+    def inner_for(self, device: torch.device, needs_grad: bool) -> str | CompiledFn:
         """The inner compiler of a graph: Inductor, but aot_eager for CPU graphs that need gradients."""
         if self.inner != "auto":
             return self.inner
@@ -124,14 +125,15 @@ class Backend:
             return self.min_seq_len
         return BREAK_EVEN.get(device.type, max(BREAK_EVEN.values()))
 
-    def _record(self, rewrite: Rewrite, inner: str, device: torch.device, needs_grad: bool) -> None:
+    def _record(self, rewrite: Rewrite, inner: str | CompiledFn, device: torch.device, needs_grad: bool) -> None:
         self.last = rewrite
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
-        self.log.inners.add(inner)
+        name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
+        self.log.inners.add(name)
         if inner != "inductor":
             why = ": compiled flex_attention has no CPU backward" if needs_grad and device.type == "cpu" else ""
-            self.log.notes[f"inner compiler {inner}{why}; correct, but without sparse kernels"] = None
+            self.log.notes[f"inner compiler {name}{why}; correct, but without sparse kernels"] = None
 
 
 def omnisparse_backend(graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CompiledFn:
@@ -184,10 +186,11 @@ def site_report(site: Site, graph: int) -> SiteReport:
 
 
 def _compile(
-    graph_module: GraphModule, inputs: Sequence[Any], inner: str, device: torch.device, **kwargs: Any
+    graph_module: GraphModule, inputs: Sequence[Any], inner: str | CompiledFn, device: torch.device, **kwargs: Any
 ) -> CompiledFn:
     if inner != "inductor":
-        return cast(CompiledFn, lookup_backend(inner)(graph_module, list(inputs)))
+        compiler = inner if callable(inner) else lookup_backend(inner)
+        return cast(CompiledFn, compiler(graph_module, list(inputs)))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -74,6 +74,7 @@ class Entry:
         self.state = State(torch.tensor(rows, dtype=torch.float32))
         self.visual_mask: VisualMask | None = None
         self.undo: Callable[[], None] = lambda: None
+        self.checked = False
         self.compiled = self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +89,9 @@ class Entry:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             result = self.compiled(*args, **kwargs)
         if self.backend.log.runs == runs:
-            self._fell_back()
+            self._note_once("Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there")
+        elif not self.checked:
+            self._check_rewritten()
         return result
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,11 +114,20 @@ class Entry:
         compiled: Callable[..., Any] = torch.compile(function, backend=self.backend, dynamic=self.dynamic)
         return compiled
 
-    def _fell_back(self) -> None:
-        note = "Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there"
+    def _check_rewritten(self) -> None:
+        """Warn once if the first graphs rewrote nothing, unless length alone is the reason."""
+        self.checked = True
+        sites = self.backend.log.sites
+        reasons = sorted({site.reason for site in sites})
+        if not sites:
+            self._note_once("no attention site found: nothing to rewrite")
+        elif all(reasons) and not any("min_seq_len" in reason for reason in reasons):
+            self._note_once(f"rewrote no attention site: {'; '.join(reasons)}")
+
+    def _note_once(self, note: str) -> None:
         if note not in self.backend.log.notes:
             self.backend.log.notes[note] = None
-            warnings.warn(f"omnisparse: {note}", stacklevel=3)
+            warnings.warn(f"omnisparse: {note}", stacklevel=4)
 
 
 def is_disabled() -> bool:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 GAINS = (1.0, 2.5)
 #: How much of a query's projection is that of its key, 0-1; the rest is noise.
 LIKENESS = 0.8
+#: Bias on the rotary pairs that carry time, in queries and keys alike: its products are largest at the
+#: same moment, so attention prefers near frames, as trained video models do.
+NEARNESS = 3.0
 #: Attention's share in the residual stream, as a gain on the values.
 VALUE_GAIN = 2.0
 
@@ -51,6 +54,9 @@ def _liken_queries_to_keys(attention: nn.Module, generator: torch.Generator) -> 
     alike = LIKENESS * keys.unsqueeze(1) + math.sqrt(1 - LIKENESS**2) * noise
     gains = torch.linspace(*GAINS, groups).view(1, -1, 1, 1)
     query.copy_((alike * gains).flatten(0, 2))  # type: ignore[operator]
+    for projection in (attention.q_proj, attention.k_proj):
+        # Channel i of a head turns with channel i + head_dim // 2; the first channels carry time.
+        projection.bias.unflatten(0, (-1, head_dim))[:, : head_dim // 8] = NEARNESS  # type: ignore[union-attr, operator]
     attention.v_proj.weight.mul_(VALUE_GAIN)  # type: ignore[union-attr, operator]
 
 

@@ -16,9 +16,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config):
-    """Make ``backend="omnisparse"`` known in a bare checkout too, where no entry point says so."""
+    """One thread, and ``backend="omnisparse"`` known in a bare checkout too, where no entry point says so."""
     from torch._dynamo import list_backends, register_backend
 
+    # Thousands of tiny operators: more threads only wait for one another (minutes on two busy cores).
+    torch.set_num_threads(1)
     if "omnisparse" not in list_backends(exclude_tags=()):
         from omnisparse_flex.backend import omnisparse_backend
 
