@@ -1,7 +1,7 @@
 """Prefill attention on the CPU: ours, selection included, against dense SDPA.
 
-    python benchmarks/bench_prefill_cpu.py [--quick]        table, JSON and figures
-    pytest benchmarks/bench_prefill_cpu.py --benchmark-group-by=group
+python benchmarks/bench_prefill_cpu.py [--quick]        table, JSON and figures
+pytest benchmarks/bench_prefill_cpu.py --benchmark-group-by=group
 """
 
 from __future__ import annotations

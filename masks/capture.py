@@ -33,7 +33,9 @@ class Captures:
     @classmethod
     def of(cls, buffers: Sequence[Tensor], device: torch.device) -> Captures:
         """Prepare ``buffers`` for a flex call on ``device``."""
-        flat = device.type == "cpu"
+        # Only eager kernels have gradients on the CPU, and theirs come through ordinary indexing alone.
+        learned = torch.is_grad_enabled() and any(x.requires_grad for x in buffers)
+        flat = device.type == "cpu" and not learned
         ranks = tuple(x.dim() for x in buffers)
         if not flat:
             return cls(tuple(buffers), ranks, flat)

@@ -104,7 +104,7 @@ class Backend:
         with around:
             compiled = _compile(graph_module, inputs, inner, device, **kwargs)
         # Only now: the inner compiler may raise to make Dynamo start over with other sizes.
-        self._record(rewrite, inner, device, needs_grad)
+        self._record(rewrite, inner)
         log = self.log
 
         def run(*args: Any) -> Any:
@@ -125,14 +125,14 @@ class Backend:
             return self.min_seq_len
         return BREAK_EVEN.get(device.type, max(BREAK_EVEN.values()))
 
-    def _record(self, rewrite: Rewrite, inner: str | CompiledFn, device: torch.device, needs_grad: bool) -> None:
+    def _record(self, rewrite: Rewrite, inner: str | CompiledFn) -> None:
         self.last = rewrite
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
         self.log.inners.add(name)
         if inner != "inductor":
-            why = ": compiled flex_attention has no CPU backward" if needs_grad and device.type == "cpu" else ""
+            why = ": compiled flex_attention has no CPU backward" if self.inner == "auto" else ""
             self.log.notes[f"inner compiler {name}{why}; correct, but without sparse kernels"] = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,9 @@ def last_logits(model: nn.Module, inputs: Inputs, positions: int) -> Tensor:
     Returns:
         float32 (positions, vocabulary) of the first batch row.
     """
-    output = model(**inputs, use_cache=True, logits_to_keep=positions)
+    # Old or unusual models compute the logits of every position.
+    fewer = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    output = model(**inputs, use_cache=True, **fewer)
     logits: Tensor = output.logits[0, -positions:].float()
     return logits
 

@@ -88,7 +88,10 @@ class Entry:
         runs = self.backend.log.runs
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             result = self.compiled(*args, **kwargs)
-        if self.backend.log.runs == runs:
+        ran = self.backend.log.runs - runs
+        if ran > 1:
+            self._note_once(f"Dynamo broke the decoder into {ran} graphs: the visual mask reaches only the first")
+        if ran == 0:
             self._note_once("Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there")
         elif not self.checked:
             self._check_rewritten()
@@ -100,6 +103,10 @@ class Entry:
             self.state.recall = self.state.recall.to(parameter.device)
         if self.visual_mask is not None:
             self.state.visual = self.visual_mask(args, kwargs)
+        checkpoints = self.module.training and getattr(self.module, "gradient_checkpointing", False)
+        if checkpoints and hasattr(getattr(self.module, "config", None), "use_cache"):
+            # transformers does the same, with a log line that breaks the graph.
+            kwargs["use_cache"] = False
 
     def _compile(self) -> Callable[..., Any]:
         def template(*args: Any, **kwargs: Any) -> Any:

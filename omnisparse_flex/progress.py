@@ -24,6 +24,7 @@ class Progress:
         """
         self.stream = stream
         self.start = time.perf_counter()
+        self.open: list[str] = []
 
     @property
     def seconds(self) -> float:
@@ -43,10 +44,12 @@ class Progress:
         """
         self(f"{text} ...")
         begun, done = time.perf_counter(), threading.Event()
+        self.open.append(text)
 
         def beat() -> None:
             while not done.wait(HEARTBEAT_S):
-                self(f"{text} ... still at it after {time.perf_counter() - begun:.0f} s")
+                if self.open[-1:] == [text]:  # the innermost step speaks for those around it
+                    self(f"{text} ... still at it after {time.perf_counter() - begun:.0f} s")
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -55,6 +58,7 @@ class Progress:
         finally:
             done.set()
             thread.join()
+            self.open.pop()
         self(f"{text}: {time.perf_counter() - begun:.1f} s")
 
     def on_graph(self, what: str) -> Callable[[int], contextlib.AbstractContextManager[None]]:

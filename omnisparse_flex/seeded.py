@@ -21,7 +21,7 @@ LIKENESS = 0.8
 #: same moment, so attention prefers near frames, as trained video models do.
 NEARNESS = 3.0
 #: Attention's share in the residual stream, as a gain on the values.
-VALUE_GAIN = 2.0
+VALUE_GAIN = 1.0
 
 
 @torch.no_grad()

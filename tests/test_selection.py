@@ -5,9 +5,8 @@ import dataclasses
 import itertools
 from unittest import mock
 
-import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -161,6 +160,7 @@ def test_sinks_are_the_first_keys_a_row_may_see(case):
     assert not (lost & (case.allowed.cumsum(-1) <= case.config.sink_size)).any()
 
 
+@settings(max_examples=50)
 @given(cases())
 def test_without_visual_tokens_every_token_is_eligible(case):
     blind = dataclasses.replace(case, visual=torch.zeros(case.shape.batch, case.shape.kv_len, dtype=torch.bool))
@@ -228,16 +228,6 @@ def test_a_target_of_one_keeps_everything(case, target):
     assert torch.equal(selection.keep, selection.some.expand_as(selection.keep))
 
 
-@given(cases())
-def test_a_target_may_be_a_number_or_a_tensor(case):
-    target = case.config.recall_of(0)
-    for a, b in zip(
-        dataclasses.astuple(case.select(target)), dataclasses.astuple(case.select(torch.tensor(target))), strict=True
-    ):
-        # A float64 number against a float32 tensor: one block may tip at an exact tie, never more.
-        assert torch.equal(a, b) or (a.float() - b.float()).abs().max() <= 1
-
-
 # --- the same every time, and as lists ---------------------------------------
 
 
@@ -270,10 +260,3 @@ def test_a_dense_selection_keeps_what_the_mask_allows(case):
     lengths = (case.shape.q_len, case.shape.kv_len)
     assert not (case.allowed & ~expand_block_map(keep, *lengths, case.block)).any()
     assert not (expand_block_map(full, *lengths, case.block) & ~case.allowed).any()
-
-
-@pytest.mark.parametrize("transposed", [True, False])
-def test_transposed_lists_are_made_for_training_only(transposed):
-    maps = torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.zeros(1, 1, 2, 2, dtype=torch.bool)
-    block_mask = block_mask_from_maps(*maps, MaskProgram(), (200, 200), 128, transposed=transposed)
-    assert (block_mask.q_indices is not None) == transposed
