@@ -194,7 +194,23 @@ def simplify(expr: Expr) -> Expr:
         return args[1] if args[0] == Const(1) else args[0]
     if expr.op == "cast_bool" and is_boolean(args[0]):
         return args[0]
+    if expr.op == "where" and args[1:] == (TRUE, Const(False)) and is_boolean(args[0]):
+        return args[0]
+    if expr.op == "not" and isinstance(args[0], Apply):
+        return _negated(args[0])
     return Apply(expr.op, args)
+
+
+def _negated(expr: Apply) -> Expr:
+    """``not expr``, without the ``not`` where that is exact: comparisons of indices know no NaN."""
+    if expr.op == "not" and is_boolean(expr.args[0]):
+        return expr.args[0]
+    if expr.op in _OPPOSITES and not any(isinstance(node, Load) for node in walk(expr)):
+        return Apply(_OPPOSITES[expr.op], expr.args)
+    return Apply("not", (expr,))
+
+
+_OPPOSITES = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt"}
 
 
 def shift_slots(expr: Expr, by: int) -> Expr:

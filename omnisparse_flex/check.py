@@ -146,10 +146,16 @@ def build_inputs(model_dir: Path, model_config: Any, question: Question, progres
     tower, video_id = getattr(model_config, "vision_config", None), getattr(model_config, "video_token_id", None)
     sizes = [getattr(tower, name, None) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")]
     known = sizes == [video.PATCH, video.TEMPORAL_PATCH, video.MERGE] and video_id is not None
-    require(known, "video", "be left out unless the model is of the Qwen2-VL or Qwen2.5-VL kind", model_config.model_type)
+    require(
+        known, "video", "be left out unless the model is of the Qwen2-VL or Qwen2.5-VL kind", model_config.model_type
+    )
     frames, seconds = video.read_frames(question.video, question.max_frames)
     pixels, grid = video.qwen_patches(video.resize_frames(frames, PIXELS))
-    clip = [model_config.vision_start_token_id, *[video_id] * video.video_tokens(grid), model_config.vision_end_token_id]
+    clip = [
+        model_config.vision_start_token_id,
+        *[video_id] * video.video_tokens(grid),
+        model_config.vision_end_token_id,
+    ]
     ids = torch.cat([torch.tensor([clip]), text], dim=1)
     inputs = {
         "input_ids": ids,

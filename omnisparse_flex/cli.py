@@ -55,10 +55,13 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", type=Path, metavar="F", help="a video file (Qwen2-VL and Qwen2.5-VL models)")
     parser.add_argument("--prompt", metavar="P", help="the text; without a tokenizer, or without P, seeded token ids")
     parser.add_argument("--config", metavar="JSON", help="OmniSparseConfig fields: JSON text or a file with it")
-    parser.add_argument("--max-frames", type=_positive, default=64, metavar="N", help="frames of the video (default 64)")
+    parser.add_argument("--max-frames", type=_positive, default=64, metavar="N", help="of the video (default 64)")
     parser.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="seeded token ids (default 4096)")
     parser.add_argument(
-        "--min-seq-len", type=_natural, metavar="N", help="queries below which attention stays dense (default: measured)"
+        "--min-seq-len",
+        type=_natural,
+        metavar="N",
+        help="dense below so many queries (default: measured)",
     )
 
 

@@ -254,15 +254,22 @@ class Lifter:
         return self.lift(source, scope, tuple(indices) + tuple(own))
 
     def _gather(self, node: Node, source: Node, key: Sequence[Any], scope: Scope, at: Indices) -> Expr:
-        """``source[i, j]``: the index tensors broadcast; whole trailing dimensions may follow."""
-        if not all(_is_tensor(k) or isinstance(k, int) or k in self.inputs for k in key):
-            return self._leaf(node, scope, at)
+        """``source[:, i, j]``: the index tensors broadcast, side by side; whole dimensions may stand around them."""
         held = self.outer[source].node if source in self.outer else source
         assert held is not None
-        trailing = len(shape_of(held)) - len(key)
-        front = at[: len(at) - trailing] if trailing else at
-        indices = tuple(self._operand(k, scope, front) for k in key)
-        return self._captured(source, scope, indices + (at[len(at) - trailing :] if trailing else ()))
+        rank = len(shape_of(held))
+        items = _expand_ellipsis(key, rank)
+        items += [slice(None)] * (rank - len(items))
+        places = [i for i, item in enumerate(items) if item != slice(None)]
+        first, last = places[0], places[-1] + 1
+        indices = items[first:last]
+        if not all(
+            isinstance(k, int) or (isinstance(k, Node) and (_is_tensor(k) or k in self.inputs)) for k in indices
+        ):
+            return self._leaf(node, scope, at)
+        end = len(at) - (rank - last)
+        operands = tuple(self._operand(k, scope, at[first:end]) for k in indices)
+        return self._captured(source, scope, at[:first] + operands + at[end:])
 
     def _captured(self, source: Node, scope: Scope, at: Indices) -> Expr:
         """An element of a small tensor, read where it was computed."""
