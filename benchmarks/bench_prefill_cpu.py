@@ -25,8 +25,8 @@ import summary
 RESULTS = Path(__file__).resolve().parent / "results" / "prefill_cpu.json"
 LENGTHS = (2048, 4096, 8192, 16384)
 DENSITIES = (0.05, 0.15, 0.30, 0.50)
-#: Where break-even is looked for.
-SHORT_LENGTHS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
+#: Where break-even is looked for besides; below 768, blocks of 128 keep more than 30 %.
+SHORT_LENGTHS = (768, 1024, 1536, 3072)
 BREAK_EVEN_DENSITIES = (0.15, 0.30)
 ROUNDS = 7
 #: Short calls are repeated until a round takes this long.
@@ -137,7 +137,9 @@ def main() -> int:
     """Measure everything, print tables, keep JSON and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8K only, three rounds, nothing kept")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all cores")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     before = environment()
     print(", ".join(f"{key} {value}" for key, value in before.items()), flush=True)
     if options.quick:
@@ -146,7 +148,8 @@ def main() -> int:
     rows = [r for tokens in LENGTHS for r in measure(tokens, DENSITIES, ROUNDS)]
     show("prefill", rows)
     short = [r for tokens in SHORT_LENGTHS for r in measure(tokens, BREAK_EVEN_DENSITIES, ROUNDS)]
-    show("break_even", short)
+    wanted = [r for r in (*short, *rows) if r["density_asked"] in BREAK_EVEN_DENSITIES]
+    show("break_even", sorted(wanted, key=lambda r: (r["density_asked"], r["tokens"])))
     for asked in BREAK_EVEN_DENSITIES:
         print(f"sparse wins at {asked:.0%} from {first_win([*rows, *short], asked)} tokens on")
     keep(rows, short, before)

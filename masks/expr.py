@@ -233,9 +233,10 @@ def is_boolean(expr: Expr) -> bool:
     return False
 
 
-def causal(offset: Expr = Const(0)) -> Expr:
-    """``kv <= q + offset``: query row q sits at position q + offset."""
-    return Apply("le", (KV, Q if offset == Const(0) else Apply("add", (Q, offset))))
+def causal(offset: Expr | None = None) -> Expr:
+    """``kv <= q + offset``: query row q sits at position q + offset; None: 0."""
+    # No expression as a default: Dynamo of torch 2.11 cannot wrap one.
+    return Apply("le", (KV, Q if offset in (None, Const(0)) else Apply("add", (Q, offset))))
 
 
 def causal_offset(expr: Expr) -> Expr | None:

@@ -40,7 +40,7 @@ class MaskProgram:
         buffers: The captured tensors that the expression's loads name by slot.
     """
 
-    expr: Expr = TRUE
+    expr: Expr
     buffers: tuple[Tensor, ...] = ()
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -205,6 +205,10 @@ ATEN_OPS: dict[str, str] = {
     "bitwise_not": "not",
     "logical_not": "not",
 }
+
+
+#: Every pair is allowed.
+NO_MASK = MaskProgram(TRUE)
 
 
 def aten_name(target: object) -> str:

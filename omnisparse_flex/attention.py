@@ -16,14 +16,13 @@ from omnisparse_flex.masks.capture import Captures
 from omnisparse_flex.masks.expr import Const, Expr, Load, Loader, causal, evaluate, plain_load
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.opaque import OpaqueMask
-from omnisparse_flex.masks.program import MaskProgram, UntraceableError
+from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, select_blocks
 from omnisparse_flex.trace_mask import trace_mask_mod
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: head_dim range of the flex kernels.
 HEAD_DIMS = range(16, 257)
-NO_MASK = MaskProgram()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -33,8 +32,8 @@ class Site:
 
     Attributes:
         config: Selection rules; None keeps all that the mask allows (a dense layer).
-        target: Recall of this site, a number or 0-d tensor.
         mask: The model's own mask.
+        target: Recall of this site, a number or 0-d tensor.
         score_mod: ``(score, b, h, q, kv, *score_buffers)``, the model's own, or None.
         score_buffers: Trailing arguments of ``score_mod``.
         softcap: ``c`` of ``c * tanh(logit / c)``, applied first; 0: none.
@@ -50,8 +49,8 @@ class Site:
     """
 
     config: OmniSparseConfig | None
+    mask: MaskProgram | OpaqueMask
     target: Tensor | float = 1.0
-    mask: MaskProgram | OpaqueMask = NO_MASK
     score_mod: Callable[..., Tensor] | None = None
     score_buffers: tuple[Tensor, ...] = ()
     softcap: float = 0.0
@@ -125,7 +124,7 @@ def sparse_attention(
     _check(query, key, value, visual_mask, enable_gqa)
     q_len, kv_len = query.shape[2], key.shape[2]
     offset = kv_len - q_len if is_causal else 0
-    order = causal_program(offset, query.device) if is_causal else MaskProgram()
+    order = causal_program(offset, query.device) if is_causal else NO_MASK
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
     site = Site(
         config=config,

@@ -27,6 +27,10 @@ KERNELS = ("auto", "triton", "flash")
 #: "cpu"; for "cuda" the FACTS table (selection + sparse kernel against cuDNN).
 BREAK_EVEN: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
 
+#: GPUs behind the "cuda" break-even; any other gets ``UNMEASURED`` and a note in the report.
+MEASURED_GPUS = ("NVIDIA H200",)
+UNMEASURED = 2 * BREAK_EVEN["cuda"]
+
 CompiledFn = Callable[..., Any]
 
 
@@ -123,7 +127,11 @@ class Backend:
         """Queries below which a graph stays dense."""
         if isinstance(self.min_seq_len, int):
             return self.min_seq_len
-        return BREAK_EVEN.get(device.type, max(BREAK_EVEN.values()))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        if device.type == "cpu" or name in MEASURED_GPUS:
+            return BREAK_EVEN[device.type]
+        self.log.notes[f"{name} was never measured: dense below {UNMEASURED} queries"] = None
+        return UNMEASURED
 
     def _record(self, rewrite: Rewrite, inner: str | CompiledFn) -> None:
         self.last = rewrite

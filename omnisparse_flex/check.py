@@ -62,10 +62,9 @@ def config_from(source: str | None) -> OmniSparseConfig:
     """
     if source is None:
         return OmniSparseConfig()
-    text = source if source.lstrip().startswith("{") else None
-    if text is None:
-        require(Path(source).is_file(), "config", "be JSON text or an existing file", source)
-        text = Path(source).read_text(encoding="utf-8")
+    inline = source.lstrip().startswith("{")
+    require(inline or Path(source).is_file(), "config", "be JSON text or an existing file", source)
+    text = source if inline else Path(source).read_text(encoding="utf-8")
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
@@ -85,7 +84,7 @@ def explain_model(model_dir: Path, config: OmniSparseConfig) -> None:
     """
     auto, model_config = _auto_class(model_dir)
     with torch.device("meta"):
-        model = auto.from_config(model_config)
+        model = auto.from_config(model_config).eval()
     apply_omnisparse(model, config, min_seq_len=0)
     print(f"{type(model).__name__}\n{rewrite_report(model)}")
 
@@ -133,17 +132,14 @@ def run_check(model_dir: Path, config: OmniSparseConfig, question: Question, *, 
 def build_inputs(model_dir: Path, model_config: Any, question: Question, progress: Callable[[str], None]) -> Any:
     """Token ids of the prompt (or seeded ones), and the video's patches before them.
 
-    Returns:
-        A dict of tensors: keyword arguments of the model.
-
     Raises:
         ConfigError: On a video that the model cannot take or FFmpeg cannot decode.
     """
-    text_config = model_config.get_text_config()
-    text = _text_ids(model_dir, text_config.vocab_size, question, progress)
+    text = _text_ids(model_dir, model_config.get_text_config().vocab_size, question, progress)
     if question.video is None:
         return {"input_ids": text, "attention_mask": torch.ones_like(text)}
-    tower, video_id = getattr(model_config, "vision_config", None), getattr(model_config, "video_token_id", None)
+    tower: Any = getattr(model_config, "vision_config", None)
+    video_id: Any = getattr(model_config, "video_token_id", None)
     sizes = [getattr(tower, name, None) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")]
     known = sizes == [video.PATCH, video.TEMPORAL_PATCH, video.MERGE] and video_id is not None
     require(
@@ -160,7 +156,7 @@ def build_inputs(model_dir: Path, model_config: Any, question: Question, progres
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == video_id).int() * 2,
+        "mm_token_type_ids": ids.eq(video_id).int() * 2,
         "pixel_values_videos": pixels,
         "video_grid_thw": grid,
     }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnisparse_flex.masks import select
+from omnisparse_flex.masks import budget, select
 
 Inputs = Mapping[str, Any]
 
@@ -54,7 +54,7 @@ class _Stopwatch:
 @contextlib.contextmanager
 def _timed(module: nn.Module) -> Iterator[_Stopwatch]:
     watch = _Stopwatch(module)
-    module._compiled_call_impl = watch  # type: ignore[assignment]
+    module._compiled_call_impl = watch
     try:
         yield watch
     finally:
@@ -73,11 +73,14 @@ def last_logits(model: nn.Module, inputs: Inputs, positions: int) -> Tensor:
     Returns:
         float32 (positions, vocabulary) of the first batch row.
     """
+    logits: Tensor = _prefill(model, inputs, positions).logits[0, -positions:].float()
+    return logits
+
+
+def _prefill(model: nn.Module, inputs: Inputs, positions: int) -> Any:
     # Old or unusual models compute the logits of every position.
     fewer = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(**inputs, use_cache=True, **fewer)
-    logits: Tensor = output.logits[0, -positions:].float()
-    return logits
+    return model(**inputs, use_cache=True, **fewer)
 
 
 def measure(model: nn.Module, decoder: nn.Module, inputs: Inputs, positions: int, repeats: int = 3) -> Run:
@@ -131,12 +134,25 @@ def mean_kl(approximate: Tensor, exact: Tensor) -> float:
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, inputs: Inputs, tokens: int) -> list[int]:
-    """Greedily generated token ids, the end token ignored."""
-    generated = model.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-    )
-    return [int(token) for token in generated[0, -tokens:]]
+def greedy(model: nn.Module, inputs: Inputs, tokens: int, positions: int) -> list[int]:
+    """Greedily generated token ids of the first batch row; the end token does not stop it.
+
+    The steps of ``generate``, but from the prefill that ``measure`` runs: ``generate`` hands the
+    decoder other position tensors, and that would be one more graph to compile.
+
+    Args:
+        model: A causal language model of transformers.
+        inputs: Its keyword arguments: one row without padding.
+        tokens: How many.
+        positions: As in ``measure``, so that the graph is the same.
+    """
+    output = _prefill(model, inputs, positions)
+    found: list[int] = []
+    for _ in range(tokens):
+        found.append(int(output.logits[0, -1].argmax()))
+        step = torch.tensor([found[-1:]], device=output.logits.device)
+        output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+    return found
 
 
 @contextlib.contextmanager
@@ -150,17 +166,17 @@ def random_choice(seed: int = 0) -> Iterator[None]:
     Args:
         seed: Of the draw, which is a fixed function of (head, row, column).
     """
-    original = select.rank
+    original = budget.rank
 
     def rank(mass: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
         values, _ = original(mass, eligible)
         return values, original(_noise(mass, seed), eligible)[1]
 
-    select.rank = rank
+    select.rank = rank  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        select.rank = original
+        select.rank = original  # type: ignore[attr-defined]
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:

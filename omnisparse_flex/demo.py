@@ -58,7 +58,7 @@ class Size:
 
 #: 18 x 32 tokens from each pair of frames.
 FULL = Size(frames=16, pixels=504 * 896, layers=4, repeats=3)
-QUICK = Size(frames=8, pixels=252 * 448, layers=2, repeats=1)
+QUICK = Size(frames=24, pixels=252 * 448, layers=1, repeats=1)
 
 
 def build_model(layers: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -69,9 +69,6 @@ def build_model(layers: int, device: torch.device, dtype: torch.dtype, seed: int
         device: Where it goes.
         dtype: Its dtype.
         seed: Of the weights.
-
-    Returns:
-        The model, in eval mode.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -100,9 +97,6 @@ def build_inputs(frames: Tensor, frame_seconds: float, device: torch.device, dty
         frame_seconds: Time between two frames.
         device: Where they go.
         dtype: Of the pixels.
-
-    Returns:
-        Keyword arguments of the model.
     """
     pixels, grid = video.qwen_patches(frames)
     before, after = list(PROMPT.encode()), list(QUESTION.encode())
@@ -147,9 +141,10 @@ def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
         "visual_tokens": visual,
         **figures,
     }
-    title = f"OmniSparse block masks · {tokens} tokens of Big Buck Bunny · density {stats.density:.2f}"
+    where = f"{tokens} tokens, {visual} of them Big Buck Bunny"
+    title = f"OmniSparse block masks\n{where} · target recall {CONFIG.target_recall} · density {stats.density:.2f}"
     kv_heads = model.config.text_config.num_key_value_heads
-    plot.save_masks(stats, tokens, kv_heads, out / PICTURE, title=f"{title} (target recall {CONFIG.target_recall})")
+    plot.save_masks(stats, tokens, kv_heads, out / PICTURE, title=title)
     figures["seconds"] = progress.seconds
     full = {**figures, "config": CONFIG.to_dict(), "stats": stats.to_dict(), "report": report.to_dict()}
     (out / FIGURES).write_text(json.dumps(full, indent=1), encoding="utf-8")
@@ -172,13 +167,13 @@ class _Trial:
         with self.progress.step("dense prefill, plain SDPA"):
             plain = self._measure()
         with self.progress.step(f"dense: generating {GENERATED} tokens"):
-            dense_tokens = compare.greedy(self.model, self.inputs, GENERATED)
+            dense_tokens = compare.greedy(self.model, self.inputs, GENERATED, self.positions)
         with self.progress.step("dense prefill, compiled"):
             compiled = self._apply("dense", NEVER)._measure()
         with self.progress.step("sparse prefill"):
             sparse = self._apply("sparse")._measure()
         with self.progress.step(f"sparse: generating {GENERATED} tokens"):
-            sparse_tokens = compare.greedy(self.model, self.inputs, GENERATED)
+            sparse_tokens = compare.greedy(self.model, self.inputs, GENERATED, self.positions)
         with self.progress.step("sparse prefill with statistics"):
             logits, stats = self._recorded()
         local_logits, local = self._always_kept_only()

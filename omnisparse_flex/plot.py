@@ -56,8 +56,11 @@ def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: s
     heads = min(kv_heads, MAX_HEADS)
     if not layers:
         return
-    figure = Figure(figsize=(2.45 * len(layers) + 1.1, 2.75 * (heads + 1) + 1.0), dpi=130, layout="constrained")
-    grid = figure.add_gridspec(heads + 1, len(layers), height_ratios=[1] * heads + [0.8])
+    # The width never falls under the legend's.
+    width = max(2.6 * len(layers) + 1.1, 8.5)
+    figure = Figure(figsize=(width, 2.9 * heads + 0.35 * len(layers) + 2.4), dpi=130, layout="constrained")
+    ratios = [2.9] * heads + [0.35 * len(layers) + 0.9]
+    grid = figure.add_gridspec(heads + 1, len(layers), height_ratios=ratios)
     size = min((tokens + block - 1) // block, 256)
     for (column, layer), head in itertools.product(enumerate(layers), range(heads)):
         axes = figure.add_subplot(grid[head, column])
@@ -71,7 +74,7 @@ def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: s
         if head == heads - 1:
             axes.set_xlabel("key (tokens)", fontsize=8)
     _draw_recall(figure, figure.add_subplot(grid[heads, :]), stats)
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(title, fontsize=12)
     _legend(figure)
     figure.savefig(path)
 
@@ -127,4 +130,4 @@ def _legend(figure: Any) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(facecolor=c, edgecolor="#9aa4b0", label=n) for c, n in zip(COLOURS, NAMES, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)

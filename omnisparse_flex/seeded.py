@@ -9,6 +9,7 @@ model replaces these weights later.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,19 +46,19 @@ def seed_weights(model: nn.Module, seed: int) -> None:
             _liken_queries_to_keys(module, generator)
 
 
-def _liken_queries_to_keys(attention: nn.Module, generator: torch.Generator) -> None:
-    head_dim: int = attention.head_dim  # type: ignore[assignment]
-    query, key = attention.q_proj.weight, attention.k_proj.weight  # type: ignore[union-attr]
-    keys = key.float().cpu().unflatten(0, (-1, head_dim))  # type: ignore[operator]
-    groups = query.shape[0] // key.shape[0]  # type: ignore[union-attr]
+def _liken_queries_to_keys(attention: Any, generator: torch.Generator) -> None:
+    head_dim: int = attention.head_dim
+    query, key = attention.q_proj.weight, attention.k_proj.weight
+    keys = key.float().cpu().unflatten(0, (-1, head_dim))
+    groups = query.shape[0] // key.shape[0]
     noise = _normal((len(keys), groups, *keys.shape[1:]), generator) / math.sqrt(keys.shape[-1])
     alike = LIKENESS * keys.unsqueeze(1) + math.sqrt(1 - LIKENESS**2) * noise
     gains = torch.linspace(*GAINS, groups).view(1, -1, 1, 1)
-    query.copy_((alike * gains).flatten(0, 2))  # type: ignore[operator]
-    for projection in (attention.q_proj, attention.k_proj):
+    query.copy_((alike * gains).flatten(0, 2))
+    for projection in (p for p in (attention.q_proj, attention.k_proj) if p.bias is not None):
         # Channel i of a head turns with channel i + head_dim // 2; the first channels carry time.
-        projection.bias.unflatten(0, (-1, head_dim))[:, : head_dim // 8] = NEARNESS  # type: ignore[union-attr, operator]
-    attention.v_proj.weight.mul_(VALUE_GAIN)  # type: ignore[union-attr, operator]
+        projection.bias.unflatten(0, (-1, head_dim))[:, : head_dim // 8] = NEARNESS
+    attention.v_proj.weight.mul_(VALUE_GAIN)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -98,8 +98,14 @@ def _sdpa(scope: Scope, node: Node) -> Site:
         mask=given.get("attn_mask"),
         causal="upper_left" if given.get("is_causal") else "none",
         scale=number_of(given.get("scale")),
-        dropout=given.get("dropout_p", 0.0),
+        dropout=_probability(given.get("dropout_p", 0.0)),
     )
+
+
+def _probability(p: Any) -> float:
+    """A dropout probability; one that nobody knows counts as certain, and so refuses the site."""
+    number = number_of(p)
+    return 1.0 if number is None else number
 
 
 def _flex(scope: Scope, node: Node) -> Site:

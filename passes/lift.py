@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from omnisparse_flex.masks.expr import Apply, Const, Expr, Load, axes
 from omnisparse_flex.masks.program import cast_of
-from omnisparse_flex.passes.rewrite import Leaf, Scope, op_name, shape_of, value_of
+from omnisparse_flex.passes.rewrite import Leaf, Scope, mutations, op_name, shape_of, value_of
 
 Indices = tuple[Expr, ...]
 
@@ -62,7 +62,11 @@ class Lifter:
     """Lifts values of one site's mask; small tensors that it meets become leaves."""
 
     def __init__(
-        self, leaves: list[Leaf], inputs: dict[Node, Expr] | None = None, outer: dict[Node, Leaf] | None = None
+        self,
+        leaves: list[Leaf],
+        inputs: dict[Node, Expr] | None = None,
+        outer: dict[Node, Leaf] | None = None,
+        reader: Node | None = None,
     ) -> None:
         """Start a lift.
 
@@ -70,10 +74,12 @@ class Lifter:
             leaves: Filled with what the expression reads; slot i is ``leaves[i]``.
             inputs: Ready expressions of some nodes (the index inputs of a mask graph).
             outer: Nodes that stand for a tensor of another graph (a mask graph's operands).
+            reader: The node that reads the lifted value: what is written to it later does not matter.
         """
         self.leaves = leaves
         self.inputs = inputs or {}
         self.outer = outer or {}
+        self.reader: Node | None = reader
 
     def lift(self, node: Any, scope: Scope, at: Indices) -> Expr:
         """The value of ``node`` at position ``at``.
@@ -98,10 +104,24 @@ class Lifter:
         if node.op == "placeholder" and node not in self.outer:
             outer = scope.operand_of(node)
             if outer is not None and scope.parent is not None:
-                return self.lift(outer, scope.parent, at)
+                inner_reader, self.reader = self.reader, scope.call
+                result = self.lift(outer, scope.parent, at)
+                self.reader = inner_reader
+                return result
+            self._check_unchanged(node)
             return self._leaf(node, scope, at)
+        self._check_unchanged(node)
         rule = self._rule(node)
-        return rule(node, scope, at) if rule is not None else self._leaf(node, scope, at)
+        if rule is None:
+            return self._leaf(node, scope, at)
+        outer_reader, self.reader = self.reader, node
+        result = rule(node, scope, at)
+        self.reader = outer_reader
+        return result
+
+    def _check_unchanged(self, node: Node) -> None:
+        if self.reader is not None and any(change < self.reader for change in mutations(node)):
+            raise LiftError(f"mask {node.name} is changed in place before it is read")
 
     def _rule(self, node: Node) -> Callable[[Node, Scope, Indices], Expr] | None:
         name = op_name(node)
@@ -130,6 +150,10 @@ class Lifter:
             "tril": self._triangle,
             "triu": self._triangle,
             "pow": self._power,
+            "clamp": self._clamp,
+            "clip": self._clamp,
+            "clamp_min": self._clamp,
+            "clamp_max": self._clamp,
         }
         return by_name.get(name)
 
@@ -152,6 +176,12 @@ class Lifter:
         if op == "div" and node.kwargs.get("rounding_mode") == "floor":
             op = "floor_divide"
         args = list(node.args)
+        if op in ("and", "or", "xor", "not"):
+            if value_of(node).dtype != torch.bool:  # of bits, not of truth values
+                return self._leaf(node, scope, at)
+            return Apply(op, tuple(self._truth(arg, scope, at) for arg in args))
+        if node.kwargs.get("rounding_mode") == "trunc":
+            return self._leaf(node, scope, at)
         if (op == "where" and len(args) != 3) or (op in ("minimum", "maximum") and len(args) != 2):
             return self._leaf(node, scope, at)
         if op in ("minimum", "maximum") and not isinstance(args[1], Node):
@@ -159,6 +189,21 @@ class Lifter:
         if node.kwargs.get("alpha", 1) != 1:
             return self._leaf(node, scope, at)
         return Apply(op, tuple(self._operand(arg, scope, at) for arg in args))
+
+    def _truth(self, arg: Any, scope: Scope, at: Indices) -> Expr:
+        value, inner = value_of(arg), self._operand(arg, scope, at)
+        is_bool = value.dtype == torch.bool if isinstance(value, torch.Tensor) else isinstance(value, bool)
+        return inner if is_bool else Apply("cast_bool", (inner,))
+
+    def _clamp(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        names = ("input", "max", "min") if op_name(node) == "clamp_max" else ("input", "min", "max")
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        result = self._operand(given["input"], scope, at)
+        for name, op in (("min", "maximum"), ("max", "minimum")):
+            bound = given.get(name)
+            if bound is not None:
+                result = Apply(op, (result, self._operand(bound, scope, at)))
+        return result
 
     def _operand(self, arg: Any, scope: Scope, at: Indices) -> Expr:
         """An operand at the result's position: dimensions align right, size 1 broadcasts."""
@@ -278,6 +323,8 @@ class Lifter:
             if outer is None:
                 break
             source, scope = outer, scope.parent
+        if mutations(source):
+            raise LiftError(f"mask {source.name} is changed in place")
         return self._leaf(source, scope, at)
 
     def _masked_fill(self, node: Node, scope: Scope, at: Indices) -> Expr:

@@ -23,7 +23,7 @@ from omnisparse_flex.masks.expr import (
     simplify,
 )
 from omnisparse_flex.passes.lift import Lifter, LiftError
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Site, shape_of, value_of
+from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Site, mutations, shape_of, value_of
 
 #: An additive mask value at or under this means "not allowed" (finfo.min of half is -65504).
 NEGATIVE = -1e4
@@ -46,7 +46,7 @@ def _lift_site(site: Site) -> None:
             site.offset = _length_difference(site)
         parts.append(causal(site.offset))
     if site.padding is not None:
-        parts.append(Lifter(site.leaves).lift(site.padding, site.scope, (B, KV)))
+        parts.append(Lifter(site.leaves, reader=site.node).lift(site.padding, site.scope, (B, KV)))
     if site.mask is not None:
         parts.append(_lift_tensor(site, site.mask))
     if site.mods is not None:
@@ -67,10 +67,10 @@ def _lift_tensor(site: Site, mask: Node) -> Expr:
         for axis, size in zip((B, H, Q, KV)[4 - len(shape) :], shape, strict=True)
     )
     if value_of(mask).dtype == torch.bool:
-        expr = simplify(Lifter(site.leaves).lift(mask, site.scope, at))
+        expr = simplify(Lifter(site.leaves, reader=site.node).lift(mask, site.scope, at))
         return Apply("not", (expr,)) if site.mask_blocks else expr
     leaves: list[Leaf] = []
-    allowed, site.bias = split_additive(simplify(Lifter(leaves).lift(mask, site.scope, at)))
+    allowed, site.bias = split_additive(simplify(Lifter(leaves, reader=site.node).lift(mask, site.scope, at)))
     site.bias_leaves = leaves if site.bias is not None else []
     return _adopt(site, allowed, leaves)
 
@@ -136,6 +136,9 @@ def _lift_mask_graph(site: Site) -> Expr:
     placeholders = graph_module.graph.find_nodes(op="placeholder", sort=True)
     inputs: dict[Node, Expr] = dict(zip(placeholders, (B, H, Q, KV), strict=False))
     outer = {node: Leaf(value, site.scope) for node, value in zip(placeholders[4:], operands, strict=True)}
+    for value in operands:
+        if isinstance(value, Node) and any(change < site.node for change in mutations(value)):
+            raise LiftError(f"mask {value.name} is changed in place before it is read")
     (output,) = graph_module.graph.find_nodes(op="output")
     result = output.args[0]
     result = result[0] if isinstance(result, (tuple, list)) else result

@@ -16,7 +16,7 @@ from omnisparse_flex.masks.expr import Const, Load
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import record_maps, selection_stats, true_recall
 from omnisparse_flex.masks.select import BlockSelection
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, op_name
+from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations
 
 
 def lower(rewrite: Rewrite) -> None:
@@ -60,19 +60,13 @@ def _before_mutation(leaf: Leaf) -> Node:
     """A leaf's value as the mask saw it: static caches advance their length tensor afterwards."""
     node = leaf.node
     assert node is not None
-    if not any(_mutates(user, node) for user in node.users):
+    if not mutations(node):
         return node
     first_reader = min(node.users)
     with leaf.home.graph_module.graph.inserting_before(first_reader):
         copy = leaf.home.graph_module.graph.call_method("clone", (node,))
     copy.meta = dict(node.meta)
     return copy
-
-
-def _mutates(user: Node, node: Node) -> bool:
-    name = op_name(user)
-    in_place = (user.op == "call_method" and name.endswith("_")) or name in ("setitem", "iadd", "copy_")
-    return in_place and bool(user.args) and user.args[0] is node
 
 
 def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:

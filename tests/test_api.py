@@ -13,6 +13,7 @@ from torch import nn
 import omnisparse_flex
 from omnisparse_flex import ConfigError, OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
 from omnisparse_flex.api import dense
+from omnisparse_flex.backend import BREAK_EVEN, UNMEASURED, Backend
 from omnisparse_flex.entry import entry_of
 
 
@@ -88,7 +89,7 @@ def test_bad_arguments_change_nothing(case, device):
 
 def test_flash_without_its_package_is_refused(gpt, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="kernel must be .* unless flash-attn-4 is installed"):
+    with pytest.raises(ConfigError, match=r"kernel must be .* unless flash-attn-4 is installed"):
         apply_omnisparse(gpt, kernel="flash")
 
 
@@ -112,7 +113,7 @@ def test_eager_only_and_encoder_decoder_models_are_refused(monkeypatch):
 
     model = build("llama")
     monkeypatch.setattr(type(model.model), "_supports_sdpa", False)
-    with pytest.raises(ConfigError, match="model must support sdpa attention, got LlamaModel with eager attention only"):
+    with pytest.raises(ConfigError, match="model must support sdpa attention, got LlamaModel with eager"):
         apply_omnisparse(model)
     t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=50, decoder_start_token_id=0)
     with pytest.raises(ConfigError, match="model must be decoder-only"):
@@ -164,6 +165,13 @@ def test_nothing_rewritten_warns(device):
     with pytest.warns(UserWarning, match="no attention site"):
         model(torch.randn(2, 4, device=device))
     assert "no attention site found" in " ".join(rewrite_report(model).notes)
+
+
+def test_a_gpu_never_measured_gets_conservative_defaults(monkeypatch):
+    backend = Backend(OmniSparseConfig())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Other GPU")
+    assert backend.threshold(torch.device("cuda")) == UNMEASURED > BREAK_EVEN["cuda"]
+    assert backend.log.report().notes == (f"Some Other GPU was never measured: dense below {UNMEASURED} queries",)
 
 
 def test_dropout_in_training_is_a_named_skip(device):

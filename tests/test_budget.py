@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from omnisparse_flex.masks.blocks import block_lists, block_mask_from_maps
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
-from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.program import NO_MASK
 from omnisparse_flex.masks.queries import LAZY_STRIDE, REDUNDANCY_THRESHOLD, active_rows
 
 
@@ -124,7 +124,7 @@ def test_block_lists_name_the_kept_blocks_in_order(rows, columns, seed):
 @pytest.mark.parametrize("transposed", [True, False])
 def test_transposed_lists_are_made_for_training_only(transposed):
     maps = torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.zeros(1, 1, 2, 2, dtype=torch.bool)
-    block_mask = block_mask_from_maps(*maps, MaskProgram(), (200, 200), 128, transposed=transposed)
+    block_mask = block_mask_from_maps(*maps, NO_MASK, (200, 200), 128, transposed=transposed)
     assert (block_mask.q_indices is not None) == transposed
 
 

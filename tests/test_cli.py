@@ -86,7 +86,7 @@ def test_bad_directories(tmp_path: Path, qwen_dir: Path, capsys: pytest.CaptureF
     assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(qwen_dir), "--tokens", "8")
 
 
-@pytest.mark.parametrize("kind", ["BertConfig", "T5Config", "ViTConfig"])
+@pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "MambaConfig"])
 def test_unsupported_models(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     getattr(transformers, kind)().save_pretrained(tmp_path)
     assert "model must" in complaint(capsys, "check", str(tmp_path), "--no-run")
@@ -112,7 +112,7 @@ def test_missing_extras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
-    assert "av must be installed: pip install 'omnisparse-flex[demo]'" in complaint(capsys, "demo")
+    assert "must be installed: pip install 'omnisparse-flex[demo]'" in complaint(capsys, "demo")
 
 
 def test_a_video_for_a_text_model(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +203,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads((tmp_path / "omnisparse_stats.json").read_text())
     assert 0 < figures["density"] < 1 and figures["density_random"] == pytest.approx(figures["density"], abs=0.1)
     assert 0 <= figures["rel_error"] < figures["rel_error_random"]
-    assert len(figures["stats"]["layers"]) == figures["report"]["rewritten"] == 2
+    assert len(figures["stats"]["layers"]) == figures["report"]["rewritten"] == 1
     assert len(figures["generated_dense"]) == len(figures["generated_sparse"]) == 8
     assert (tmp_path / "omnisparse_masks.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     out = capsys.readouterr().out

@@ -106,6 +106,7 @@ def test_one_flex_kernel_per_layer():
     assert len(calls) == 2, calls
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_selection_needs_no_host_sync():
     model = build("llama", "cuda")
     inputs = {"input_ids": batch((700,), "cuda")["input_ids"], "use_cache": False}
@@ -113,8 +114,8 @@ def test_selection_needs_no_host_sync():
     with torch.no_grad():
         model(**inputs)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             model(**inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")

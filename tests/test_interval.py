@@ -10,7 +10,7 @@ from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, H, Index, Load
 from omnisparse_flex.masks.expr import causal as causal_expr
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.opaque import OpaqueMask
-from omnisparse_flex.masks.program import MaskProgram, UntraceableError
+from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.reference import materialize_mask
 from omnisparse_flex.testing import assert_mask_mod_equals, mask_mods
 from omnisparse_flex.trace_mask import trace_mask_mod
@@ -257,7 +257,7 @@ def test_integer_operators_keep_their_meaning_or_are_refused(name):
     try:
         program = trace_mask_mod(BITS[name], CPU)
     except UntraceableError:
-        program = OpaqueMask(MaskProgram(), BITS[name])
+        program = OpaqueMask(NO_MASK, BITS[name])
     else:
         truth = materialize_mask(BITS[name], 1, 1, grid.q_len, grid.kv_len)
         assert torch.equal(materialize_mask(program, 1, 1, grid.q_len, grid.kv_len), truth)

@@ -196,7 +196,7 @@ def test_environment_variable_disables(device, monkeypatch):
         before = model(**inputs).logits
         apply_omnisparse(model, OmniSparseConfig(target_recall=0.1), min_seq_len=0, inner="eager")
         monkeypatch.setenv("OMNISPARSE_DISABLE", "1")
-        assert torch.equal(model(**inputs).logits, before)
+        assert torch.allclose(model(**inputs).logits, before, atol=1e-5)
         assert entry_of(model).backend.log.graphs == 0
         monkeypatch.setenv("OMNISPARSE_DISABLE", "0")
         model(**inputs)
