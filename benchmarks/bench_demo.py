@@ -8,7 +8,7 @@ from pathlib import Path
 SCRIPT = "benchmarks/bench_demo.py"
 BASELINES = {
     "density": "dense causal attention FLOPs of the same prefill",
-    "rel_error": "logits of the question's positions, dense plain SDPA, same weights",
+    "rel_error": "logits of all positions, dense plain SDPA, same seeded weights",
     "rel_error_random": "as demo.rel_error, random blocks at the same budgets",
 }
 

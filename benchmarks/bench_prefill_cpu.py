@@ -65,7 +65,9 @@ def measure(tokens: int, densities: tuple[float, ...], rounds: int) -> list[dict
         functions[f"total {asked}"] = cases.sparse(case.config, query, key, value)
         functions[f"selection {asked}"] = cases.selection(case.config, query, key)
     times = interleaved(functions, rounds)
-    return [row(case, times) for case in found.values()]
+    rows = [row(case, times) for case in found.values()]
+    show(f"{tokens} tokens", rows)
+    return rows
 
 
 def row(case: cases.Case, times: dict[str, list[float]]) -> dict[str, Any]:
@@ -142,8 +144,10 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     before = environment()
     print(", ".join(f"{key} {value}" for key, value in before.items()), flush=True)
+    if before["load"][0] > 0.5:
+        print("this machine is busy: the numbers will be worse than they should be", flush=True)
     if options.quick:
-        show("prefill", measure(8192, (0.15,), 3))
+        measure(8192, (0.15,), 3)
         return 0
     rows = [r for tokens in LENGTHS for r in measure(tokens, DENSITIES, ROUNDS)]
     show("prefill", rows)

@@ -45,8 +45,12 @@ class OpaqueMask:
         return "all"
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """``pairs``, so that a mask is a ``mask_mod``."""
+        return self.pairs(b, h, q, kv)
+
+    def pairs(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """Both parts, element-wise."""
-        return self.program(b, h, q, kv) & self.mask_mod(b, h, q, kv)
+        return self.program.pairs(b, h, q, kv) & self.mask_mod(b, h, q, kv)
 
     def at(self, load: Loader, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """Both parts, the known one reading its buffers through ``load``."""
@@ -59,7 +63,7 @@ class OpaqueMask:
         q = torch.arange(grid.q_blocks * grid.block, device=grid.device).view(1, 1, -1, grid.block, 1, 1)
         kv = torch.arange(grid.kv_blocks * grid.block, device=grid.device).view(1, 1, 1, 1, -1, grid.block)
         q_exists, kv_exists = q < grid.q_len, kv < grid.kv_len
-        allowed = self(b, h, q.clamp(max=grid.q_len - 1), kv.clamp(max=grid.kv_len - 1))
+        allowed = self.pairs(b, h, q.clamp(max=grid.q_len - 1), kv.clamp(max=grid.kv_len - 1))
         full = (allowed | ~q_exists) & kv_exists
         some = allowed & q_exists & kv_exists
         return full.all(-1).all(3), some.any(-1).any(3)

@@ -44,6 +44,10 @@ class MaskProgram:
     buffers: tuple[Tensor, ...] = ()
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """``pairs``, so that a program is a ``mask_mod``; Dynamo of torch 2.11 cannot trace this spelling."""
+        return self.pairs(b, h, q, kv)
+
+    def pairs(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """The mask as an ordinary ``mask_mod`` over its own buffers."""
         return evaluate(self.expr, plain_load(self.buffers), b, h, q, kv)
 

@@ -101,7 +101,7 @@ def true_recall(
     logits = (sampled @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scale
     if score is not None:
         logits = score(logits, b, h, q, kv)
-    allowed = mask(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)
+    allowed = mask.pairs(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)
     mass = torch.softmax(logits.masked_fill(~allowed, float("-inf")), -1).masked_fill(~allowed, 0.0)
     # Realized in between: Inductor cannot bound an index into an index.
     kept = torch.ops.omnisparse.realize(selection.keep.index_select(2, rows // BLOCK))

@@ -178,7 +178,7 @@ def _blind_rows(mask: MaskProgram | OpaqueMask, grid: Grid, q_offset: Tensor | i
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1)
     q = torch.arange(grid.q_len, device=grid.device).view(1, 1, -1)
     own = _own_positions(grid, q_offset).view(1, 1, -1)
-    blind = ~mask(b, h, q, own).to(torch.bool)
+    blind = ~mask.pairs(b, h, q, own).to(torch.bool)
     blocks = any_in_blocks(blind, blind.dim() - 1, grid.q_blocks, grid.block)
     return blocks if blocks.shape[1] == 1 else blocks.unflatten(1, (kv_heads, -1)).any(2)
 

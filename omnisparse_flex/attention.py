@@ -159,7 +159,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     # Where block lists are ignored, the map of kept blocks is one more captured tensor.
     selection = () if site.lists or site.config is None else (keep,)
     captures = Captures.of((*site.mask.buffers, *selection), query.device)
-    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=bool(selection))
+    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=len(selection) > 0)
     score_captures = Captures.of(site.bias_buffers, query.device)
     score_mod = _folded_score(site, score_captures, kv_heads, groups)
 

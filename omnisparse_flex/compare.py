@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnisparse_flex.masks import budget, select
+from omnisparse_flex.masks import budget as budgets
+from omnisparse_flex.masks import select
 
 Inputs = Mapping[str, Any]
+
+#: Added to a layer's target recall, it asks for the random control; see ``random_switch``.
+RANDOM = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,27 +160,33 @@ def greedy(model: nn.Module, inputs: Inputs, tokens: int, positions: int) -> lis
 
 
 @contextlib.contextmanager
-def random_choice(seed: int = 0) -> Iterator[None]:
-    """Control: models that compile in this context keep as many blocks as ever, but random ones.
+def random_switch(seed: int = 0) -> Iterator[None]:
+    """Control: graphs that compile in this context choose random blocks where the target says so.
 
-    The estimator, the budgets, the always-kept blocks and the active rows stay what they
-    are; only which eligible blocks a row spends its budget on is drawn at random. The
-    density of a layer is then that of the same layer's real selection of the same input.
+    A target raised by ``RANDOM`` leaves the estimator, the budgets, the always-kept blocks and
+    the active rows what they are; only which eligible blocks a row spends its budget on is
+    drawn at random. One graph serves both, so that the control costs no compile of its own.
 
     Args:
         seed: Of the draw, which is a fixed function of (head, row, column).
     """
-    original = budget.rank
+    switches: list[Tensor] = []
 
-    def rank(mass: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
-        values, _ = original(mass, eligible)
-        return values, original(_noise(mass, seed), eligible)[1]
+    def need(sorted_mass: Tensor, kept_mass: Tensor, eligible_count: Tensor, target: Tensor | float) -> Tensor:
+        asked = torch.as_tensor(target, dtype=torch.float32, device=sorted_mass.device)
+        switches.append(asked > RANDOM - 0.5)
+        real = torch.where(switches[-1], asked - RANDOM, asked)
+        return budgets.need(sorted_mass, kept_mass, eligible_count, real)
 
-    select.rank = rank  # type: ignore[attr-defined]
+    def keep_top(order: Tensor, eligible: Tensor, budget: Tensor) -> Tensor:
+        drawn = budgets.rank(_noise(order, seed), eligible)[1]
+        return budgets.keep_top(torch.where(switches.pop(), drawn, order), eligible, budget)
+
+    select.need, select.keep_top = need, keep_top  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        select.rank = original  # type: ignore[attr-defined]
+        select.need, select.keep_top = budgets.need, budgets.keep_top  # type: ignore[attr-defined]
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:

@@ -14,10 +14,11 @@ RUNS = (("dense, plain SDPA", "dense_plain"), ("dense, compiled", "dense_compile
 
 
 def closeness(figures: Mapping[str, Any]) -> str:
-    """How far each choice of keys is from dense: the logits of the question, and the generated tokens."""
-    rows = [["keys", "density", "true recall", "relative error", "top-1 agreement"]]
+    """How far each choice of keys is from dense: logits (norm ratio), top-1 tokens, generated tokens."""
+    rows = [["keys", "density", "true recall", "relative error", "on the question", "top-1 agreement"]]
     for name, suffix in CHOICES:
-        numbers = (figures[column + suffix] for column in ("density", "true_recall", "rel_error", "top1"))
+        columns = ("density", "true_recall", "rel_error", "rel_error_question", "top1")
+        numbers = (figures[column + suffix] for column in columns)
         rows.append([name, *(f"{number:.3f}" for number in numbers)])
     dense, sparse = figures["generated_dense"], figures["generated_sparse"]
     same = sum(a == b for a, b in zip(dense, sparse, strict=True))

@@ -124,7 +124,7 @@ def test_block_lists_name_the_kept_blocks_in_order(rows, columns, seed):
 @pytest.mark.parametrize("transposed", [True, False])
 def test_transposed_lists_are_made_for_training_only(transposed):
     maps = torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.zeros(1, 1, 2, 2, dtype=torch.bool)
-    block_mask = block_mask_from_maps(*maps, NO_MASK, (200, 200), 128, transposed=transposed)
+    block_mask = block_mask_from_maps(*maps, NO_MASK.pairs, (200, 200), 128, transposed=transposed)
     assert (block_mask.q_indices is not None) == transposed
 
 

@@ -163,17 +163,18 @@ def test_the_random_control_spends_the_same_budgets() -> None:
     query, key = 2 * torch.randn(1, 4, 1500, 16), 2 * torch.randn(1, 2, 1500, 16)
     rules = OmniSparseConfig(target_recall=0.6)
 
-    def select() -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = select_blocks(query, key, causal_program(0, query.device), rules, target=0.6, scale=0.25)
+    def select(target: float) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = select_blocks(query, key, causal_program(0, query.device), rules, target=target, scale=0.25)
         return chosen.keep, chosen.forced
 
-    keep, forced = select()
-    with compare.random_choice():
-        control, _ = select()
-        assert torch.equal(control, select()[0])
+    keep, forced = select(0.6)
+    with compare.random_switch():
+        control, _ = select(0.6 + compare.RANDOM)
+        assert torch.equal(control, select(0.6 + compare.RANDOM)[0])
+        assert torch.equal(select(0.6)[0], keep)  # switched off
     assert torch.equal(control.sum(-1), keep.sum(-1)) and not torch.equal(control, keep)
     assert (control | ~forced).all()
-    assert torch.equal(select()[0], keep)
+    assert torch.equal(select(0.6)[0], keep)
 
 
 def test_seeded_weights_repeat() -> None:

@@ -32,7 +32,7 @@ def true_bounds(dense, grid):
 
 
 def assert_contains_truth(program, grid):
-    dense = materialize_mask(lambda *at: program(*at).to(torch.bool), grid.batch, grid.heads, grid.q_len, grid.kv_len)
+    dense = materialize_mask(lambda *at: program.pairs(*at).to(torch.bool), grid.batch, grid.heads, grid.q_len, grid.kv_len)
     true_full, true_some = true_bounds(dense, grid)
     full, some = program.bounds(grid)
     assert full.dtype == some.dtype == torch.bool
