@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
+from omnisparse_flex.passes.cacheable import cacheable_functions
 from omnisparse_flex.passes.rewrite import Site, shape_of
 from omnisparse_flex.report import RewriteReport, SiteReport
 
@@ -202,7 +203,8 @@ def _compile(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] = {}
+    # The cache's key holds this option, and with it our source.
+    patches: dict[str, Any] = {"unsafe_marked_cacheable_functions": cacheable_functions(graph_module)}
     if mode := kwargs.get("mode"):
         patches.update(list_mode_options(mode))
     if device.type == "cpu":

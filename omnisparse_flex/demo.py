@@ -135,13 +135,8 @@ def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
     progress(f"Qwen2.5-VL, {size.layers} text layers, seeded weights (not trained), on {_name(device)} in {dtype}")
     progress(f"{tokens} tokens, {visual} of them visual, from {len(frames)} frames")
     figures, stats, report = _Trial(model, inputs, size, progress).run()
-    figures = {
-        "device": _name(device),
-        "torch": torch.__version__,
-        "tokens": tokens,
-        "visual_tokens": visual,
-        **figures,
-    }
+    versions = {"device": _name(device), "torch": torch.__version__}
+    figures = {**versions, "tokens": tokens, "visual_tokens": visual, **figures}
     where = f"{tokens} tokens, {visual} of them Big Buck Bunny"
     title = f"OmniSparse block masks\n{where} · target recall {CONFIG.target_recall} · density {stats.density:.2f}"
     kv_heads = model.config.text_config.num_key_value_heads

@@ -16,7 +16,8 @@ from omnisparse_flex.masks.expr import Const, Load
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import record_maps, selection_stats, true_recall
 from omnisparse_flex.masks.select import BlockSelection
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations
+from omnisparse_flex.passes.cacheable import importable
+from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations, value_of
 
 
 def lower(rewrite: Rewrite) -> None:
@@ -102,7 +103,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
             mask=MaskProgram(expr, tuple(leaves[:count])),
             bias_buffers=tuple(leaves[count:]),
             score_buffers=rest[count + bias_count :],
-            target=target if recall is None else recall[layer].to(query.device),
+            target=target if recall is None else _recall_of(recall, layer, query.device),
             visual=None if visual is None else visual.to(query.device),
             q_offset=_offset_value(offset, leaves),
             on_select=None if stats is None else _recorder(layer, stats, maps, recalls),
@@ -111,7 +112,18 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
         return attend(query, key, value, attention)
 
     name = f"omnisparse_layer_{layer}"
-    return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
+    function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
+    if site.mods is not None:
+        return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
+    device = value_of(site.query).device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return importable(function, autocast)
+
+
+def _recall_of(recall: Tensor, layer: int, device: torch.device) -> Tensor:
+    """One layer's target, realized: kernels of all layers then read the same place and share their code."""
+    target: Tensor = torch.ops.omnisparse.realize(recall[layer].to(device))
+    return target
 
 
 def _recorder(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | None) -> Callable[..., None]:

@@ -1,0 +1,66 @@
+"""Names under which AOTAutograd's cache recognises our functions in another process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch.fx import GraphModule
+
+#: Functions by name; each is also an attribute of this module, because the cache key names functions by import.
+_KNOWN: dict[str, FunctionType] = {}
+
+
+def importable(function: FunctionType, *ambient: object) -> FunctionType:
+    """The function that stands for these constants, importable under a name that spells them.
+
+    AOTAutograd's cache key holds the names of the functions in a graph, not their closures:
+    equal names must mean equal code and constants, in every process.
+
+    Args:
+        function: The call of one site; whatever its closure holds must have a ``repr`` that tells all.
+        *ambient: What else the function's meaning depends on.
+
+    Returns:
+        ``function``, or the earlier one with the same meaning; without a new name, and then
+        not cached, if its closure holds an object that only an address describes.
+    """
+    constants = repr([cell.cell_contents for cell in function.__closure__ or ()] + list(ambient))
+    if " at 0x" in constants:
+        return function
+    digest = hashlib.sha256(f"{source_digest()} {constants}".encode()).hexdigest()[:16]
+    name = f"{function.__name__}_{digest}"
+    if name not in _KNOWN:
+        function.__name__ = function.__qualname__ = name
+        function.__module__ = __name__
+        setattr(sys.modules[__name__], name, function)
+        _KNOWN[name] = function
+    return _KNOWN[name]
+
+
+def cacheable_functions(graph_module: GraphModule) -> dict[str, str]:
+    """Inductor's ``unsafe_marked_cacheable_functions``: ours in this graph, keyed by our source."""
+    names = {_name_of(node.target) for node in graph_module.graph.nodes if node.op == "call_function"}
+    marked = {name: source_digest() for name in sorted(names) if name.startswith(f"{__name__}.")}
+    return {**torch._inductor.config.unsafe_marked_cacheable_functions, **marked}
+
+
+def _name_of(target: Any) -> str:
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of this package's source: other code must not hit this code's cache entries."""
+    digest = hashlib.sha256()
+    for package in ("omnisparse_flex", "omnisparse_flex.masks", "omnisparse_flex.passes"):
+        for folder in sys.modules[package].__path__:
+            for path in sorted(Path(folder).glob("*.py")):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
