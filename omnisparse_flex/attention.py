@@ -13,7 +13,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
 from omnisparse_flex.masks.capture import Captures
-from omnisparse_flex.masks.expr import Const, Expr, Load, Loader, causal, evaluate, plain_load
+from omnisparse_flex.masks.expr import Const, Expr, Load, Loader, causal, causal_offset, evaluate, plain_load
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
@@ -126,6 +126,9 @@ def sparse_attention(
     offset = kv_len - q_len if is_causal else 0
     order = causal_program(offset, query.device) if is_causal else NO_MASK
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
+    if mask_mod is not None and not is_causal and isinstance(mask, MaskProgram):
+        own = causal_offset(mask.expr)  # causality that came in the mask_mod says where queries sit
+        offset = int(own.value) if isinstance(own, Const) else offset
     site = Site(
         config=config,
         target=config.recall_of(0),
@@ -261,7 +264,7 @@ def _with_mask_mod(order: MaskProgram, mask_mod: MaskMod, device: torch.device) 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """Follow autocast as SDPA does; the flex operator is not on its list."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.dtype in DTYPES else x for x in tensors]

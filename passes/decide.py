@@ -60,7 +60,9 @@ def _has_fast_dense(site: Site) -> bool:
 
 
 def _autocasts(x: torch.Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device) and x.dtype == torch.float32
 
 
 def _is_zero(size: object) -> bool:

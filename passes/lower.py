@@ -115,9 +115,13 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
     function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
     if site.mods is not None:
         return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
-    device = value_of(site.query).device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return importable(function, autocast)
+    return importable(function, _autocast_dtype(value_of(site.query).device.type))
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The ambient autocast dtype, which the traced call depends on."""
+    known = torch.amp.is_autocast_available(device)  # not for meta tensors
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
 
 
 def _recall_of(recall: Tensor, layer: int, device: torch.device) -> Tensor:

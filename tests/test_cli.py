@@ -1,5 +1,6 @@
 """The command line, in-process, on tiny models saved to disk."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -108,8 +109,6 @@ def test_rules_from_a_file(tmp_path: Path) -> None:
 
 
 def test_missing_extras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import importlib.util
-
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
     assert "must be installed: pip install 'omnisparse-flex[demo]'" in complaint(capsys, "demo")
@@ -198,8 +197,8 @@ def test_progress_shows_life(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for module in ("av", "skvideo", "matplotlib"):
-        pytest.importorskip(module)
+    if not all(importlib.util.find_spec(module) for module in ("av", "skvideo", "matplotlib")):
+        pytest.skip("needs the demo extra")
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "omnisparse_stats.json").read_text())
     assert 0 < figures["density"] < 1 and figures["density_random"] == pytest.approx(figures["density"], abs=0.1)

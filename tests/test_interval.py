@@ -32,7 +32,8 @@ def true_bounds(dense, grid):
 
 
 def assert_contains_truth(program, grid):
-    dense = materialize_mask(lambda *at: program.pairs(*at).to(torch.bool), grid.batch, grid.heads, grid.q_len, grid.kv_len)
+    sizes = (grid.batch, grid.heads, grid.q_len, grid.kv_len)
+    dense = materialize_mask(lambda *at: program.pairs(*at).to(torch.bool), *sizes)
     true_full, true_some = true_bounds(dense, grid)
     full, some = program.bounds(grid)
     assert full.dtype == some.dtype == torch.bool
