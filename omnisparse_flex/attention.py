@@ -153,7 +153,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     Returns:
         (B, Hq, L, Dv).
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = _autocast(*_distinct(query, key, value))
     # Heads are numbers, also where Dynamo made every size a symbol: masks divide by them.
     kv_heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
     scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
@@ -261,13 +261,26 @@ def _with_mask_mod(order: MaskProgram, mask_mod: MaskMod, device: torch.device) 
         return OpaqueMask(order, mask_mod)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The ambient autocast dtype of a device type, None outside autocast."""
+    if device == "meta" or not torch.is_autocast_enabled(device):  # asking for meta raises
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """Follow autocast as SDPA does; the flex operator is not on its list."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [x.to(dtype) if x.dtype in DTYPES else x for x in tensors]
+    dtype = autocast_dtype(tensors[0].device.type)
+    return [x if dtype is None or x.dtype not in DTYPES else x.to(dtype) for x in tensors]
+
+
+def _distinct(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The flex templates of torch 2.11 refuse one tensor in two roles."""
+    return (
+        query,
+        torch.ops.omnisparse.realize(key) if key is query else key,
+        torch.ops.omnisparse.realize(value) if value is key or value is query else value,
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, visual: Tensor | None, enable_gqa: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from omnisparse_flex.attention import DTYPES, HEAD_DIMS
+from omnisparse_flex.attention import DTYPES, HEAD_DIMS, autocast_dtype
 from omnisparse_flex.masks.expr import TRUE, Const, causal
 from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site, shape_of, value_of
 
@@ -60,9 +60,7 @@ def _has_fast_dense(site: Site) -> bool:
 
 
 def _autocasts(x: torch.Tensor) -> bool:
-    device = x.device.type
-    known = torch.amp.is_autocast_available(device)
-    return known and torch.is_autocast_enabled(device) and x.dtype == torch.float32
+    return x.dtype == torch.float32 and autocast_dtype(x.device.type) is not None
 
 
 def _is_zero(size: object) -> bool:

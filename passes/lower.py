@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from omnisparse_flex.attention import Site as AttentionSite
-from omnisparse_flex.attention import attend, scalar
+from omnisparse_flex.attention import attend, autocast_dtype, scalar
 from omnisparse_flex.masks.expr import Const, Load
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import record_maps, selection_stats, true_recall
@@ -115,13 +115,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
     function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
     if site.mods is not None:
         return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
-    return importable(function, _autocast_dtype(value_of(site.query).device.type))
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """The ambient autocast dtype, which the traced call depends on."""
-    known = torch.amp.is_autocast_available(device)  # not for meta tensors
-    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
+    return importable(function, autocast_dtype(value_of(site.query).device.type))
 
 
 def _recall_of(recall: Tensor, layer: int, device: torch.device) -> Tensor:
