@@ -32,6 +32,8 @@ def record(
     baseline: str,
     script: str | os.PathLike[str],
     device: str | None = None,
+    torch_version: str | None = None,
+    tree: str | None = None,
     path: Path = SUMMARY,
 ) -> dict[str, Any]:
     """Write one figure into the summary; the others stay as they are.
@@ -43,6 +45,8 @@ def record(
         baseline: What it is measured against, "" for an absolute figure.
         script: The file that measured it.
         device: Where it was measured; None: this machine's GPU or CPU.
+        torch_version: Torch it was measured with; None: this one.
+        tree: Commit it was measured on; None: this checkout's.
         path: The summary file.
 
     Returns:
@@ -63,9 +67,9 @@ def record(
         "unit": unit,
         "baseline": baseline,
         "device": device_name() if device is None else device,
-        "torch": torch.__version__,
+        "torch": torch_version or torch.__version__,
         "script": relative(script),
-        "commit": commit(),
+        "commit": tree or commit(),
     }
     write_json({**read(path), name: entry}, path)
     return entry

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.errors import PassError
 from omnisparse_flex.masks.expr import TRUE, Expr
 
 
@@ -45,7 +46,8 @@ class Scope:
             return node
         if node in self.carried:
             return self.carried[node]
-        assert self.parent is not None and self.call is not None, "node is not in an enclosing scope"
+        if self.parent is None or self.call is None:
+            raise PassError(f"{node.name} is not in an enclosing graph")
         outer = self.parent.carry(node, home)
         graph = self.graph_module.graph
         inputs = self.placeholders()

@@ -1,0 +1,65 @@
+"""The whole test suite on a CUDA machine, and its outcome as two figures.
+
+    PYTHONPATH=$PWD:$PWD/tests python3 benchmarks/gpu_tests.py                 # run and record
+    python benchmarks/gpu_tests.py --log benchmarks/results/gpu_tests.log ...  # record a kept run
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from summary import record
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG = ROOT / "benchmarks" / "results" / "gpu_tests.log"
+#: What a bare checkout on a lent machine cannot run: building wheels, and git's own facts.
+LEFT_OUT = ("tests/test_packaging.py", "tests/test_summary.py")
+
+
+def run() -> str:
+    """Run pytest over everything, GPU tests included; returns its last lines."""
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "gpu or not gpu", "-p", "no:benchmark"]
+    command += [f"--ignore={path}" for path in LEFT_OUT] + ["--tb=short", "--show-capture=no"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    kept = re.compile(r"(FAILED|ERROR|SKIPPED|.* in [\d.]+s)")
+    return "\n".join(line for line in done.stdout.splitlines() if kept.match(line))
+
+
+def count(log: str, outcome: str) -> int:
+    """The number before ``outcome`` in pytest's closing line, 0 if it is not there."""
+    found = re.findall(rf"(\d+) {outcome}", log)
+    return int(found[-1]) if found else 0
+
+
+def main() -> int:
+    """Run or read, then record ``tests.gpu_passed`` and ``tests.gpu_failed``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--log", type=Path, help="a kept run's last lines, instead of running")
+    parser.add_argument("--device", help="where the kept run ran")
+    parser.add_argument("--torch", help="torch of the kept run")
+    parser.add_argument("--commit", help="tree of the kept run")
+    options = parser.parse_args()
+    log = options.log.read_text() if options.log else run()
+    if options.log is None:
+        LOG.write_text(log)
+    for outcome in ("passed", "failed"):
+        record(
+            f"tests.gpu_{outcome}",
+            count(log, outcome),
+            unit="tests",
+            baseline='pytest -m "gpu or not gpu"; skips are named in the log',
+            script=__file__,
+            device=options.device,
+            torch_version=options.torch,
+            tree=options.commit,
+        )
+    print(log)
+    return 1 if count(log, "failed") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
