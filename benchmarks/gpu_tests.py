@@ -1,7 +1,7 @@
 """The whole test suite on a CUDA machine, and its outcome as two figures.
 
-    PYTHONPATH=$PWD:$PWD/tests python3 benchmarks/gpu_tests.py                 # run and record
-    python benchmarks/gpu_tests.py --log benchmarks/results/gpu_tests.log ...  # record a kept run
+PYTHONPATH=$PWD:$PWD/tests python3 benchmarks/gpu_tests.py                 # run and record
+python benchmarks/gpu_tests.py --log benchmarks/results/gpu_tests.log ...  # record a kept run
 """
 
 from __future__ import annotations
