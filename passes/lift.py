@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from omnisparse_flex.masks.expr import Apply, Const, Expr, Load, axes
+from omnisparse_flex.masks.expr import Apply, Const, Expr
 from omnisparse_flex.masks.program import cast_of
-from omnisparse_flex.passes.rewrite import Leaf, Scope, mutations, op_name, shape_of, value_of
-
-Indices = tuple[Expr, ...]
-
-
-class LiftError(Exception):
-    """The mask is not a function of indices and small tensors; the text says why."""
-
+from omnisparse_flex.passes.lift_base import Indices, LiftError
+from omnisparse_flex.passes.lift_shapes import ShapeRules
+from omnisparse_flex.passes.rewrite import Scope, mutations, op_name, value_of
 
 #: Dynamo-level operation name -> name in ``masks.expr.OPS``.
 POINTWISE: dict[str, str] = {
@@ -58,28 +53,8 @@ _FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, 
 _VIEWS = ("view", "reshape", "unflatten", "flatten")
 
 
-class Lifter:
+class Lifter(ShapeRules):
     """Lifts values of one site's mask; small tensors that it meets become leaves."""
-
-    def __init__(
-        self,
-        leaves: list[Leaf],
-        inputs: dict[Node, Expr] | None = None,
-        outer: dict[Node, Leaf] | None = None,
-        reader: Node | None = None,
-    ) -> None:
-        """Start a lift.
-
-        Args:
-            leaves: Filled with what the expression reads; slot i is ``leaves[i]``.
-            inputs: Ready expressions of some nodes (the index inputs of a mask graph).
-            outer: Nodes that stand for a tensor of another graph (a mask graph's operands).
-            reader: The node that reads the lifted value: what is written to it later does not matter.
-        """
-        self.leaves = leaves
-        self.inputs = inputs or {}
-        self.outer = outer or {}
-        self.reader: Node | None = reader
 
     def lift(self, node: Any, scope: Scope, at: Indices) -> Expr:
         """The value of ``node`` at position ``at``.
@@ -157,20 +132,6 @@ class Lifter:
         }
         return by_name.get(name)
 
-    def _leaf(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        queries = [i for i, e in enumerate(at) if "q" in axes(e)]
-        keys = [i for i, e in enumerate(at) if "kv" in axes(e)]
-        if any(i != j for i in queries for j in keys):
-            shape = tuple(shape_of(node))
-            raise LiftError(f"mask {node.name} {shape} is a query-by-key tensor, not a function of indices")
-        leaf = self.outer.get(node, Leaf(node, scope))
-        value = value_of(leaf.node)
-        if isinstance(value, (bool, int, float)):
-            return Const(value)
-        if leaf not in self.leaves:
-            self.leaves.append(leaf)
-        return Load(self.leaves.index(leaf), at)
-
     def _pointwise(self, node: Node, scope: Scope, at: Indices) -> Expr:
         op = POINTWISE[op_name(node)]
         if op == "div" and node.kwargs.get("rounding_mode") == "floor":
@@ -205,14 +166,6 @@ class Lifter:
                 result = Apply(op, (result, self._operand(bound, scope, at)))
         return result
 
-    def _operand(self, arg: Any, scope: Scope, at: Indices) -> Expr:
-        """An operand at the result's position: dimensions align right, size 1 broadcasts."""
-        if not isinstance(arg, Node) or arg in self.inputs:
-            return self.lift(arg, scope, ())
-        shape = shape_of(arg)
-        own = at[len(at) - len(shape) :] if shape else ()
-        return self.lift(arg, scope, _collapse(own, shape))
-
     def _broadcast(self, node: Node, scope: Scope, at: Indices) -> Expr:
         return self._operand(node.args[0], scope, at)
 
@@ -241,92 +194,6 @@ class Lifter:
         moved = at[0] if step == 1 else Apply("mul", (at[0], self.lift(step, scope, ())))
         return moved if start == 0 else Apply("add", (moved, self.lift(start, scope, ())))
 
-    def _unsqueeze(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if not isinstance(dim, int):
-            return self._leaf(node, scope, at)
-        dim %= len(at)
-        return self.lift(node.args[0], scope, at[:dim] + at[dim + 1 :])
-
-    def _transpose(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        moved = list(at)
-        a, b = (int(d) % len(at) for d in node.args[1:3])  # type: ignore[arg-type]
-        moved[a], moved[b] = moved[b], moved[a]
-        return self.lift(node.args[0], scope, tuple(moved))
-
-    def _permute(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        order: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        moved = list(at)
-        for position, source in enumerate(order):
-            moved[source % len(at)] = at[position]
-        return self.lift(node.args[0], scope, tuple(moved))
-
-    def _view(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        """Reshapes that only insert or drop dimensions of size 1."""
-        source = node.args[0]
-        if not isinstance(source, Node):
-            return self._leaf(node, scope, at)
-        kept = [(size, index) for size, index in zip(shape_of(node), at, strict=True) if not _is_one(size)]
-        wanted = [size for size in shape_of(source) if not _is_one(size)]
-        if len(kept) != len(wanted) or any(a is not b and a != b for (a, _), b in zip(kept, wanted, strict=True)):
-            return self._leaf(node, scope, at)
-        rest = iter(index for _, index in kept)
-        return self.lift(source, scope, tuple(Const(0) if _is_one(s) else next(rest) for s in shape_of(source)))
-
-    def _getitem(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        source, key = node.args[0], node.args[1]
-        key = key if isinstance(key, tuple) else (key,)
-        if not isinstance(source, Node):
-            return self._leaf(node, scope, at)
-        if any(_is_tensor(k) or k in self.inputs for k in key if isinstance(k, Node)):
-            return self._gather(node, source, key, scope, at)
-        rank = len(shape_of(source))
-        own = list(at)
-        indices: list[Expr] = []
-        for item in _expand_ellipsis(key, rank):
-            if item is None:
-                own.pop(0)
-            elif isinstance(item, slice):
-                index = own.pop(0)
-                if item.step not in (None, 1) or _is_negative(item.start):
-                    return self._leaf(node, scope, at)
-                shift = item.start not in (None, 0)
-                indices.append(Apply("add", (index, self.lift(item.start, scope, ()))) if shift else index)
-            elif isinstance(item, int) and item >= 0:
-                indices.append(Const(item))
-            else:
-                return self._leaf(node, scope, at)
-        return self.lift(source, scope, tuple(indices) + tuple(own))
-
-    def _gather(self, node: Node, source: Node, key: Sequence[Any], scope: Scope, at: Indices) -> Expr:
-        """``source[:, i, j]``: the index tensors broadcast, side by side; whole dimensions may stand around them."""
-        held = self.outer[source].node if source in self.outer else source
-        assert held is not None
-        rank = len(shape_of(held))
-        items = _expand_ellipsis(key, rank)
-        items += [slice(None)] * (rank - len(items))
-        places = [i for i, item in enumerate(items) if item != slice(None)]
-        first, last = places[0], places[-1] + 1
-        indices = items[first:last]
-        if not all(
-            isinstance(k, int) or (isinstance(k, Node) and (_is_tensor(k) or k in self.inputs)) for k in indices
-        ):
-            return self._leaf(node, scope, at)
-        end = len(at) - (rank - last)
-        operands = tuple(self._operand(k, scope, at[first:end]) for k in indices)
-        return self._captured(source, scope, at[:first] + operands + at[end:])
-
-    def _captured(self, source: Node, scope: Scope, at: Indices) -> Expr:
-        """An element of a small tensor, read where it was computed."""
-        while source.op == "placeholder" and source not in self.outer and scope.parent is not None:
-            outer = scope.operand_of(source)
-            if outer is None:
-                break
-            source, scope = outer, scope.parent
-        if mutations(source):
-            raise LiftError(f"mask {source.name} is changed in place")
-        return self._leaf(source, scope, at)
-
     def _masked_fill(self, node: Node, scope: Scope, at: Indices) -> Expr:
         source, condition, fill = node.args[:3]
         return Apply("where", tuple(self._operand(x, scope, at) for x in (condition, fill, source)))
@@ -349,27 +216,3 @@ class Lifter:
             return self._leaf(node, scope, at)
         base = self._operand(node.args[0], scope, at)
         return Apply("mul", (base, base))
-
-
-def _collapse(at: Indices, shape: Sequence[Any]) -> Indices:
-    return tuple(Const(0) if _is_one(size) else index for index, size in zip(at, shape, strict=True))
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def _is_tensor(key: Any) -> bool:
-    return isinstance(key, Node) and isinstance(value_of(key), torch.Tensor)
-
-
-def _is_negative(start: Any) -> bool:
-    return isinstance(start, int) and start < 0
-
-
-def _expand_ellipsis(key: Sequence[Any], rank: int) -> list[Any]:
-    used = sum(1 for k in key if k is not None and k is not Ellipsis)
-    items: list[Any] = []
-    for item in key:
-        items += [slice(None)] * (rank - used) if item is Ellipsis else [item]
-    return items

@@ -22,7 +22,8 @@ from omnisparse_flex.masks.expr import (
     is_boolean,
     simplify,
 )
-from omnisparse_flex.passes.lift import Lifter, LiftError
+from omnisparse_flex.passes.lift import Lifter
+from omnisparse_flex.passes.lift_base import LiftError
 from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Site, mutations, shape_of, value_of
 
 #: An additive mask value at or under this means "not allowed" (finfo.min of half is -65504).
