@@ -9,8 +9,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import torch
-import torch._inductor.config
 from torch.fx import GraphModule
 
 #: Functions by name; each is also an attribute of this module, because the cache key names functions by import.
@@ -46,9 +44,11 @@ def importable(function: FunctionType, *ambient: object) -> FunctionType:
 
 def cacheable_functions(graph_module: GraphModule) -> dict[str, str]:
     """Inductor's ``unsafe_marked_cacheable_functions``: ours in this graph, keyed by our source."""
+    from torch._inductor import config  # not at import: it is slow to load
+
     names = {_name_of(node.target) for node in graph_module.graph.nodes if node.op == "call_function"}
     marked = {name: source_digest() for name in sorted(names) if name.startswith(f"{__name__}.")}
-    return {**torch._inductor.config.unsafe_marked_cacheable_functions, **marked}
+    return {**config.unsafe_marked_cacheable_functions, **marked}
 
 
 def _name_of(target: Any) -> str:
