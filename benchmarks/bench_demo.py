@@ -19,7 +19,7 @@ def main() -> None:
     from omnisparse_flex.demo import run_demo
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/scratch"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scratch")
     figures = run_demo(parser.parse_args().out)
     for name, baseline in BASELINES.items():
         unit = "share, 0-1" if name == "density" else "norm ratio"

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule
 
 from omnisparse_flex.config import OmniSparseConfig
@@ -198,6 +197,8 @@ def _compile(
     graph_module: GraphModule, inputs: Sequence[Any], inner: str | CompiledFn, device: torch.device, **kwargs: Any
 ) -> CompiledFn:
     if inner != "inductor":
+        from torch._dynamo.backends.registry import lookup_backend  # not at import: it loads every compiler
+
         compiler = inner if callable(inner) else lookup_backend(inner)
         return cast(CompiledFn, compiler(graph_module, list(inputs)))
     from torch._inductor import list_mode_options

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnisparse_flex.masks.program import MaskProgram, UntraceableError, read_scalar_graph
@@ -24,6 +23,8 @@ def trace_mask_mod(mask_mod: MaskMod, device: torch.device) -> MaskProgram:
     Raises:
         UntraceableError: If the function does something outside the pointwise vocabulary.
     """
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # not at import: slow
+
     scalars = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)]
     try:
         # Without the mode, indexing a captured tensor with a 0-d index would read the index's value.
