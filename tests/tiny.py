@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 
 VOCAB, IMAGE, VIDEO = 200, 190, 191
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": 192,
+    "vision_end_token_id": 193,
+}
 
 
 def text_config(**changes):
@@ -27,21 +34,13 @@ def qwen2_5_vl(**changes):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "type": "mrope", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    vision = {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "out_hidden_size": 64,
+    vision = QWEN_VISION | {
         "fullatt_block_indexes": [0],
     }
     config = Qwen2_5_VLConfig(
         text_config=text_config(rope_parameters=rope, **changes),
         vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=192,
-        vision_end_token_id=193,
+        **QWEN_TOKENS,
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
@@ -50,22 +49,14 @@ def qwen3_vl(**changes):
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0, "mrope_interleaved": True}
-    vision = {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "out_hidden_size": 64,
+    vision = QWEN_VISION | {
         "deepstack_visual_indexes": [0],
         "num_position_embeddings": 16,
     }
     config = Qwen3VLConfig(
         text_config=text_config(rope_parameters=rope, head_dim=16, **changes),
         vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=192,
-        vision_end_token_id=193,
+        **QWEN_TOKENS,
     )
     return Qwen3VLForConditionalGeneration(config)
 
