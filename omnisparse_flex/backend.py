@@ -44,6 +44,8 @@ class Log:
         runs: Number of compiled graphs that ran.
         inners: Inner compilers used.
         notes: Remarks for the report.
+        on_graph: Makes the context that surrounds each inner compile, given the graph's
+            number: where a command prints its progress; or None.
     """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)

@@ -107,6 +107,7 @@ class Site:
         bias_leaves: What ``bias`` reads, by slot.
         offset: Expression of query 0's position.
         skip: Set by the first pass that refuses the site.
+        rewritten: Set when ``lower`` has replaced the site.
     """
 
     kind: str
