@@ -68,7 +68,7 @@ def find_case(tokens: int, asked: float, query: Tensor, key: Tensor) -> Case | N
                 window_size=window,
             )
             chosen = select(query, key, config)
-            return (chosen.keep.sum() / chosen.some.expand_as(chosen.keep).sum()).item(), config
+            return (chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum()).item(), config
 
         low, high = 0, tokens // BLOCK
         while low < high:  # the smallest budget that keeps at least what was asked for
@@ -105,7 +105,7 @@ def selection(config: OmniSparseConfig, query: Tensor, key: Tensor) -> Callable[
 
     def lists(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         chosen = select(query, key, config)
-        found = (*block_lists(chosen.keep & ~chosen.full), *block_lists(chosen.keep & chosen.full))
+        found = (*block_lists(chosen.keep & ~chosen.layout.full), *block_lists(chosen.keep & chosen.layout.full))
         return tuple(torch.ops.omnisparse.realize(x) for x in found)
 
     compiled = torch.compile(lists, dynamic=False)

@@ -22,7 +22,7 @@ _LISTS = (
 
 
 def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Number and indices of the kept blocks of each row, kept ones first and ascending.
+    """Number and indices of the kept blocks of each row, ascending; what lies behind them is 0.
 
     Args:
         keep: bool (B, H, NQ, NK).
@@ -30,9 +30,12 @@ def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int32 (B, H, NQ) and int32 (B, H, NQ, NK).
     """
-    columns = torch.arange(keep.shape[-1], device=keep.device, dtype=torch.int32)
-    order = torch.sort(torch.where(keep, columns, columns + keep.shape[-1]), dim=-1).values
-    return keep.sum(-1, dtype=torch.int32), order % keep.shape[-1]
+    count = keep.shape[-1]
+    columns = torch.arange(count, device=keep.device, dtype=torch.int32).expand_as(keep)
+    # Each kept block's place is the number of kept ones before it; the others share one place past the end.
+    place = torch.where(keep, keep.cumsum(-1) - 1, count)
+    lists = torch.zeros((*keep.shape[:-1], count + 1), dtype=torch.int32, device=keep.device)
+    return keep.sum(-1, dtype=torch.int32), lists.scatter(-1, place, columns)[..., :count]
 
 
 def block_mask_from_maps(

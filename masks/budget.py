@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.sort_rows)
+
 
 def rank(mass: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
     """Sort each row's eligible units by mass, descending.
@@ -16,8 +18,7 @@ def rank(mass: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(sorted_mass, order)``, both (..., NK).
     """
-    # torch.sort with a key below every mass: Tensor.argsort(stable=True) fails under Dynamo-backend tracing.
-    values, order = torch.sort(mass.masked_fill(~eligible, -1.0), dim=-1, descending=True)
+    values, order = torch.ops.omnisparse.sort_rows(mass.masked_fill(~eligible, -1.0))
     return values.clamp(min=0.0), order
 
 
@@ -40,7 +41,7 @@ def need(sorted_mass: Tensor, kept_mass: Tensor, eligible_count: Tensor, target:
     reached = kept_mass.unsqueeze(-1) + sorted_mass.cumsum(-1)
     wanted = (target * total).unsqueeze(-1)
     additional = (reached < wanted).sum(-1) + 1
-    additional = torch.where(kept_mass >= wanted.squeeze(-1), 0, additional)
+    additional = additional.masked_fill(kept_mass >= wanted.squeeze(-1), 0)
     goal = torch.as_tensor(target, dtype=torch.float32, device=sorted_mass.device)
     return torch.where(goal >= 1.0, eligible_count, torch.minimum(additional, eligible_count))
 
@@ -58,12 +59,12 @@ def shared_budget(needs: Tensor, active: Tensor, rule: str | int) -> Tensor:
 
     Source: PAPER: k* = max_h need(h), applied uniformly; each head still picks its own keys.
     """
-    asked = torch.where(active, needs, 0)
+    asked = needs.masked_fill(~active, 0)
     if rule == "flattest_head":
         asked = asked.amax(dim=1, keepdim=True).expand_as(asked)
     elif not isinstance(rule, str):
         asked = torch.full_like(asked, rule)
-    return torch.where(active, asked, 0)
+    return asked.masked_fill(~active, 0)
 
 
 def keep_top(order: Tensor, eligible: Tensor, budget: Tensor) -> Tensor:

@@ -44,6 +44,9 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     """Mean over consecutive blocks of tokens, the ragged last one included: (B, H, N, D) -> (B, H, NB, D)."""
     length = x.shape[2]
     count = (length + block - 1) // block
+    if isinstance(length, int) and length % block == 0:
+        mean: Tensor = x.unflatten(2, (count, block)).mean(3, dtype=torch.float32)
+        return mean.to(x.dtype)
     padded: Tensor = F.pad(x, (0, 0, 0, count * block - length))
     sizes = (length - torch.arange(count, device=x.device) * block).clamp(max=block)
     sums: Tensor = padded.unflatten(2, (count, block)).sum(3, dtype=torch.float32)

@@ -36,6 +36,7 @@ def active_rows(
         return ~lazy, lazy
     rows = torch.arange(local_mass.shape[-1], device=local_mass.device)
     leader = rows - rows % LAZY_STRIDE
-    redundancy = F.cosine_similarity(pooled_query.float(), pooled_query.float()[..., leader, :], dim=-1).mean(2)
+    direction = F.normalize(pooled_query.float(), dim=-1)
+    redundancy = (direction * direction[..., leader, :]).sum(-1).mean(2)
     lazy = (1.0 - local_mass < threshold) & (redundancy >= REDUNDANCY_THRESHOLD) & ~text
     return ~lazy | (rows == leader), lazy

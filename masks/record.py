@@ -37,13 +37,13 @@ def selection_stats(selection: BlockSelection) -> Tensor:
     own (uncalibrated).
     """
     batch, heads = selection.keep.shape[:2]
-    rows = selection.some.any(-1).expand(batch, heads, -1)
+    rows = selection.layout.some.any(-1).expand(batch, heads, -1)
     active = selection.active & rows
     lazy = selection.lazy & rows
     recall = (selection.mass * selection.keep).sum(-1)
     values = (
         selection.keep.sum() / (batch * heads),
-        selection.some.expand_as(selection.keep).sum() / (batch * heads),
+        selection.layout.some.expand_as(selection.keep).sum() / (batch * heads),
         (selection.budget * active).sum() / active.sum().clamp(min=1),
         active.sum() / rows.sum().clamp(min=1),
         (lazy & ~selection.active).sum() / lazy.sum().clamp(min=1),
@@ -60,7 +60,7 @@ def record_maps(canvas: Tensor, selection: BlockSelection) -> None:
     """Paint the first batch row's kept blocks: ``canvas`` is uint8 (H, rows, columns), cropped to fit."""
     _, heads, rows, columns = selection.keep.shape
     cells = selection.keep[0].to(torch.uint8) * SELECTED
-    cells = torch.where(selection.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
+    cells = torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
     canvas[:heads, :rows, :columns].copy_(cells[: canvas.shape[0], : canvas.shape[1], : canvas.shape[2]])
 
 

@@ -14,10 +14,10 @@ from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
 from omnisparse_flex.masks.capture import Captures
 from omnisparse_flex.masks.expr import Const, Expr, Load, Loader, causal, causal_offset, evaluate, plain_load
-from omnisparse_flex.masks.interval import Grid
+from omnisparse_flex.masks.layout import Layout
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
-from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, select_blocks
+from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, grid_of, select_blocks
 from omnisparse_flex.trace_mask import trace_mask_mod
 from omnisparse_flex.types import MaskMod, ScoreMod
 
@@ -45,6 +45,7 @@ class Site:
         lists: The kernel honours block lists (Inductor). Otherwise (eager, aot_eager) the
             selection rides in the ``mask_mod``.
         kernel_options: Options for the flex kernel.
+        layout: The part of the selection that layers of one mask share; None: made here.
         on_select: Called with the selection, query, key, scale and the site, to record statistics.
     """
 
@@ -61,6 +62,7 @@ class Site:
     q_offset: Tensor | int = 0
     lists: bool = False
     kernel_options: tuple[tuple[str, Any], ...] = ()
+    layout: Layout | None = None
     on_select: Callable[[BlockSelection, Tensor, Tensor, float, Site], None] | None = None
 
     @property
@@ -196,8 +198,7 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
         return dense_selection(query, key, site.mask)
     adjust = None
     if site.changes_scores:
-        grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], BLOCK, query.device)
-        adjust = at_centres(grid, site.plain_score)
+        adjust = at_centres(grid_of(query, key), site.plain_score)
     selection = select_blocks(
         query,
         key,
@@ -208,10 +209,11 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
         visual=site.visual,
         q_offset=site.q_offset,
         adjust=adjust,
+        layout=site.layout,
     )
     if site.on_select is not None:
         site.on_select(selection, query, key, scale, site)
-    return selection.keep, selection.full
+    return selection.keep, selection.layout.full
 
 
 def _folded_mask(site: Site, captures: Captures, kv_heads: int, groups: int, *, has_map: bool) -> Callable[..., Tensor]:

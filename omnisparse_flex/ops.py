@@ -2,7 +2,8 @@
 
 ``attn`` marks an attention site in a captured graph; left alone it decomposes to dense
 SDPA. ``bind`` carries run-time state into the graph. ``realize`` is a copy that Inductor
-cannot fuse away.
+cannot fuse away. ``sort_rows`` is a sort that Inductor does not write itself: Triton takes
+up to a minute to compile a sort fused with what surrounds it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _lib.define(
 )
 _lib.define("bind(Tensor? visual, Tensor recall, Tensor? stats, Tensor? maps, Tensor? recalls) -> Tensor")
 _lib.define("realize(Tensor x) -> Tensor")
+_lib.define("sort_rows(Tensor x) -> (Tensor, Tensor)")
 
 
 def dense_attention(
@@ -81,9 +83,23 @@ def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _sort_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, order = torch.sort(x.contiguous(), dim=-1, descending=True, stable=True)
+    return values, order
+
+
 _lib.impl("attn", dense_attention, "CompositeImplicitAutograd")
 _lib.impl("bind", _bind, "CompositeImplicitAutograd")
 _lib.impl("realize", _copy, "CompositeExplicitAutograd")
+_lib.impl("sort_rows", _sort_rows, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "omnisparse::sort_rows",
+    lambda x: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(x, dtype=torch.int64, memory_format=torch.contiguous_format),
+    ),
+    lib=_lib,
+)
 torch.library.register_fake(
     "omnisparse::realize", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), lib=_lib
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch.fx import Node
 
 from omnisparse_flex.attention import Site as AttentionSite
 from omnisparse_flex.attention import attend, autocast_dtype, scalar
-from omnisparse_flex.masks.expr import Const, Load
+from omnisparse_flex.masks.expr import Const, Expr, Load
+from omnisparse_flex.masks.layout import Layout, block_layout
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import record_maps, selection_stats, true_recall
-from omnisparse_flex.masks.select import BlockSelection
+from omnisparse_flex.masks.select import BlockSelection, grid_of
 from omnisparse_flex.passes.cacheable import importable
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations, value_of
+from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations, shape_of, value_of
 
 
 def lower(rewrite: Rewrite) -> None:
@@ -26,23 +27,42 @@ def lower(rewrite: Rewrite) -> None:
     The function holds what is constant (rules, expressions) and takes what is not (tensors)
     as graph operands, so that the graph stays honest about what it reads.
     """
+    layouts: dict[Hashable, Node] = {}
     for site in rewrite.open_sites():
-        operands = _operands(site, rewrite)
+        operands = _operands(site, rewrite, layouts)
         with site.scope.graph_module.graph.inserting_before(site.node):
             call = site.scope.graph_module.graph.call_function(_function(site, rewrite.settings), operands)
         call.meta = dict(site.node.meta)
         site.node.replace_all_uses_with(call)
+        rewrite.moved(site.node, call)
         rewrite.orphans.append(Leaf(site.node, site.scope))
         site.node = call
         site.rewritten = rewrite.modified = True
 
 
-def _operands(site: Site, rewrite: Rewrite) -> tuple[Node | None, ...]:
-    """(query, key, value, visual, recall, stats, maps, recalls, *mask leaves, *bias leaves, *score operands)."""
+def _operands(site: Site, rewrite: Rewrite, layouts: dict[Hashable, Node]) -> tuple[Node | None, ...]:
+    """(query, key, value, layout, visual, recall, stats, maps, recalls, *mask, *bias leaves, *score operands)."""
     state = tuple(None if node is None else site.scope.carry(node, rewrite.root) for node in _state_for(site, rewrite))
     leaves = [_leaf_operand(leaf, site.scope) for leaf in (*site.leaves, *site.bias_leaves)]
     scores = site.mods[2] if site.mods is not None else ()
-    return (site.query, site.key, site.value, *state, *leaves, *scores)
+    layout = _layout_node(site, rewrite.settings, state[0], layouts)
+    return (site.query, site.key, site.value, layout, *state, *leaves, *scores)
+
+
+def _layout_node(site: Site, settings: Settings, visual: Node | None, layouts: dict[Hashable, Node]) -> Node | None:
+    """One node for all layers with this mask and these lengths: there are far fewer masks than layers."""
+    if settings.config.recall_of(site.layer) == 1.0:
+        return None
+    shapes = str((shape_of(site.query)[:3], shape_of(site.key)[:3]))
+    what = (site.scope, site.expr, site.offset, tuple(site.leaves), shapes)
+    if what not in layouts:
+        leaves = [_leaf_operand(leaf, site.scope) for leaf in site.leaves]
+        graph = site.scope.graph_module.graph
+        with graph.inserting_before(site.node):
+            layouts[what] = graph.call_function(
+                _layout_function(site, settings), (site.query, site.key, visual, *leaves)
+            )
+    return layouts[what]
 
 
 def _state_for(site: Site, rewrite: Rewrite) -> tuple[Node | None, ...]:
@@ -70,9 +90,22 @@ def _before_mutation(leaf: Leaf) -> Node:
     return copy
 
 
+def _layout_function(site: Site, settings: Settings) -> Callable[..., Layout]:
+    """A named function with the mask's constants in its closure."""
+    expr, offset, config = site.expr, site.offset, settings.config
+
+    def call(query: Tensor, key: Tensor, visual: Tensor | None, *leaves: Any) -> Layout:
+        mask, q_offset = _mask(expr, offset, query, key, leaves)
+        visual = None if visual is None else visual.to(query.device)
+        grid = grid_of(query, key)
+        return block_layout(mask, grid, int(key.shape[1]), config, visual=visual, q_offset=q_offset)
+
+    return importable(_renamed(call, "omnisparse_layout"), None)
+
+
 def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
     """A named function with the site's constants in its closure (FX needs a name to call)."""
-    count, bias_count = len(site.leaves), len(site.bias_leaves)
+    count, scores = len(site.leaves), len(site.leaves) + len(site.bias_leaves)
     config = settings.config
     dense = config.recall_of(site.layer) == 1.0
     fixed: dict[str, Any] = {
@@ -90,6 +123,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        layout: Layout | None,
         visual: Tensor | None,
         recall: Tensor | None,
         stats: Tensor | None,
@@ -97,25 +131,31 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
         recalls: Tensor | None,
         *rest: Any,
     ) -> Tensor:
-        difference = key.shape[2] - query.shape[2]
-        leaves = [_as_tensor(difference if x is None else x, query.device) for x in rest[: count + bias_count]]
+        mask, q_offset = _mask(expr, offset, query, key, rest[:count])
         attention = AttentionSite(
-            mask=MaskProgram(expr, tuple(leaves[:count])),
-            bias_buffers=tuple(leaves[count:]),
-            score_buffers=rest[count + bias_count :],
+            mask=mask,
+            bias_buffers=_as_tensors(rest[count:scores], query, key),
+            score_buffers=rest[scores:],
             target=target if recall is None else _recall_of(recall, layer, query.device),
             visual=None if visual is None else visual.to(query.device),
-            q_offset=_offset_value(offset, leaves),
+            q_offset=q_offset,
+            layout=layout,
             on_select=None if stats is None else _recorder(layer, stats, maps, recalls),
             **fixed,
         )
         return attend(query, key, value, attention)
 
-    name = f"omnisparse_layer_{layer}"
-    function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
+    function = _renamed(call, f"omnisparse_layer_{layer}")
     if site.mods is not None:
         return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
     return importable(function, autocast_dtype(value_of(site.query).device.type))
+
+
+def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:
+    """A copy under another name, for FX to print."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, None, function.__closure__)
 
 
 def _recall_of(recall: Tensor, layer: int, device: torch.device) -> Tensor:
@@ -138,12 +178,18 @@ def _recorder(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | 
     return record
 
 
-def _offset_value(offset: object, leaves: list[Tensor]) -> Tensor | int:
+def _mask(
+    expr: Expr, offset: Expr | None, query: Tensor, key: Tensor, leaves: Sequence[Any]
+) -> tuple[MaskProgram, Tensor | int]:
+    """The lifted mask over its leaves, and the position of query 0."""
+    buffers = _as_tensors(leaves, query, key)
     if isinstance(offset, Const):
-        return int(offset.value)
+        return MaskProgram(expr, buffers), int(offset.value)
     assert isinstance(offset, Load) and not offset.at, f"offset {offset} is not a number or a scalar"
-    return leaves[offset.slot]
+    return MaskProgram(expr, buffers), buffers[offset.slot]
 
 
-def _as_tensor(x: Any, device: torch.device) -> Tensor:
-    return x if isinstance(x, Tensor) else scalar(x, device)
+def _as_tensors(leaves: Sequence[Any], query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Leaves as tensors; None stands for S - L."""
+    values = (key.shape[2] - query.shape[2] if x is None else x for x in leaves)
+    return tuple(x if isinstance(x, Tensor) else scalar(x, query.device) for x in values)

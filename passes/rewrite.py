@@ -183,6 +183,11 @@ class Rewrite:
         """Sites that no pass has refused."""
         return [site for site in self.sites if site.skip is None]
 
+    def moved(self, old: Node, new: Node) -> None:
+        """Let sites that attend over another site's output (no projection in between) follow its rewrite."""
+        for site in self.sites:
+            site.query, site.key, site.value = (new if x is old else x for x in (site.query, site.key, site.value))
+
 
 def value_of(node: Any) -> Any:
     """The fake value that Dynamo (or AOTAutograd) recorded for a node."""

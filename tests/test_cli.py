@@ -164,7 +164,7 @@ def test_the_random_control_spends_the_same_budgets() -> None:
 
     def select(target: float) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = select_blocks(query, key, causal_program(0, query.device), rules, target=target, scale=0.25)
-        return chosen.keep, chosen.forced
+        return chosen.keep, chosen.layout.forced
 
     keep, forced = select(0.6)
     with compare.random_switch():

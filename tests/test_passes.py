@@ -78,8 +78,29 @@ REPEATS = {
 def test_sdpa(is_causal, device):
     tensors = qkv(device)
     backend, out = compiled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal), *tensors)
-    assert backend.reasons() == [""] and backend.calls() == ["omnisparse_layer_0"]
+    assert backend.reasons() == [""] and backend.calls() == ["omnisparse_layout", "omnisparse_layer_0"]
     assert_close_to_oracle(out, *tensors, causal(device) if is_causal else None)
+
+
+def test_sites_of_one_mask_share_its_layout(device):
+    """Also where a site attends over another's output: the dense node before it is gone."""
+    tensors = qkv(device)
+
+    def three_sites(q, k, v):
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(F.scaled_dot_product_attention(x, k, v, is_causal=True), k, v)
+
+    backend, out = compiled(three_sites, *tensors)
+    assert backend.calls() == [f"omnisparse_{x}" for x in ("layout", "layer_0", "layer_1", "layout", "layer_2")]
+    torch.testing.assert_close(out, three_sites(*tensors))
+
+
+def test_sites_of_other_lengths_have_a_layout_of_their_own(device):
+    (q, k, v), (_, far_k, far_v) = qkv(device), qkv(device, kv_len=300)
+    backend, _ = compiled(
+        lambda *t: F.scaled_dot_product_attention(F.scaled_dot_product_attention(*t[:3]), *t[3:]), q, k, v, far_k, far_v
+    )
+    assert backend.calls().count("omnisparse_layout") == 2
 
 
 def test_sdpa_scale_and_upper_left_causality(device):
@@ -99,7 +120,7 @@ def test_repeated_heads_go_back_to_their_own(name, device):
     )
     (site,) = backend.last.sites
     assert site.key.meta["example_value"].shape[1] == 2
-    assert backend.calls() == ["omnisparse_layer_0"], "the copies are dead"
+    assert backend.calls() == ["omnisparse_layout", "omnisparse_layer_0"], "the copies are dead"
     assert_close_to_oracle(out, *tensors, causal(device))
 
 
@@ -123,7 +144,7 @@ def test_marker(device):
     backend, out = compiled(call, *tensors, padding)
     (site,) = backend.last.sites
     assert (site.kind, site.layer, site.softcap, site.scale) == ("marker", 3, 2.0, 0.25)
-    assert backend.calls() == ["omnisparse_layer_3"]
+    assert backend.calls() == ["omnisparse_layout", "omnisparse_layer_3"]
     assert_close_to_oracle(out, *tensors, causal(device) & padding[:, None, None], softcap=2.0, scale=0.25)
 
 
@@ -295,7 +316,7 @@ def test_one_refusal_does_not_stop_the_others(device):
     tensors = qkv(device)
     backend, _ = compiled(lambda q, k, v: sdpa(F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), k, v), *tensors)
     assert backend.reasons() == ["attention dropout is 0.1: no flex kernel drops weights", ""]
-    assert backend.calls() == ["scaled_dot_product_attention", "omnisparse_layer_1"]
+    assert backend.calls() == ["scaled_dot_product_attention", "omnisparse_layout", "omnisparse_layer_1"]
 
 
 def test_pipeline_is_idempotent(device):

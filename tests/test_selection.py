@@ -137,7 +137,7 @@ def cases(draw, masks=plain_masks):
 @given(cases() | cases(any_masks))
 def test_kept_blocks_may_be_seen_and_no_row_loses_every_key(case):
     selection, allowed = case.select(), case.allowed
-    assert not (selection.keep & ~selection.some).any(), "a block without an allowed pair is computed"
+    assert not (selection.keep & ~selection.layout.some).any(), "a block without an allowed pair is computed"
     sees = allowed.any(-1)
     assert torch.equal((case.tokens(selection) & allowed).any(-1), sees), "a row with an allowed key keeps none"
 
@@ -175,7 +175,8 @@ def test_kept_mass_reaches_the_target_unless_the_budget_binds(case):
     rule = "per_head" if isinstance(case.config.budget, int) else case.config.budget
     selection = case.select(budget=rule)
     total, kept = selection.mass.sum(-1), (selection.mass * selection.keep).sum(-1)
-    assert ((total - selection.some.any(-1).float()).abs() < 1e-5).all(), "a row's mass is 1, or 0 if it sees nothing"
+    sees = selection.layout.some.any(-1)
+    assert ((total - sees.float()).abs() < 1e-5).all(), "a row's mass is 1, or 0 if it sees nothing"
     due = selection.active & ~selection.overflow
     assert (kept[due] >= case.config.recall_of(0) * total[due] - 1e-5).all()
     if case.config.max_kv_budget is None:
@@ -187,9 +188,9 @@ def test_kept_mass_reaches_the_target_unless_the_budget_binds(case):
 @given(cases())
 def test_no_head_asks_for_more_than_it_needs(case):
     selection = case.select(budget="per_head", max_kv_budget=None)
-    eligible = selection.some & ~selection.forced
+    eligible = selection.layout.some & ~selection.layout.forced
     mass = (selection.mass * eligible).sort(-1, descending=True).values
-    kept = (selection.mass * selection.forced).sum(-1) + (mass.cumsum(-1) - mass).gather(
+    kept = (selection.mass * selection.layout.forced).sum(-1) + (mass.cumsum(-1) - mass).gather(
         -1, (selection.needs - 1).clamp(min=0)[..., None]
     ).squeeze(-1)
     asking = (selection.needs > 0) & (selection.needs < eligible.sum(-1))
@@ -203,8 +204,8 @@ def test_the_flattest_head_sets_the_budget_of_all(case):
     selection = case.select(budget="flattest_head")
     asked = torch.where(selection.active, selection.needs, 0).amax(1, keepdim=True)
     assert torch.equal(selection.budget, torch.where(selection.active, asked, 0))
-    picked = (selection.keep & ~selection.forced).sum(-1)
-    eligible = (selection.some & ~selection.forced).sum(-1)
+    picked = (selection.keep & ~selection.layout.forced).sum(-1)
+    eligible = (selection.layout.some & ~selection.layout.forced).sum(-1)
     assert torch.equal(picked, torch.minimum(selection.budget, eligible))
 
 
@@ -225,21 +226,26 @@ def test_more_recall_keeps_more(case, first, second):
 @given(cases(), st.sampled_from((1.0, 1, torch.tensor(1.0), torch.tensor(1.5))))
 def test_a_target_of_one_keeps_everything(case, target):
     selection = case.select(target=target, lazy_threshold=None, max_kv_budget=None, budget="per_head")
-    assert torch.equal(selection.keep, selection.some.expand_as(selection.keep))
+    assert torch.equal(selection.keep, selection.layout.some.expand_as(selection.keep))
 
 
 # --- the same every time, and as lists ---------------------------------------
 
 
+def tensors_of(selection):
+    fields = dict(zip((x.name for x in dataclasses.fields(selection)), dataclasses.astuple(selection), strict=True))
+    return [*fields.pop("layout"), *fields.values()]
+
+
 @given(cases())
 def test_selection_depends_on_values_alone(case):
-    expected = dataclasses.astuple(case.select())
+    expected = tensors_of(case.select())
     learning = dataclasses.replace(
         case, query=case.query.clone().requires_grad_(), key=case.key.clone().requires_grad_()
     )
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode, contextlib.nullcontext):
         with mode():
-            again = dataclasses.astuple(learning.select())
+            again = tensors_of(learning.select())
         assert not any(x.requires_grad for x in again)
         assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
@@ -248,7 +254,7 @@ def test_selection_depends_on_values_alone(case):
 def test_lists_denote_the_selection(case):
     selection, shape = case.select(), case.shape
     block_mask = block_mask_from_maps(
-        selection.keep, selection.full, case.mask, (shape.q_len, shape.kv_len), case.block, transposed=True
+        selection.keep, selection.layout.full, case.mask, (shape.q_len, shape.kv_len), case.block, transposed=True
     )
     assert_block_mask_equals(block_mask, case.tokens(selection) & case.allowed)
 
