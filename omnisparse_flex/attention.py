@@ -161,8 +161,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
     keep, full = _maps(query.detach(), key.detach(), scale, site)
 
-    # Where block lists are ignored, the map of kept blocks is one more captured tensor.
-    selection = () if site.lists or site.config is None else (keep,)
+    # Where block lists are ignored, the map of kept blocks is one more captured tensor: realized,
+    # because the Triton template cannot read through what computes it.
+    selection = () if site.lists or site.config is None else (torch.ops.omnisparse.realize(keep),)
     captures = Captures.of((*site.mask.buffers, *selection), query.device)
     mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=len(selection) > 0)
     score_captures = Captures.of(site.bias_buffers, query.device)
