@@ -12,7 +12,7 @@ LAYERS = 30
 
 def random_keys(rule: Rule) -> Rule:
     """The same active queries and budgets, keys at random."""
-    return dataclasses.replace(rule, name=f"{rule.name} | random", choice="random")
+    return dataclasses.replace(rule, name=f"{rule.name} ~ random", choice="random")
 
 
 def matched_window(rule: Rule, density: float, tokens: int) -> Rule:

@@ -25,7 +25,7 @@ def selection_cost(rule: Rule, tokens: int, head_dim: int, groups: int, active: 
         groups: Query heads per KV head: clusters are made once per KV head.
         active: Share of active queries: the shortlist is refined for those only.
     """
-    if rule.dense or rule.budget == 0:
+    if rule.dense or rule.budget == 0 or rule.choice != "top":  # a control pays for nothing
         return 0.0
     coarse = _estimate(rule, tokens, head_dim, groups)
     return coarse if rule.refine is None else coarse + PASSES * active * rule.refine

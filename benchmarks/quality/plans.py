@@ -44,7 +44,7 @@ def block(label: str, size: int = 64, target: float = 0.95, lazy: float | None =
 
 def with_controls(rule: Rule, tasks: tuple[str, ...]) -> list[Row]:
     """A row and its two controls."""
-    window = Rule(f"{rule.name} | window", dense_layers=rule.dense_layers, sinks=rule.sinks)
+    window = Rule(f"{rule.name} ~ window", dense_layers=rule.dense_layers, sinks=rule.sinks)
     return [Row(rule, tasks), Row(random_keys(rule), tasks), Row(window, tasks, match=rule.name)]
 
 

@@ -36,7 +36,7 @@ def draw(rows: dict[str, dict[str, Any]], picture: Path) -> None:
     figure, axes = pyplot.subplots(len(tasks), 1, figsize=(11, 6 * len(tasks)), squeeze=False)
     for axis, task in zip(axes[:, 0], tasks, strict=True):
         for name, attention, total, loss in points(rows, task):
-            control = " | " in name
+            control = " ~ " in name
             axis.plot([attention, total], [loss, loss], color="0.8", linewidth=1)
             axis.plot(total, loss, marker="x" if control else "o", color="0.5" if control else "C0")
             axis.annotate(name, (total, loss), fontsize=6, xytext=(4, 2), textcoords="offset points")
