@@ -1,0 +1,139 @@
+"""The rows of each experiment, most informative first."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks.quality.controls import random_keys
+from benchmarks.quality.rules import Rule
+
+#: What a row measures unless it says more: two texts of two windows; 224 look-up items.
+PPL, ITEMS = "ppl:8192", "items:4096"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A rule and what is measured of it.
+
+    Attributes:
+        rule: The rule.
+        tasks: ``"ppl:N"`` and ``"items:N"``.
+        match: Name of an earlier row whose density this (window) control takes.
+    """
+
+    rule: Rule
+    tasks: tuple[str, ...] = (PPL,)
+    match: str | None = None
+
+    def at(self, tokens: int) -> Row:
+        """The same row at another length."""
+        return dataclasses.replace(self, tasks=tuple(f"{task.partition(':')[0]}:{tokens}" for task in self.tasks))
+
+
+def token(label: str, target: float = 0.95, lazy: float | None = 0.05, **changes: object) -> Rule:
+    """Token granularity, segments of 256, flattest head."""
+    name = f"token256 {label} t{target} lazy{lazy}"
+    return Rule(name, target=target, lazy=lazy, **changes)  # type: ignore[arg-type]
+
+
+def block(label: str, size: int = 64, target: float = 0.95, lazy: float | None = None, **changes: object) -> Rule:
+    """Block granularity."""
+    name = f"block{size} {label} t{target} lazy{lazy}"
+    return Rule(name, segment=size, unit=size, target=target, lazy=lazy, **changes)  # type: ignore[arg-type]
+
+
+def with_controls(rule: Rule, tasks: tuple[str, ...]) -> list[Row]:
+    """A row and its two controls."""
+    window = Rule(f"{rule.name} ~ window", dense_layers=rule.dense_layers, sinks=rule.sinks)
+    return [Row(rule, tasks), Row(random_keys(rule), tasks), Row(window, tasks, match=rule.name)]
+
+
+DENSE = Rule("dense", estimator="dense")
+#: The cheap estimators, ours first: label, estimator, options, shortlist.
+CHEAP: tuple[tuple[str, str, dict[str, int | bool], float | None], ...] = (
+    ("cluster16", "clustered", {"size": 16}, None),
+    ("cluster16+var", "clustered", {"size": 16, "spread": True}, None),
+    ("cluster16>exact.2", "clustered", {"size": 16}, 0.2),
+    ("pool8>exact.2", "pooled", {"keys": 8}, 0.2),
+    ("pool8", "pooled", {"keys": 8}, None),
+    ("meanpool64>exact.3", "pooled", {"queries": 64, "keys": 64}, 0.3),
+    ("cluster32", "clustered", {"size": 32}, None),
+    ("cluster8", "clustered", {"size": 8}, None),
+    ("pca16", "pca", {"dims": 16}, None),
+    ("pca8>exact.2", "pca", {"dims": 8}, 0.2),
+    ("antidiag8>exact.3", "antidiagonal", {"stride": 8}, 0.3),
+    ("probe8", "probe", {"every": 8}, None),
+    ("fp8", "fp8", {}, None),
+    ("int4", "int4", {}, None),
+    ("pca32", "pca", {"dims": 32}, None),
+)
+
+
+def _token(label: str, estimator: str, options: dict[str, int | bool], refine: float | None) -> Rule:
+    return token(label, estimator=estimator, options=options, refine=refine)
+
+
+def first() -> list[Row]:
+    """Trend of FACTS.md, cheap estimators, controls; then budgets and segments."""
+    both = (PPL, ITEMS)
+    rows = [Row(DENSE, both), *with_controls(token("exact"), both)]
+    rows += [Row(_token(*entry), both if i < 3 else (PPL,)) for i, entry in enumerate(CHEAP)]
+    rows += [
+        Row(block("exact per_head", budget="per_head"), both),
+        Row(block("exact"), both),
+        Row(block("antidiag8 per_head", estimator="antidiagonal", options={"stride": 8}, budget="per_head")),
+        Row(token("exact per_head", budget="per_head"), both),
+        Row(token("exact", lazy=None)),
+        Row(token("exact", target=0.9)),
+    ]
+    long = ("items:8192",)
+    return [*rows, Row(DENSE, long), *with_controls(token("exact"), long), Row(_token(*CHEAP[0]), long)]
+
+
+def rules() -> list[Row]:
+    """Budget, segment, unit, lazy and group rules with true mass."""
+    rows = [Row(DENSE)]
+    for segment in (64, 128, 512, 0):
+        rows.append(Row(dataclasses.replace(token("exact"), name=f"token{segment} exact t0.95", segment=segment)))
+    for unit in (4, 16, 64):
+        rows.append(Row(dataclasses.replace(token("exact"), name=f"unit{unit} exact t0.95", unit=unit)))
+    for gqa in ("mean", "max"):
+        rows.append(Row(token(f"exact gqa-{gqa}", gqa=gqa)))
+    for lazy in (0.02, 0.1, 0.2):
+        rows.append(Row(token("exact", lazy=lazy)))
+    rows += [
+        Row(token("exact skip", lazy_mode="skip")),
+        Row(token("exact no-subsample", lazy_stride=0)),
+        Row(token("exact max-rank", rank_by="max")),
+        Row(token("exact budget512", budget=512)),
+        Row(token("exact tail64", dense_tail=64), (PPL, ITEMS)),
+        Row(block("exact", size=128)),
+        Row(block("exact", lazy=0.1)),
+        Row(block("probe8 per_head", estimator="probe", options={"every": 8}, budget="per_head")),
+        Row(block("meanpool per_head", estimator="pooled", options={"queries": 64, "keys": 64}, budget="per_head")),
+    ]
+    return rows
+
+
+def lengths() -> list[Row]:
+    """Density needed at 2K, 4K and 8K, true mass, three targets."""
+    tasks = tuple(f"ppl:{tokens}" for tokens in (2048, 4096, 8192))
+    return [Row(DENSE, tasks), *(Row(token("exact", target=t), tasks) for t in (0.95, 0.9, 0.98))]
+
+
+def quick() -> list[Row]:
+    """The trend of FACTS.md in a few rows; look-up items last."""
+    rows = [
+        Row(DENSE),
+        Row(token("exact")),
+        Row(block("exact")),
+        Row(block("exact per_head", budget="per_head")),
+        Row(block("meanpool per_head", estimator="pooled", options={"queries": 64, "keys": 64}, budget="per_head")),
+        Row(_token(*CHEAP[0])),
+        *with_controls(token("exact"), (PPL,))[1:],
+        *(Row(_token(*entry)) for entry in CHEAP[1:]),
+    ]
+    return [*rows, Row(DENSE, (ITEMS,)), *with_controls(token("exact"), (ITEMS,))]
+
+
+PLANS = {"first": first(), "rules": rules(), "lengths": lengths(), "quick": quick()}
