@@ -17,8 +17,10 @@ pytest.importorskip("skvideo")
 import itertools
 
 from video_needle import checkpoint, questions, scene, vocabulary
+from video_needle.controls import SCORERS, match_density, scoring
 from video_needle.data import IGNORE, batch_of, inputs, make_batch, position_ids
 from video_needle.evaluate import CHANCE, by_kind, evaluate
+from video_needle.intervals import interval
 from video_needle.model import count_parameters, make_config, make_model
 from video_needle.scene import Distractor, Event, Scene, make_scene, scene_seed
 from video_needle.schedule import Schedule
@@ -194,7 +196,7 @@ def test_the_model_is_as_small_and_as_deep_as_promised():
 
 
 def trainer(**changes):
-    from video_needle.train import Trainer
+    from video_needle.trainer import Trainer
 
     plan = Schedule(**{"stages": "512:6", "tokens": 512, "rounds": 1, "warmup": 2} | changes)
     return Trainer(plan, torch.device("cpu"), sizes=SMALL)
@@ -215,7 +217,7 @@ def test_resuming_is_exact(tmp_path):
 
 def test_training_on_one_step_lowers_its_loss():
     run = trainer(stages="512:100", lr=3e-3, narration=0.0)
-    from video_needle.train import StepData
+    from video_needle.trainer import StepData
 
     batch = StepData(run.schedule)[0]
     first = float(run.train_step(batch)[0])
@@ -277,6 +279,55 @@ def test_bad_command_lines_are_refused_before_any_work(tmp_path, capsys):
         "train.py: checkpoint",
         "train.py: target_recall",
     ]
+
+
+def test_intervals_are_over_videos_not_questions():
+    rng = np.random.default_rng(0)
+    same = np.repeat(rng.random(100) < 0.7, 6)  # six questions a video, all right or all wrong
+    video = np.repeat(np.arange(100), 6)
+    mean, low, high = interval(same, video)
+    assert low < mean < high and mean == pytest.approx(same.mean())
+    # As wide as for 100 questions: about 2 * 1.96 * sqrt(p (1 - p) / 100).
+    assert high - low == pytest.approx(3.92 * np.sqrt(mean * (1 - mean) / 100), rel=0.15)
+    assert interval(same.astype(int) - same.astype(int), video) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["window only", "random"])
+def test_controls_are_masses_that_ignore_what_queries_and_keys_hold(name):
+    some = torch.ones(1, 1, 6, 6).tril().bool()
+    one, two = (
+        SCORERS[name](torch.randn(2, 4, 768, 16), torch.randn(2, 2, 768, 16), some, scale=1.0, block=128, adjust=None)
+        for _ in range(2)
+    )
+    assert one.shape == (2, 2, 6, 6) and torch.equal(one, two)
+    assert torch.allclose(one.sum(-1), torch.ones(2, 2, 6)) and not one[~some.expand_as(one)].any()
+    latest = one.argmax(-1)[0, 0].tolist() == list(range(6))
+    assert latest == (name == "window only")
+
+
+def test_controls_take_the_scorer_s_place_only_for_a_while():
+    from omnisparse_flex.masks import select
+
+    known = dict(select.SCORERS)
+    with scoring("random"):
+        assert select.SCORERS["mean_pool"] is SCORERS["random"]
+    assert known == select.SCORERS
+    with pytest.raises(ConfigError, match="control must be one of window only, random, got 'none'"), scoring("none"):
+        pass
+
+
+def test_matching_a_density_finds_the_least_target_that_reaches_it():
+    target = match_density(lambda recall: recall**2, 0.25, tries=12)
+    assert 0.5 <= target < 0.501
+
+
+def test_a_comparison_refuses_bad_input_before_any_work(tmp_path, capsys):
+    from video_needle.compare import main
+
+    for extra in (["--lengths", "100"], ["--recalls", "1.5"], ["--controls", "oracle"], ["--videos", "0"]):
+        assert main(["--checkpoint", f"x={tmp_path}", "--out", str(tmp_path), *extra]) == 2
+    errors = [line.split(" must ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert errors == [f"compare.py: {name}" for name in ("lengths", "target_recall", "controls", "videos")]
 
 
 def test_scenes_and_splits_refuse_bad_input():

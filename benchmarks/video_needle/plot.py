@@ -34,3 +34,32 @@ def curves(history: list[dict[str, Any]], path: Path) -> None:
         axes.legend(frameon=False, ncols=3, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
+
+
+def frontier(rows: list[dict[str, Any]], chance: float, path: Path) -> None:
+    """Accuracy over density, a panel for each length; does nothing where matplotlib is not installed."""
+    if not rows or importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
+    lengths = sorted({row["length"] for row in rows})
+    figure = Figure(figsize=(4.2 * len(lengths), 4), layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for axes, length in zip(panels, lengths, strict=True):
+        series: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["length"] == length and row["inference"] not in ("last frame only", "text only"):
+                family = row["inference"].split(" at ")[0]
+                family = "OmniSparse" if family.startswith("recall") else family
+                series.setdefault(f"{row['checkpoint']}: {family}", []).append(row)
+        for i, (label, members) in enumerate(series.items()):
+            members.sort(key=lambda row: row["density"])
+            density, accuracy = ([row[key] for row in members] for key in ("density", "accuracy"))
+            bars = [[abs(row["interval"][side] - row["accuracy"]) for row in members] for side in (0, 1)]
+            axes.errorbar(density, accuracy, bars, color=COLOURS[i % len(COLOURS)], marker="o", ms=4, label=label)
+        axes.axhline(chance, color="0.6", linestyle=":")
+        axes.set(title=f"{length} visual tokens", xlabel="density of the whole model", xscale="log", ylim=(0, 1.02))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy")
+    panels[-1].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=110)
