@@ -86,7 +86,7 @@ def select_blocks(
     if layout is None:
         layout = block_layout(mask, grid_of(query, key), kv_heads, config, visual=visual, q_offset=q_offset)
 
-    mass = SCORERS[config.scoring](query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust)
+    mass = SCORERS[config.scorer](query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust)
     local_mass = (mass * layout.near).sum(-1)
     pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))
     active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_threshold)
@@ -96,6 +96,8 @@ def select_blocks(
     needs, overflow = _capped(needs, config.max_kv_budget)
     budget = shared_budget(needs, active, _blocks_of(config.budget))
     keep = layout.forced | keep_top(order, layout.eligible, budget)
+    if config.lazy_mode == "skip":
+        keep = keep & (active | ~lazy).unsqueeze(-1)
     return BlockSelection(keep, layout, mass, needs, budget, active, lazy, overflow & active)
 
 

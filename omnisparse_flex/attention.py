@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,77 +11,18 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
 from omnisparse_flex.masks.capture import Captures
-from omnisparse_flex.masks.expr import Const, Expr, Load, Loader, causal, causal_offset, evaluate, plain_load
-from omnisparse_flex.masks.layout import Layout
+from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
-from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, grid_of, select_blocks
+from omnisparse_flex.masks.select import BLOCK, at_centres, dense_selection, grid_of, select_blocks
+from omnisparse_flex.site import Site
+from omnisparse_flex.token_attention import attend_tokens
 from omnisparse_flex.trace_mask import trace_mask_mod
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: head_dim range of the flex kernels.
 HEAD_DIMS = range(16, 257)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Site:
-    """Everything about one attention call except its tensors' values.
-
-    Attributes:
-        config: Selection rules; None keeps all that the mask allows (a dense layer).
-        mask: The model's own mask.
-        target: Recall of this site, a number or 0-d tensor.
-        score_mod: ``(score, b, h, q, kv, *score_buffers)``, the model's own, or None.
-        score_buffers: Trailing arguments of ``score_mod``.
-        softcap: ``c`` of ``c * tanh(logit / c)``, applied first; 0: none.
-        bias: Additive logits as an expression over ``bias_buffers``, applied last, or None.
-        bias_buffers: Tensors that ``bias`` reads; they may require gradients.
-        scale: Logit scale; None: 1 / sqrt(D).
-        visual: bool (B, S), tokens eligible for selection, or None.
-        q_offset: Position of query 0 among the keys.
-        lists: The kernel honours block lists (Inductor). Otherwise (eager, aot_eager) the
-            selection rides in the ``mask_mod``.
-        kernel_options: Options for the flex kernel.
-        layout: The part of the selection that layers of one mask share; None: made here.
-        on_select: Called with the selection, query, key, scale and the site, to record statistics.
-    """
-
-    config: OmniSparseConfig | None
-    mask: MaskProgram | OpaqueMask
-    target: Tensor | float = 1.0
-    score_mod: Callable[..., Tensor] | None = None
-    score_buffers: tuple[Tensor, ...] = ()
-    softcap: float = 0.0
-    bias: Expr | None = None
-    bias_buffers: tuple[Tensor, ...] = ()
-    scale: float | None = None
-    visual: Tensor | None = None
-    q_offset: Tensor | int = 0
-    lists: bool = False
-    kernel_options: tuple[tuple[str, Any], ...] = ()
-    layout: Layout | None = None
-    on_select: Callable[[BlockSelection, Tensor, Tensor, float, Site], None] | None = None
-
-    @property
-    def changes_scores(self) -> bool:
-        """Whether logits are more than scaled dot products."""
-        return self.bias is not None or self.score_mod is not None or self.softcap != 0
-
-    def score(self, load: Loader, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *own: Tensor) -> Tensor:
-        """The model's own change of a logit; ``load`` reads the bias' buffers, ``own`` are the score_mod's."""
-        if self.softcap != 0:
-            score = torch.tanh(score / self.softcap) * self.softcap
-        if self.score_mod is not None:
-            score = self.score_mod(score, b, h, q, kv, *own)
-        if self.bias is not None:
-            score = score + evaluate(self.bias, load, b, h, q, kv).to(score.dtype)
-        return score
-
-    def plain_score(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        """``score`` over the site's own buffers, outside a kernel and without gradients."""
-        load = plain_load([x.detach() for x in self.bias_buffers])
-        return self.score(load, score, b, h, q, kv, *self.score_buffers)
 
 
 def sparse_attention(
@@ -156,6 +95,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         (B, Hq, L, Dv).
     """
     query, key, value = _autocast(*_distinct(query, key, value))
+    if site.config is not None and site.config.granularity == "token":
+        return attend_tokens(query, key, value, site)
     # Heads are numbers, also where Dynamo made every size a symbol: masks divide by them.
     kv_heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
     scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale

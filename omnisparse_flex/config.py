@@ -11,9 +11,11 @@ from omnisparse_flex.errors import ConfigError, require
 
 Budget = Literal["flattest_head", "per_head"] | int
 
-SCORINGS = ("mean_pool",)
-GRANULARITIES = ("block",)
-LAZY_MODES = ("local",)
+#: Estimators by granularity; the first is what ``"auto"`` means.
+SCORINGS = {"block": ("mean_pool",), "token": ("column_mass",)}
+LAZY_MODES = ("local", "skip")
+#: Queries of a block: a segment is a whole number of them.
+SEGMENT_UNIT = 128
 BUDGETS = ("flattest_head", "per_head")
 
 
@@ -24,18 +26,22 @@ class OmniSparseConfig:
     Attributes:
         target_recall: Softmax mass a row must keep, in (0, 1]; one value, or one
             per decoder layer. A layer at 1.0 is dense.
-        granularity: Unit of the key selection: ``"block"`` (128 keys, per block of
-            128 queries).
-        scoring: The estimator of attention mass: ``"mean_pool"``.
+        granularity: Unit of the key selection: ``"block"`` (128 keys, for each block of
+            128 queries) or ``"token"`` (single keys, for each segment of queries).
+        segment_size: Queries that share one choice of tokens, a multiple of 128; without
+            effect at block granularity.
+        scoring: The estimator of attention mass: ``"mean_pool"`` for blocks,
+            ``"column_mass"`` (exact) for tokens; ``"auto"``: the granularity's own.
         budget: ``"flattest_head"`` gives every head of a layer the budget that its
             flattest head needs; ``"per_head"`` gives each its own; an int is a fixed
             number of tokens.
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
             counted); None: no bound.
-        lazy_threshold: A query block whose estimated mass beyond sinks and window is
+        lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
             under this is lazy, in [0, 1]; None: no query selection.
         lazy_mode: What a discarded lazy query still attends: ``"local"`` = the
-            always-kept keys (sinks, window, text).
+            always-kept keys (sinks, window, text), ``"skip"`` = nothing: its output is 0
+            and the residual stream alone carries it.
         sink_size: First tokens every query keeps, in tokens.
         window_size: Latest tokens every query keeps, in tokens, itself included.
 
@@ -48,7 +54,8 @@ class OmniSparseConfig:
 
     target_recall: float | tuple[float, ...] = 0.95
     granularity: str = "block"
-    scoring: str = "mean_pool"
+    segment_size: int = 256
+    scoring: str = "auto"
     budget: Budget = "flattest_head"
     max_kv_budget: int | None = None
     lazy_threshold: float | None = 0.05
@@ -63,8 +70,11 @@ class OmniSparseConfig:
             require(len(self.recalls) > 0, "target_recall", "hold one value per layer", self.target_recall)
         for recall in self.recalls:
             require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
-        _one_of("granularity", self.granularity, GRANULARITIES)
-        _one_of("scoring", self.scoring, SCORINGS)
+        _one_of("granularity", self.granularity, tuple(SCORINGS))
+        _one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
+        _count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
+        ok = self.segment_size % SEGMENT_UNIT == 0
+        require(ok, "segment_size", f"be a multiple of {SEGMENT_UNIT}", self.segment_size)
         _one_of("lazy_mode", self.lazy_mode, LAZY_MODES)
         if isinstance(self.budget, str):
             _one_of("budget", self.budget, BUDGETS)
@@ -85,6 +95,11 @@ class OmniSparseConfig:
     def recalls(self) -> tuple[float, ...]:
         """``target_recall`` as a tuple, whichever way it was given."""
         return self.target_recall if isinstance(self.target_recall, tuple) else (self.target_recall,)
+
+    @property
+    def scorer(self) -> str:
+        """``scoring`` with ``"auto"`` resolved."""
+        return SCORINGS[self.granularity][0] if self.scoring == "auto" else self.scoring
 
     def recall_of(self, layer: int) -> float:
         """The target recall of one decoder layer (0-based)."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from omnisparse_flex.attention import Site as AttentionSite
 from omnisparse_flex.attention import attend, autocast_dtype, scalar
 from omnisparse_flex.masks.expr import Const, Expr, Load
 from omnisparse_flex.masks.layout import Layout, block_layout
@@ -19,6 +18,7 @@ from omnisparse_flex.masks.record import record_maps, selection_stats, true_reca
 from omnisparse_flex.masks.select import BlockSelection, grid_of
 from omnisparse_flex.passes.cacheable import importable
 from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations, shape_of, value_of
+from omnisparse_flex.site import Site as AttentionSite
 
 
 def lower(rewrite: Rewrite) -> None:

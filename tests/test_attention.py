@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnisparse_flex.attention import Site, attend, sparse_attention
+from omnisparse_flex.attention import attend, sparse_attention
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks import causal, intersect, padding
@@ -18,6 +18,7 @@ from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import BLOCK, at_centres, select_blocks
 from omnisparse_flex.reference import expand_block_map, materialize_mask
+from omnisparse_flex.site import Site
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, dense_oracle, mask_mods
 from omnisparse_flex.trace_mask import trace_mask_mod
 

@@ -1,0 +1,78 @@
+"""Everything about one attention call except its tensors' values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.expr import Expr, Loader, evaluate, plain_load
+from omnisparse_flex.masks.layout import Layout
+from omnisparse_flex.masks.opaque import OpaqueMask
+from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.select import BlockSelection
+from omnisparse_flex.masks.tokens import TokenSelection
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """Everything about one attention call except its tensors' values.
+
+    Attributes:
+        config: Selection rules; None keeps all that the mask allows (a dense layer).
+        mask: The model's own mask.
+        target: Recall of this site, a number or 0-d tensor.
+        score_mod: ``(score, b, h, q, kv, *score_buffers)``, the model's own, or None.
+        score_buffers: Trailing arguments of ``score_mod``.
+        softcap: ``c`` of ``c * tanh(logit / c)``, applied first; 0: none.
+        bias: Additive logits as an expression over ``bias_buffers``, applied last, or None.
+        bias_buffers: Tensors that ``bias`` reads; they may require gradients.
+        scale: Logit scale; None: 1 / sqrt(D).
+        visual: bool (B, S), tokens eligible for selection, or None.
+        q_offset: Position of query 0 among the keys.
+        lists: The kernel honours block lists (Inductor). Otherwise (eager, aot_eager) the
+            selection rides in the ``mask_mod``.
+        kernel_options: Options for the flex kernel.
+        layout: The part of the selection that layers of one mask share; None: made here.
+        on_select: Called with the selection, query, key, scale and the site, to record statistics.
+    """
+
+    config: OmniSparseConfig | None
+    mask: MaskProgram | OpaqueMask
+    target: Tensor | float = 1.0
+    score_mod: Callable[..., Tensor] | None = None
+    score_buffers: tuple[Tensor, ...] = ()
+    softcap: float = 0.0
+    bias: Expr | None = None
+    bias_buffers: tuple[Tensor, ...] = ()
+    scale: float | None = None
+    visual: Tensor | None = None
+    q_offset: Tensor | int = 0
+    lists: bool = False
+    kernel_options: tuple[tuple[str, Any], ...] = ()
+    layout: Layout | None = None
+    on_select: Callable[[BlockSelection | TokenSelection, Tensor, Tensor, float, Site], None] | None = None
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether logits are more than scaled dot products."""
+        return self.bias is not None or self.score_mod is not None or self.softcap != 0
+
+    def score(self, load: Loader, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *own: Tensor) -> Tensor:
+        """The model's own change of a logit; ``load`` reads the bias' buffers, ``own`` are the score_mod's."""
+        if self.softcap != 0:
+            score = torch.tanh(score / self.softcap) * self.softcap
+        if self.score_mod is not None:
+            score = self.score_mod(score, b, h, q, kv, *own)
+        if self.bias is not None:
+            score = score + evaluate(self.bias, load, b, h, q, kv).to(score.dtype)
+        return score
+
+    def plain_score(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """``score`` over the site's own buffers, outside a kernel and without gradients."""
+        load = plain_load([x.detach() for x in self.bias_buffers])
+        return self.score(load, score, b, h, q, kv, *self.score_buffers)

@@ -1,0 +1,107 @@
+"""Token granularity: always-kept keys for every query, gathered keys for the active ones, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.gathered import attend_gathered
+from omnisparse_flex.masks.layout import block_layout
+from omnisparse_flex.masks.segments import SegmentLayout, segment_layout, tokens_of_blocks
+from omnisparse_flex.masks.select import BLOCK, grid_of
+from omnisparse_flex.masks.tokens import select_tokens
+from omnisparse_flex.site import Site
+
+
+def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
+    """Run one attention site at token granularity.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        site: The rest.
+
+    Returns:
+        (B, Hq, L, Dv).
+
+    Source: PAPER "Lazy + active in one output": part 1 is every query over sinks, window and
+    text; part 2 the active queries over the gathered keys; the two are merged by their
+    log-sum-exps and share no key. Our choice: part 1 takes whole blocks of 128 keys and
+    is the same for all queries of a segment (``segment_layout``).
+    """
+    assert site.config is not None
+    layout = site.layout
+    if layout is None:
+        grid, kv_heads = grid_of(query, key), int(key.shape[1])
+        layout = block_layout(site.mask, grid, kv_heads, site.config, visual=site.visual, q_offset=site.q_offset)
+    segments = segment_layout(layout, site.config.segment_size // BLOCK)
+    near, near_lse = attend_near(query, key, value, segments, site)
+    text = text_queries(site.visual, query.shape[2], key.shape[2], site.q_offset, query.device)
+    scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
+    selection = select_tokens(
+        query.detach(),
+        key.detach(),
+        near_lse.detach().float(),
+        segments,
+        text,
+        site.config,
+        block=BLOCK,
+        target=site.target,
+        scale=scale,
+        pairs=site.mask.pairs,
+        score=site.plain_score if site.changes_scores else None,
+    )
+    if site.on_select is not None:
+        site.on_select(selection, query.detach(), key.detach(), scale, site)
+    chosen = (selection.rows, selection.row_count, selection.keys, selection.key_count)
+    far, far_lse = attend_gathered(query, key, value, *chosen, site)
+    out = merge(near, near_lse, far, far_lse).to(value.dtype)
+    if site.config.lazy_mode == "skip":
+        out = out.masked_fill((selection.lazy & ~selection.active).unsqueeze(-1), 0.0)
+    return out
+
+
+def attend_near(
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentLayout, site: Site
+) -> tuple[Tensor, Tensor]:
+    """Every query over its segment's always-kept blocks; ``(out, lse)`` as of ``attend_gathered``."""
+    assert site.config is not None
+    kept = tokens_of_blocks(segments.forced, BLOCK, key.shape[2])
+    count = kept.sum(-1)
+    # Kept positions first, in order.
+    keys = torch.sort((~kept).to(torch.uint8), dim=-1, stable=True).indices
+    size = (query.shape[0], key.shape[1], kept.shape[2])
+    height = query.shape[1] // key.shape[1] * site.config.segment_size
+    rows = torch.arange(height, device=query.device).expand(*size, height)
+    return attend_gathered(query, key, value, rows, torch.full(size, height, device=query.device), keys, count, site)
+
+
+def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
+    """One softmax from two over disjoint keys.
+
+    Args:
+        a: (..., Dv), softmax-weighted values of the one.
+        a_lse: (...), its log-sum-exp; -inf where it has no key.
+        b: (..., Dv) of the other.
+        b_lse: (...).
+
+    Returns:
+        (..., Dv); 0 where neither has a key. Differentiable, log-sum-exps included.
+    """
+    top = torch.maximum(a_lse, b_lse).detach()
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weight_a, weight_b = torch.exp(a_lse - top).unsqueeze(-1), torch.exp(b_lse - top).unsqueeze(-1)
+    total = weight_a + weight_b
+    return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
+
+
+def text_queries(
+    visual: Tensor | None, q_len: int, kv_len: int, q_offset: Tensor | int, device: torch.device
+) -> Tensor:
+    """Queries that hold a text token, bool (B or 1, L); a row without visual tokens has none."""
+    if visual is None:
+        return torch.zeros((1, q_len), dtype=torch.bool, device=device)
+    text = ~visual & visual.any(-1, keepdim=True)
+    own = (torch.arange(q_len, device=device) + q_offset).clamp(min=0, max=kv_len - 1)
+    return text.index_select(1, own)
