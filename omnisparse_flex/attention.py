@@ -17,6 +17,7 @@ from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.masks.select import BLOCK, at_centres, dense_selection, grid_of, select_blocks
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import attend_tokens
+from omnisparse_flex.token_op import call_token_op
 from omnisparse_flex.trace_mask import trace_mask_mod
 from omnisparse_flex.types import MaskMod, ScoreMod
 
@@ -96,7 +97,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     """
     query, key, value = _autocast(*_distinct(query, key, value))
     if site.config is not None and site.config.granularity == "token":
-        return attend_tokens(query, key, value, site)
+        return call_token_op(query, key, value, site) if site.rules else attend_tokens(query, key, value, site)
     # Heads are numbers, also where Dynamo made every size a symbol: masks divide by them.
     kv_heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
     scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
@@ -153,8 +154,8 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
         adjust=adjust,
         layout=site.layout,
     )
-    if site.on_select is not None:
-        site.on_select(selection, query, key, scale, site)
+    if site.write is not None:
+        site.write(site.measured(selection, query, key, scale))
     return selection.keep, selection.layout.full
 
 

@@ -14,6 +14,7 @@ from omnisparse_flex.masks.expr import Expr, Loader, evaluate, plain_load
 from omnisparse_flex.masks.layout import Layout
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.record import Measured, measure
 from omnisparse_flex.masks.select import BlockSelection
 from omnisparse_flex.masks.tokens import TokenSelection
 
@@ -38,7 +39,9 @@ class Site:
             selection rides in the ``mask_mod``.
         kernel_options: Options for the flex kernel.
         layout: The part of the selection that layers of one mask share; None: made here.
-        on_select: Called with the selection, query, key, scale and the site, to record statistics.
+        write: Called with what the selection left behind, to record statistics; or None.
+        exact: ``write`` wants true recalls too.
+        rules: Name under which ``token_op`` knows this site's constants, where a graph is traced; or "".
     """
 
     config: OmniSparseConfig | None
@@ -55,12 +58,22 @@ class Site:
     lists: bool = False
     kernel_options: tuple[tuple[str, Any], ...] = ()
     layout: Layout | None = None
-    on_select: Callable[[BlockSelection | TokenSelection, Tensor, Tensor, float, Site], None] | None = None
+    write: Callable[[Measured], None] | None = None
+    exact: bool = False
+    rules: str = ""
 
     @property
     def changes_scores(self) -> bool:
         """Whether logits are more than scaled dot products."""
         return self.bias is not None or self.score_mod is not None or self.softcap != 0
+
+    def measured(
+        self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor, scale: float
+    ) -> Measured:
+        """The record of a selection that this site made."""
+        assert self.config is not None
+        score = self.plain_score if self.changes_scores else None
+        return measure(selection, query, key, self.mask, self.config, scale=scale, score=score, exact=self.exact)
 
     def score(self, load: Loader, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *own: Tensor) -> Tensor:
         """The model's own change of a logit; ``load`` reads the bias' buffers, ``own`` are the score_mod's."""

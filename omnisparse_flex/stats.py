@@ -102,13 +102,10 @@ class Stats:
 
     def _layer(self, layer: int, row: Tensor) -> LayerStats:
         value = dict(zip(STATS, row.tolist(), strict=True))
-        pairs = (BLOCK * BLOCK) * value["allowed_blocks"]
-        # Scoring is one product per block pair where attention has BLOCK * BLOCK of them.
-        selection = value["allowed_blocks"] / pairs
         mean, worst = ((), ()) if self.recalls is None else (tuple(x) for x in self.recalls[layer].cpu().tolist())
         return LayerStats(
             layer=layer,
-            density=value["kept_blocks"] / value["allowed_blocks"] + selection,
+            density=(value["kept_blocks"] + value["selection_blocks"]) / value["allowed_blocks"],
             budget=value["budget"] * BLOCK,
             active_share=value["active_share"],
             discarded_share=value["discarded_share"],

@@ -9,7 +9,7 @@ from omnisparse_flex.gathered import attend_gathered
 from omnisparse_flex.masks.layout import block_layout
 from omnisparse_flex.masks.segments import SegmentLayout, segment_layout, tokens_of_blocks
 from omnisparse_flex.masks.select import BLOCK, grid_of
-from omnisparse_flex.masks.tokens import select_tokens
+from omnisparse_flex.masks.tokens import TokenSelection, select_tokens
 from omnisparse_flex.site import Site
 
 
@@ -31,29 +31,12 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
     is the same for all queries of a segment (``segment_layout``).
     """
     assert site.config is not None
-    layout = site.layout
-    if layout is None:
-        grid, kv_heads = grid_of(query, key), int(key.shape[1])
-        layout = block_layout(site.mask, grid, kv_heads, site.config, visual=site.visual, q_offset=site.q_offset)
-    segments = segment_layout(layout, site.config.segment_size // BLOCK)
+    segments = _segments(query, key, site)
     near, near_lse = attend_near(query, key, value, segments, site)
-    text = text_queries(site.visual, query.shape[2], key.shape[2], site.q_offset, query.device)
-    scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
-    selection = select_tokens(
-        query.detach(),
-        key.detach(),
-        near_lse.detach().float(),
-        segments,
-        text,
-        site.config,
-        block=BLOCK,
-        target=site.target,
-        scale=scale,
-        pairs=site.mask.pairs,
-        score=site.plain_score if site.changes_scores else None,
-    )
-    if site.on_select is not None:
-        site.on_select(selection, query.detach(), key.detach(), scale, site)
+    selection = choose(query, key, near_lse, segments, site)
+    if site.write is not None:
+        scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
+        site.write(site.measured(selection, query.detach(), key.detach(), scale))
     chosen = (selection.rows, selection.row_count, selection.keys, selection.key_count)
     far, far_lse = attend_gathered(query, key, value, *chosen, site)
     out = merge(near, near_lse, far, far_lse).to(value.dtype)
@@ -62,19 +45,37 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
     return out
 
 
+def choose(query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout, site: Site) -> TokenSelection:
+    """What the site fetches beyond the always-kept keys; no gradients."""
+    assert site.config is not None
+    return select_tokens(
+        query.detach(),
+        key.detach(),
+        near_lse.detach().float(),
+        segments,
+        _text_queries(site.visual, query.shape[2], key.shape[2], site.q_offset, query.device),
+        site.config,
+        block=BLOCK,
+        target=site.target,
+        scale=query.shape[-1] ** -0.5 if site.scale is None else site.scale,
+        pairs=site.mask.pairs,
+        score=site.plain_score if site.changes_scores else None,
+    )
+
+
 def attend_near(
     query: Tensor, key: Tensor, value: Tensor, segments: SegmentLayout, site: Site
 ) -> tuple[Tensor, Tensor]:
     """Every query over its segment's always-kept blocks; ``(out, lse)`` as of ``attend_gathered``."""
     assert site.config is not None
     kept = tokens_of_blocks(segments.forced, BLOCK, key.shape[2])
-    count = kept.sum(-1)
     # Kept positions first, in order.
     keys = torch.sort((~kept).to(torch.uint8), dim=-1, stable=True).indices
     size = (query.shape[0], key.shape[1], kept.shape[2])
     height = query.shape[1] // key.shape[1] * site.config.segment_size
     rows = torch.arange(height, device=query.device).expand(*size, height)
-    return attend_gathered(query, key, value, rows, torch.full(size, height, device=query.device), keys, count, site)
+    every = torch.full(size, height, device=query.device)
+    return attend_gathered(query, key, value, rows, every, keys, kept.sum(-1), site)
 
 
 def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
@@ -96,7 +97,16 @@ def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
     return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
 
 
-def text_queries(
+def _segments(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
+    assert site.config is not None
+    layout = site.layout
+    if layout is None:
+        grid, kv_heads = grid_of(query, key), int(key.shape[1])
+        layout = block_layout(site.mask, grid, kv_heads, site.config, visual=site.visual, q_offset=site.q_offset)
+    return segment_layout(layout, site.config.segment_size // BLOCK)
+
+
+def _text_queries(
     visual: Tensor | None, q_len: int, kv_len: int, q_offset: Tensor | int, device: torch.device
 ) -> Tensor:
     """Queries that hold a text token, bool (B or 1, L); a row without visual tokens has none."""

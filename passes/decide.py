@@ -29,6 +29,9 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
         return f"head_dim {int(query.shape[3])} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
     if query.shape[1] % key.shape[1] != 0:
         return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
+    learned = any(value_of(leaf.node).requires_grad for leaf in site.bias_leaves if _is_tensor(leaf.node))
+    if settings.config.granularity == "token" and learned:
+        return "a learned bias has no gradient at token granularity"
     if _is_zero(query.shape[2]) or _is_zero(key.shape[2]) or _is_zero(query.shape[0]):
         return "the sequence is empty"
     return None
@@ -61,6 +64,10 @@ def _has_fast_dense(site: Site) -> bool:
 
 def _autocasts(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and autocast_dtype(x.device.type) is not None
+
+
+def _is_tensor(node: object) -> bool:
+    return isinstance(value_of(node), torch.Tensor)
 
 
 def _is_zero(size: object) -> bool:

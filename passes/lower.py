@@ -14,11 +14,12 @@ from omnisparse_flex.attention import attend, autocast_dtype, scalar
 from omnisparse_flex.masks.expr import Const, Expr, Load
 from omnisparse_flex.masks.layout import Layout, block_layout
 from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.record import record_maps, selection_stats, true_recall
-from omnisparse_flex.masks.select import BlockSelection, grid_of
+from omnisparse_flex.masks.record import Measured
+from omnisparse_flex.masks.select import grid_of
 from omnisparse_flex.passes.cacheable import importable
 from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations, shape_of, value_of
 from omnisparse_flex.site import Site as AttentionSite
+from omnisparse_flex.token_op import register
 
 
 def lower(rewrite: Rewrite) -> None:
@@ -118,6 +119,8 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
         "kernel_options": settings.kernel_options,
     }
     expr, offset, layer, target = site.expr, site.offset, site.layer, config.recall_of(site.layer)
+    if config.granularity == "token" and not dense:
+        fixed["rules"] = register(AttentionSite(mask=MaskProgram(expr), **fixed))
 
     def call(
         query: Tensor,
@@ -140,7 +143,8 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
             visual=None if visual is None else visual.to(query.device),
             q_offset=q_offset,
             layout=layout,
-            on_select=None if stats is None else _recorder(layer, stats, maps, recalls),
+            write=None if stats is None else _writer(layer, stats, maps, recalls),
+            exact=recalls is not None,
             **fixed,
         )
         return attend(query, key, value, attention)
@@ -164,18 +168,19 @@ def _recall_of(recall: Tensor, layer: int, device: torch.device) -> Tensor:
     return target
 
 
-def _recorder(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | None) -> Callable[..., None]:
-    """Writes one site's statistics into the rows of its layer."""
+def _writer(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | None) -> Callable[[Measured], None]:
+    """Writes one site's record into the rows of its layer; a picture is cropped to fit."""
 
-    def record(selection: BlockSelection, query: Tensor, key: Tensor, scale: float, site: AttentionSite) -> None:
-        stats[layer].copy_(selection_stats(selection))
+    def write(measured: Measured) -> None:
+        stats[layer].copy_(measured.stats)
         if maps is not None:
-            record_maps(maps[layer], selection)
+            canvas, cells = maps[layer], measured.cells
+            heads, rows, columns = (min(a, b) for a, b in zip(canvas.shape, cells.shape, strict=True))
+            canvas[:heads, :rows, :columns].copy_(cells[:heads, :rows, :columns])
         if recalls is not None:
-            score = site.plain_score if site.changes_scores else None
-            recalls[layer].copy_(true_recall(selection, query, key, site.mask, scale, score))
+            recalls[layer].copy_(measured.recalls)
 
-    return record
+    return write
 
 
 def _mask(
