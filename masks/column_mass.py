@@ -24,12 +24,12 @@ def column_mass(
     *,
     block: int,
     scale: float,
-    pairs: MaskMod,
+    pairs: MaskMod | None,
     score: ScoreMod | None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax mass that the active rows of each segment give to each key, and to the always-kept ones.
 
-    Exact: every logit of an active row is computed once and dropped.
+    Exact: every logit of an active row with an eligible key is computed once and dropped.
 
     Args:
         query: (B, Hq, L, D).
@@ -41,46 +41,89 @@ def column_mass(
         config: Rules.
         block: Tokens per block.
         scale: Logit scale.
-        pairs: The model's own mask.
+        pairs: The model's own mask; None: it allows every pair of an eligible block.
         score: The model's own change of the logits, or None.
 
     Returns:
-        float32 (B, Hkv, M, S) and (B, Hkv, M): means over the active rows that see any
-        key; together they sum
-        to 1, or to 0 for a segment without such rows.
+        float32 (B, Hkv, M, S) and (B, Hkv, M): means over the active rows that see any key;
+        together they sum to 1, or to 0 for a segment without such rows. A key that is not
+        finite counts 1, so that it is kept and the model's own NaN shows.
 
     Source: PAPER "Scores"; FACTS: pooling or sampling queries loses the tokens.
     """
-    batch, kv_heads, kv_len, _ = key.shape
-    segment, group, wide = config.segment_size, query.shape[1] // kv_heads, wide_dtype(query)
-    queries, near = segments_of(query, kv_heads, segment), segments_of(near_lse.unsqueeze(-1), kv_heads, segment)
-    kv, keys = torch.arange(kv_len, device=key.device), key.to(wide).transpose(-1, -2).unsqueeze(2)
-    b = torch.arange(batch, device=key.device).view(-1, 1, 1, 1, 1)
+    kv_heads, kv_len = key.shape[1:3]
+    segment, wide = config.segment_size, wide_dtype(query)
+    # What is not finite has no say in the choice of the others.
+    whole = (
+        query.isfinite().all(-1, keepdim=True) & near_lse.unsqueeze(-1).ne(torch.inf) & ~near_lse.isnan().unsqueeze(-1)
+    )
+    broken = ~key.isfinite().all(-1)
+    queries = segments_of(torch.where(whole, query, 0.0).to(wide) * scale, kv_heads, segment)
+    near = segments_of(torch.where(whole, near_lse.unsqueeze(-1), -torch.inf), kv_heads, segment)
+    says = segments_of(whole, kv_heads, segment)
+    keys = torch.where(broken.unsqueeze(-1), 0.0, key).to(wide)
+    tile = max(1, min(segment, CHUNK_LOGITS // max(1, keys.shape[0] * kv_heads * kv_len)))
+    group, q_len = query.shape[1] // kv_heads, query.shape[2]
     masses, kepts = [], []
-    tile = max(1, min(segment, CHUNK_LOGITS // max(1, batch * kv_heads * kv_len)))
     for m in range(rows.shape[2]):
-        own = tokens_of_blocks(eligible[:, :, m : m + 1], block, kv_len).unsqueeze(-2)
-        count = row_count[:, :, m : m + 1]
-        mass = torch.zeros((batch, kv_heads, 1, kv_len), device=key.device)
-        kept = torch.zeros((batch, kv_heads, 1), device=key.device)
-        seeing = torch.zeros_like(kept)
-        for start in range(0, most(count, rows.shape[-1]), tile):
+        own = tokens_of_blocks(eligible[:, :, m], block, kv_len)
+        low, high = _range_of(own)
+        mass = torch.zeros((*rows.shape[:2], kv_len), device=key.device)
+        kept, seeing = (torch.zeros(rows.shape[:2], device=key.device) for _ in range(2))
+        for start in range(0, most(row_count[:, :, m], rows.shape[-1]), tile):
             part = rows[:, :, m : m + 1, start : start + tile]
-            head, place = row_places(part, m, group, segment, query.shape[2])
-            at = (b, head.unsqueeze(-1), place.unsqueeze(-1), kv)
-            logits = gather_rows(queries[:, :, m : m + 1], part).to(wide) @ keys * scale
+            used = torch.arange(start, start + part.shape[-1], device=key.device) < row_count[:, :, m, None]
+            q, lse, says_so = (gather_rows(x[:, :, m : m + 1], part).squeeze(2) for x in (queries, near, says))
+            logits = q @ keys[:, :, low:high].transpose(-1, -2)
+            head, place = (x.squeeze(2) for x in row_places(part, m, group, segment, q_len))
+            at = _indices(head, place, low, high)
             if score is not None:
                 logits = score(logits, *at)
-            logits = logits.masked_fill(~(own & pairs(*at).to(torch.bool)), -torch.inf)
-            local = gather_rows(near[:, :, m : m + 1], part)
-            total = torch.logaddexp(logits.logsumexp(-1, keepdim=True).float(), local)
-            used = torch.arange(start, start + part.shape[-1], device=key.device) < count.unsqueeze(-1)
-            # A row with nothing to see, or with a NaN of the model's own, has no say.
-            used = used.unsqueeze(-1) & total.isfinite()
-            mass += torch.where(used, torch.exp(logits - total), 0.0).sum(-2)
-            seeing += used.sum((-2, -1))
-            kept += torch.where(used, torch.exp(local - total), 0.0).sum((-2, -1))
+            allowed = own[..., None, low:high]
+            if pairs is not None:
+                allowed = allowed & pairs(*at).to(torch.bool)
+            if pairs is not None or not _all(allowed):
+                logits = logits.masked_fill(~allowed, -torch.inf)
+            used = used & says_so.squeeze(-1)
+            weighed, local, sees = _weigh(logits, lse.squeeze(-1), used)
+            mass[..., low:high] += weighed
+            kept += local
+            seeing += sees
         weight = 1.0 / seeing.clamp(min=1)
-        masses.append(mass * weight.unsqueeze(-1))
+        masses.append(torch.where(broken & own, 1.0, mass * weight.unsqueeze(-1)))
         kepts.append(kept * weight)
-    return torch.cat(masses, 2), torch.cat(kepts, 2)
+    return torch.stack(masses, 2), torch.stack(kepts, 2)
+
+
+def _weigh(logits: Tensor, local: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the used rows of each key's softmax weight and of the local share, and how many rows see a key.
+
+    One exponential a pair: the rows' own normalisers come in as weights of a product.
+    """
+    top = logits.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    heavy = (logits - top).exp_()
+    total = torch.logaddexp(top.squeeze(-1) + torch.log(heavy.sum(-1)), local.to(logits.dtype))
+    used = used & total.isfinite()
+    share = torch.where(used, torch.exp(top.squeeze(-1) - total), 0.0)
+    kept = torch.where(used, torch.exp(local - total), 0.0)
+    return (share.unsqueeze(-2) @ heavy).squeeze(-2).float(), kept.sum(-1).float(), used.sum(-1).float()
+
+
+def _indices(head: Tensor, place: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch, head, query and key indices of a tile's logits (B, Hkv, T, keys)."""
+    b = torch.arange(head.shape[0], device=head.device).view(-1, 1, 1, 1)
+    return b, head.unsqueeze(-1), place.unsqueeze(-1), torch.arange(low, high, device=head.device)
+
+
+def _range_of(own: Tensor) -> tuple[int, int]:
+    """The stretch that holds every eligible key, where reading it is free (the CPU); else everything."""
+    if own.device.type != "cpu":
+        return 0, own.shape[-1]
+    places = own.flatten(0, -2).any(0).nonzero()
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
+
+
+def _all(x: Tensor) -> bool:
+    """Whether all is true, where reading it is free (the CPU); else not known, so not."""
+    return x.device.type == "cpu" and bool(x.all())

@@ -60,7 +60,7 @@ def select_tokens(
     block: int,
     target: Tensor | float,
     scale: float,
-    pairs: MaskMod,
+    pairs: MaskMod | None,
     score: ScoreMod | None,
 ) -> TokenSelection:
     """Choose the active queries and the keys of every segment.
@@ -75,7 +75,7 @@ def select_tokens(
         block: Tokens per block of ``segments``.
         target: Recall to keep, number or 0-d tensor.
         scale: Logit scale.
-        pairs: The model's own mask.
+        pairs: The model's own mask; None: it allows every pair of an eligible block.
         score: The model's own change of the logits, or None.
 
     Returns:

@@ -58,7 +58,7 @@ def choose(query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout
         block=BLOCK,
         target=site.target,
         scale=query.shape[-1] ** -0.5 if site.scale is None else site.scale,
-        pairs=site.mask.pairs,
+        pairs=None if site.mask.blind_rows_need == "nothing" else site.mask.pairs,
         score=site.plain_score if site.changes_scores else None,
     )
 

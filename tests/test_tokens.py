@@ -200,6 +200,15 @@ def test_a_nan_stays_in_its_own_row():
     assert broken[0, 0, 300] and broken.sum() == 1
 
 
+def test_a_nan_key_is_kept_for_all_to_see():
+    shape = AttentionShape(1, 1, 1, 700, 700, 16)
+    query, key, value = inputs(shape, "cpu", grad=False)
+    key[0, 0, 200] = torch.nan
+    config = dataclasses.replace(TOKENS, lazy_threshold=None, budget=4)
+    out, *_ = run(shape, (query, key, value), config, MaskProgram(causal_expr()))
+    assert out[0, 0, 200:].isnan().all() and not out[0, 0, :200].isnan().any()
+
+
 def test_merge_equals_one_softmax_over_the_union():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 12, generator=generator, dtype=torch.float64).requires_grad_()
