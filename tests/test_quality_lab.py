@@ -241,3 +241,22 @@ def test_answers_stand_behind_their_questions_and_in_the_text(kind):
             assert near[near.index(name) + 1] == answer
             assert answer in items.candidates[c]
     assert not torch.equal(items.answers[0], items.answers[1])
+
+
+def test_figures_of_a_sweep_compare_a_row_with_its_controls():
+    from benchmarks.quality.figures import ROW, figures
+
+    def row(nll, rank, density):
+        ppl = {"nll": {"text": nll}, "density": density, "attention": density / 2, "discarded_of_lazy": 0.9}
+        return {"ppl:8192": ppl, "items:8192": {"list": {"rank": rank, "items": 10}}}
+
+    names = (ROW, "dense", f"{ROW} ~ window", f"{ROW} ~ random")
+    rows = dict(
+        zip(names, (row(2.01, 0.8, 0.4), row(2.0, 0.9, 1.0), row(2.5, 0.1, 0.4), row(2.6, 0.2, 0.4)), strict=True)
+    )
+    found = {name: value for name, (value, *_) in figures(rows).items()}
+    assert found["smollm2.ppl_delta_pct.8k"] == pytest.approx(1.005, abs=1e-3)
+    assert found["smollm2.retrieval_loss_points.8k"] == pytest.approx(10)
+    assert found["smollm2.retrieval_gain_over_window.8k"] == pytest.approx(70)
+    assert found["smollm2.retrieval_gain_over_random.8k"] == pytest.approx(60)
+    assert (found["smollm2.density.8k"], found["smollm2.attention_density.8k"]) == (0.4, 0.2)
