@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.antidiagonal import antidiagonal
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.layout import Layout, block_layout, mask_blocks
 from omnisparse_flex.masks.mean_pool import block_mean, mean_pool
 from omnisparse_flex.masks.opaque import OpaqueMask
+from omnisparse_flex.masks.probe import probe
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.queries import active_rows
 
 #: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
 BLOCK = 128
 
-SCORERS = {"mean_pool": mean_pool}
+SCORERS: dict[str, Callable[..., Tensor]] = {"mean_pool": mean_pool, "antidiagonal": antidiagonal, "probe": probe}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ def select_blocks(
     if layout is None:
         layout = block_layout(mask, grid_of(query, key), kv_heads, config, visual=visual, q_offset=q_offset)
 
-    mass = SCORERS[config.scoring](query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust)
+    score = SCORERS[config.scoring]
+    mass = score(query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs)
     local_mass = (mass * layout.near).sum(-1)
     pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))
     active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_threshold)
@@ -132,7 +135,7 @@ def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[[Tensor], T
         score: ``(logits, b, h, q, kv) -> logits`` over broadcastable indices.
 
     Returns:
-        A function of float32 (B, Hq, NQ, NK) logits.
+        A function of float32 (..., B, Hq, NQ, NK) logits.
     """
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omnisparse_flex.config import Budget, OmniSparseConfig
+from omnisparse_flex.config import SCORINGS, Budget, OmniSparseConfig
 from omnisparse_flex.masks.causal import causal
 from omnisparse_flex.masks.combine import intersect, union
 from omnisparse_flex.masks.document import document, document_ids
@@ -53,7 +53,7 @@ def configs(draw: st.DrawFn) -> OmniSparseConfig:
     return OmniSparseConfig(
         target_recall=draw(recall),
         granularity="block",
-        scoring="mean_pool",
+        scoring=draw(st.sampled_from(SCORINGS)),
         budget=draw(st.sampled_from(budgets) | fixed),
         max_kv_budget=max_kv_budget,
         lazy_threshold=draw(st.none() | st.floats(0.0, 1.0)),

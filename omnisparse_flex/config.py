@@ -11,7 +11,7 @@ from omnisparse_flex.errors import ConfigError, require
 
 Budget = Literal["flattest_head", "per_head"] | int
 
-SCORINGS = ("mean_pool",)
+SCORINGS = ("mean_pool", "antidiagonal", "probe")
 GRANULARITIES = ("block",)
 LAZY_MODES = ("local",)
 BUDGETS = ("flattest_head", "per_head")
@@ -26,7 +26,8 @@ class OmniSparseConfig:
             per decoder layer. A layer at 1.0 is dense.
         granularity: Unit of the key selection: ``"block"`` (128 keys, per block of
             128 queries).
-        scoring: The estimator of attention mass: ``"mean_pool"``.
+        scoring: The estimator of attention mass: ``"mean_pool"`` (block means, cheapest),
+            ``"antidiagonal"`` (strided sums) or ``"probe"`` (exact rows of sampled queries).
         budget: ``"flattest_head"`` gives every head of a layer the budget that its
             flattest head needs; ``"per_head"`` gives each its own; an int is a fixed
             number of tokens.

@@ -43,7 +43,7 @@ INVALID = [
     ({"target_recall": [0.9, 2]}, "target_recall must be in (0, 1], got (0.9, 2)"),
     ({"target_recall": ()}, "target_recall must hold one value per layer, got ()"),
     ({"granularity": "row"}, "granularity must be one of block, got 'row'"),
-    ({"scoring": "oracle"}, "scoring must be one of mean_pool, got 'oracle'"),
+    ({"scoring": "oracle"}, "scoring must be one of mean_pool, antidiagonal, probe, got 'oracle'"),
     ({"lazy_mode": None}, "lazy_mode must be one of local, got None"),
     ({"budget": "roundest_head"}, "budget must be one of flattest_head, per_head, got 'roundest_head'"),
     ({"budget": -1}, "budget must be an int of at least 0, got -1"),
