@@ -26,9 +26,7 @@ def prepared(model: nn.Module, config: OmniSparseConfig | None, target: float) -
     modes = [(module, module.training) for module in model.modules()]
     installed = entry_of(model)
     if installed is None:
-        rules = config or OmniSparseConfig()
-        probed = tuple(1.0 if recall == 1 else target for recall in rules.recalls)
-        apply_omnisparse(model, dataclasses.replace(rules, target_recall=probed if len(probed) > 1 else probed[0]))
+        apply_omnisparse(model, probed_rules(config or OmniSparseConfig(), target))
     entry = entry_of(model)
     assert entry is not None
     recall, visual = entry.state.recall, entry.state.visual
@@ -41,6 +39,12 @@ def prepared(model: nn.Module, config: OmniSparseConfig | None, target: float) -
             module.training = training
         if installed is None:
             remove_omnisparse(model)
+
+
+def probed_rules(rules: OmniSparseConfig, target: float) -> OmniSparseConfig:
+    """Rules to probe with: their dense layers stay so, the others read their target at run time."""
+    probed = tuple(1.0 if recall == 1 else target for recall in rules.recalls)
+    return dataclasses.replace(rules, target_recall=probed if len(probed) > 1 else probed[0])
 
 
 def require_length(entry: Entry, batches: list[Batch]) -> None:
@@ -59,7 +63,7 @@ def require_length(entry: Entry, batches: list[Batch]) -> None:
 
 def longer(least: int) -> str:
     """The rule that too short batches break."""
-    return f"hold at least min_seq_len = {least} tokens, or apply_omnisparse(model, min_seq_len=...) come first"
+    return f"hold at least min_seq_len = {least} tokens (an option of apply_omnisparse)"
 
 
 def device_of(entry: Entry) -> torch.device:

@@ -244,8 +244,7 @@ BAD = [
     (
         (None, [{"input_ids": IDS}], 0.9),
         {},
-        "batches must hold at least min_seq_len = 2048 tokens, or apply_omnisparse(model, min_seq_len=...) come first, "
-        "got at most 40",
+        "batches must hold at least min_seq_len = 2048 tokens (an option of apply_omnisparse), got at most 40",
     ),
 ]
 
