@@ -83,13 +83,13 @@ def measure(
     inner: str = "eager",
 ) -> dict[str, Any]:
     """Calibrate on each text and look at the others; ``{"manual > narrative": {...}, ...}``."""
+    apply_omnisparse(model, rules, min_seq_len=0, inner=inner)  # one graph for all calibrations
+    results = {name: run_calibration(model, batches, target, progress=say) for name, batches in texts.items()}
+    remove_omnisparse(model)
     found = {}
-    for name, batches in texts.items():
-        apply_omnisparse(model, rules, min_seq_len=0, inner=inner)
-        calibration = run_calibration(model, batches, target, progress=say)
-        remove_omnisparse(model)
+    for name, calibration in results.items():
         say(f"{name}: {calibration.named_dense()}; density {calibration.density:.3f}")
-        for other in texts.keys() - {name}:
+        for other in sorted(texts.keys() - {name}):
             result = held_out(model, calibration.config, texts[other], target, inner)
             say(_brief(f"{name} > {other}", result))
             found[f"{name} > {other}"] = {**result, "calibration": calibration.to_dict()}

@@ -207,6 +207,7 @@ def test_calibrate_mistakes(
     for missing in (["--text", "x"], ["--target-recall", "0.9"], []):
         with pytest.raises(SystemExit, match="2"):
             main(["calibrate", str(reader_dir), "--out", "o.json", *missing])
+    capsys.readouterr()
     assert "heatmap must be a file in an existing directory" in complaint(
         capsys, "check", str(llama_dir), "--heatmap", str(tmp_path / "no" / "x.png")
     )
