@@ -81,8 +81,9 @@ def add_rows(
     pairs = allowed(b, h, rows.positions, units.positions).to(torch.bool)
     blocks = some if some.shape[1] == 1 else some.repeat_interleave(heads // kv_heads, 1)
     logits = (logits + units.weights).masked_fill(~(pairs & blocks & rows.exist), float("-inf"))
-    weights = torch.softmax(logits.permute(1, 2, 3, 4, 0).flatten(-2), dim=-1).nan_to_num(0.0)
-    mass: Tensor = weights.unflatten(-1, (kv_blocks, per_block)).sum(-1).unflatten(1, (kv_heads, -1)).sum(2)
+    # First over the units of a block: nothing but the products is then ever as large as they are.
+    weights = torch.softmax(torch.logsumexp(logits, dim=0), dim=-1).nan_to_num(0.0)
+    mass: Tensor = weights.unflatten(1, (kv_heads, -1)).sum(2)
     return mass if total is None else total + mass
 
 

@@ -169,6 +169,18 @@ def test_plain_modules_and_forms_of_batches(form, device):
     assert len(rewrite_report(model).rewritten) == sum(t < 1 for t in config.target_recall)
 
 
+def test_exact_statistics_of_a_plain_module(device):
+    model = apply_omnisparse(GPT(layers=2).eval().to(device), RULES, min_seq_len=0, inner="eager")
+    message = "exact must be False for a module that has not run yet and whose config states no num_attention_heads"
+    with pytest.raises(ConfigError, match=message), collect_stats(model, exact=True):
+        pass
+    x = torch.randn(1, 600, 32, device=device)
+    model(x)
+    with torch.no_grad(), collect_stats(model, exact=True) as stats:
+        model(x)
+    assert stats.layers == 2 and [len(layer.true_recall) for layer in stats.per_layer()] == [2, 2]
+
+
 class Scripted:
     """A probe whose layers answer by formula: recall = target ** power, never above its ceiling."""
 
@@ -204,10 +216,11 @@ def test_layers_that_never_do_are_given_up(device):
     model = apply_omnisparse(build("llama", device), RULES)
     probe = Scripted(model, [1.0, 1.0], [1.0, 0.926], [0.2, 0.2])  # layer 1 drops under 0.925 in the end
     result = _search(probe, 0.9)
-    assert [bool(layer.reason) for layer in result.layers] == [False, True]
+    reasons = ["", "its worst head still fell short of 0.925 after 4 rounds of raised targets"]
+    assert [layer.reason for layer in result.layers] == reasons
     assert len(probe.asked) == HALVINGS + 1 + calibration_module.REPAIRS
     nan = Scripted(model, [1.0, 1.0], [1.0, float("nan")], [0.2, 0.2])
-    assert [bool(layer.reason) for layer in _search(nan, 0.9).layers] == [False, True]
+    assert "a true recall of nan" in _search(nan, 0.9).layers[1].reason
 
 
 # --- bad input ---------------------------------------------------------------
