@@ -1,6 +1,6 @@
 """Prefill attention on the CPU: ours, selection included, against dense SDPA.
 
-python benchmarks/bench_prefill_cpu.py [--quick]        table, JSON and figures
+python benchmarks/bench_prefill_cpu.py [--quick | --scorers]    table, JSON and figures
 pytest benchmarks/bench_prefill_cpu.py --benchmark-group-by=group
 """
 
@@ -98,6 +98,23 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         )
 
 
+@torch.no_grad()
+def measure_scorers(tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Time of each scorer alone against dense attention, at one length."""
+    query, key, value = cases.inputs(tokens)
+    functions = {"dense": cases.dense(query, key, value)}
+    functions |= {name: cases.scoring(name, query, key) for name in cases.SCORERS}
+    times = interleaved(functions, rounds)
+    rows = []
+    print(f"\nscoring alone, {tokens} tokens\n  dense ms  scoring ms  scoring/dense", flush=True)
+    for name in cases.SCORERS:
+        share = statistics.median(s / d for s, d in zip(times[name], times["dense"], strict=True))
+        dense, alone = (statistics.median(times[x]) for x in ("dense", name))
+        rows.append({"tokens": tokens, "scoring": name, "dense_ms": dense, "scoring_ms": alone, "share": share})
+        print(f"{dense:10.2f}  {alone:10.2f}  {share:13.2%}  {name}", flush=True)
+    return rows
+
+
 def first_win(rows: list[dict[str, Any]], asked: float) -> int | None:
     """The least length from which on every longer one wins, at one density."""
     wins = None
@@ -120,10 +137,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def keep(rows: list[dict[str, Any]], short: list[dict[str, Any]], before: dict[str, Any]) -> None:
+def keep(
+    rows: list[dict[str, Any]], short: list[dict[str, Any]], scorers: list[dict[str, Any]], before: dict[str, Any]
+) -> None:
     """Write the JSON and the two figures."""
     wins = {f"d{round(d * 100)}": first_win([*rows, *short], d) for d in BREAK_EVEN_DENSITIES}
     content = {"environment": before, "load_after": os.getloadavg(), "rows": rows, "short": short, "break_even": wins}
+    content["scorers"] = scorers
     summary.write_json(content, RESULTS)
     (figure,) = (r for r in rows if (r["tokens"], r["density_asked"]) == (8192, 0.15))
     device = f"{before['device']}, {before['threads']} threads"
@@ -139,6 +159,7 @@ def main() -> int:
     """Measure everything, print tables, keep JSON and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8K only, three rounds, nothing kept")
+    parser.add_argument("--scorers", action="store_true", help="the scorers alone at 8K, nothing kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all cores")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -146,6 +167,9 @@ def main() -> int:
     print(", ".join(f"{key} {value}" for key, value in before.items()), flush=True)
     if before["load"][0] > 0.5:
         print("this machine is busy: the numbers will be worse than they should be", flush=True)
+    if options.scorers:
+        measure_scorers(8192, ROUNDS)
+        return 0
     if options.quick:
         measure(8192, (0.15,), 3)
         return 0
@@ -156,7 +180,7 @@ def main() -> int:
     show("break_even", sorted(wanted, key=lambda r: (r["density_asked"], r["tokens"])))
     for asked in BREAK_EVEN_DENSITIES:
         print(f"sparse wins at {asked:.0%} from {first_win([*rows, *short], asked)} tokens on")
-    keep(rows, short, before)
+    keep(rows, short, measure_scorers(8192, ROUNDS), before)
     return 0
 
 
@@ -185,6 +209,12 @@ def test_sparse(benchmark: Any, tensors: tuple[torch.Tensor, ...], asked: float)
     select = interleaved({"selection": cases.selection(case.config, *tensors[:2])}, 5)["selection"]
     annotate(benchmark, case.tokens, density=case.density, selection_ms=statistics.median(select))
     benchmark.pedantic(function, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("name", cases.SCORERS)
+def test_scoring(benchmark: Any, tensors: tuple[torch.Tensor, ...], name: str) -> None:
+    annotate(benchmark, tensors[0].shape[2], scoring=name)
+    benchmark.pedantic(cases.scoring(name, *tensors[:2]), rounds=5, warmup_rounds=1)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.masks.blocks import block_lists
 from omnisparse_flex.masks.expr import causal
+from omnisparse_flex.masks.layout import block_layout
 from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.select import BLOCK, BlockSelection, select_blocks
+from omnisparse_flex.masks.select import BLOCK, SCORERS, BlockSelection, grid_of, select_blocks
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 SCALE = HEAD_DIM**-0.5
@@ -111,3 +112,19 @@ def selection(config: OmniSparseConfig, query: Tensor, key: Tensor) -> Callable[
     compiled = torch.compile(lists, dynamic=False)
     compiled(query, key)
     return lambda: compiled(query, key)
+
+
+def scoring(name: str, query: Tensor, key: Tensor) -> Callable[[], Any]:
+    """One scorer alone, compiled, the mask's own block maps given."""
+    mask = MaskProgram(causal())
+    some = block_layout(mask, grid_of(query, key), KV_HEADS, OmniSparseConfig()).some
+
+    def score(query: Tensor, key: Tensor, some: Tensor) -> Tensor:
+        mass = SCORERS[name](query, key, some, scale=SCALE, block=BLOCK, adjust=None, allowed=mask.pairs)
+        realized: Tensor = torch.ops.omnisparse.realize(mass)
+        return realized
+
+    torch._dynamo.reset()
+    compiled = torch.compile(score, dynamic=False)
+    compiled(query, key, some)
+    return lambda: compiled(query, key, some)

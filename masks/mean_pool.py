@@ -10,7 +10,14 @@ from torch import Tensor
 
 
 def mean_pool(
-    query: Tensor, key: Tensor, some: Tensor, *, scale: float, block: int, adjust: Callable[[Tensor], Tensor] | None
+    query: Tensor,
+    key: Tensor,
+    some: Tensor,
+    *,
+    scale: float,
+    block: int,
+    adjust: Callable[[Tensor], Tensor] | None,
+    allowed: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Estimated attention mass that each query block gives to each key block.
 
@@ -21,7 +28,8 @@ def mean_pool(
         scale: Logit scale.
         block: Tokens per block.
         adjust: The model's own change of the logits (bias, soft cap) at block centres,
-            (B, Hq, NQ, NK) -> the same shape, or None.
+            (..., B, Hq, NQ, NK) -> the same shape, or None.
+        allowed: The model's mask, pair by pair; not used: block means resolve no pairs.
 
     Returns:
         float32 (B, Hkv, NQ, NK): the mean over the group's query heads; a row sums to 1,

@@ -12,7 +12,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.segments import tokens_of_blocks
-from omnisparse_flex.masks.select import BLOCK, BlockSelection
+from omnisparse_flex.masks.select import BLOCK, COSTS, BlockSelection
 from omnisparse_flex.masks.tokens import TokenSelection, kept_pairs
 
 #: Columns of the statistics tensor, in order; shares are 0-1.
@@ -79,7 +79,7 @@ def measure(
     """
     rows = _sampled_rows(query)
     if isinstance(selection, BlockSelection):
-        values, cells = _block_stats(selection), _block_cells(selection)
+        values, cells = _block_stats(selection, config), _block_cells(selection)
         kept = _kept_by_blocks(selection, rows, key.shape[2]) if exact else None
     else:
         values, cells = _token_stats(selection, config, key.shape[2]), _token_cells(selection, config)
@@ -90,7 +90,7 @@ def measure(
     return Measured(torch.stack([value.to(torch.float32) for value in values]), cells, recalls)
 
 
-def _block_stats(selection: BlockSelection) -> tuple[Tensor, ...]:
+def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[Tensor, ...]:
     batch, heads = selection.keep.shape[:2]
     rows = selection.layout.some.any(-1).expand(batch, heads, -1)
     active = selection.active & rows
@@ -107,8 +107,7 @@ def _block_stats(selection: BlockSelection) -> tuple[Tensor, ...]:
         (recall * rows).sum() / rows.sum().clamp(min=1),
         torch.where(rows, recall, 1.0).amin(),
         selection.overflow.sum(),
-        # One product for each block pair, where attention has BLOCK * BLOCK.
-        allowed / (BLOCK * BLOCK),
+        allowed * COSTS[config.scorer],
     )
 
 

@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.antidiagonal import STRIDE, antidiagonal
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.layout import Layout, block_layout, mask_blocks
 from omnisparse_flex.masks.mean_pool import block_mean, mean_pool
 from omnisparse_flex.masks.opaque import OpaqueMask
+from omnisparse_flex.masks.probe import PROBES, probe
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.queries import active_rows
 
 #: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
 BLOCK = 128
 
-SCORERS = {"mean_pool": mean_pool}
+SCORERS: dict[str, Callable[..., Tensor]] = {"mean_pool": mean_pool, "antidiagonal": antidiagonal, "probe": probe}
+#: A scorer's products for a pair of blocks, as a share of what attention itself computes for it (QK and PV).
+COSTS = {"mean_pool": 0.5 / BLOCK**2, "antidiagonal": 0.5 / STRIDE, "probe": 0.5 * PROBES / BLOCK}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,7 +90,8 @@ def select_blocks(
     if layout is None:
         layout = block_layout(mask, grid_of(query, key), kv_heads, config, visual=visual, q_offset=q_offset)
 
-    mass = SCORERS[config.scorer](query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust)
+    score = SCORERS[config.scorer]
+    mass = score(query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs)
     local_mass = (mass * layout.near).sum(-1)
     pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))
     active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_threshold)
@@ -134,7 +139,7 @@ def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[[Tensor], T
         score: ``(logits, b, h, q, kv) -> logits`` over broadcastable indices.
 
     Returns:
-        A function of float32 (B, Hq, NQ, NK) logits.
+        A function of float32 (..., B, Hq, NQ, NK) logits.
     """
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)

@@ -2,6 +2,7 @@
 
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.attention import sparse_attention
+from omnisparse_flex.calibration import calibrate
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.stats import collect_stats
@@ -12,6 +13,7 @@ __all__ = [
     "ConfigError",
     "OmniSparseConfig",
     "apply_omnisparse",
+    "calibrate",
     "collect_stats",
     "remove_omnisparse",
     "rewrite_report",

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisparse_flex import compare, video
+from omnisparse_flex import compare, plot, video
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.entry import entry_of
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.integration import find_decoder
+from omnisparse_flex.loading import auto_class, load_model, tokenizer_of
 from omnisparse_flex.progress import Progress
 from omnisparse_flex.report import table
 from omnisparse_flex.stats import Stats, collect_stats
@@ -82,14 +83,21 @@ def explain_model(model_dir: Path, config: OmniSparseConfig) -> None:
     Raises:
         ConfigError: If transformers or this library cannot take the model.
     """
-    auto, model_config = _auto_class(model_dir)
+    auto, model_config = auto_class(model_dir)
     with torch.device("meta"):
         model = auto.from_config(model_config).eval()
     apply_omnisparse(model, config, min_seq_len=0)
     print(f"{type(model).__name__}\n{rewrite_report(model)}")
 
 
-def run_check(model_dir: Path, config: OmniSparseConfig, question: Question, *, min_seq_len: int | str) -> str:
+def run_check(
+    model_dir: Path,
+    config: OmniSparseConfig,
+    question: Question,
+    *,
+    min_seq_len: int | str,
+    heatmap: Path | None = None,
+) -> str:
     """Run the model densely and sparsely, print the comparison and the verdict.
 
     Args:
@@ -97,6 +105,7 @@ def run_check(model_dir: Path, config: OmniSparseConfig, question: Question, *, 
         config: The rules.
         question: The input.
         min_seq_len: As in ``apply_omnisparse``.
+        heatmap: Where a picture of true recall and density goes, or None.
 
     Returns:
         One of ``VERDICTS``.
@@ -105,11 +114,11 @@ def run_check(model_dir: Path, config: OmniSparseConfig, question: Question, *, 
         ConfigError: If the model cannot be loaded or taken, or the input does not suit it.
     """
     progress = Progress()
-    auto, model_config = _auto_class(model_dir)
+    auto, model_config = auto_class(model_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = {name: x.to(device) for name, x in build_inputs(model_dir, model_config, question, progress).items()}
     with progress.step(f"loading {model_dir}"):
-        model = _load(auto, model_dir, device)
+        model = load_model(auto, model_dir, device)
     if "pixel_values_videos" in inputs:
         inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(next(model.parameters()).dtype)
     decoder, tokens = find_decoder(model), inputs["input_ids"].shape[1]
@@ -126,6 +135,9 @@ def run_check(model_dir: Path, config: OmniSparseConfig, question: Question, *, 
         compare.last_logits(model, inputs, positions)
     print(f"\n{rewrite_report(model)}\n\n{stats}\n")
     remove_omnisparse(model)
+    if heatmap is not None:
+        plot.save_heatmap(stats, heatmap, title=f"{model_dir.name}, {tokens} tokens", safe=SAFE_RECALL)
+        print(f"picture: {heatmap}")
     return _judge(dense, sparse, stats)
 
 
@@ -168,7 +180,7 @@ def build_inputs(model_dir: Path, model_config: Any, question: Question, progres
 def _text_ids(model_dir: Path, vocabulary: int, question: Question, progress: Callable[[str], None]) -> Tensor:
     tokenizer = None
     if question.prompt is not None:
-        tokenizer = _tokenizer(model_dir)
+        tokenizer = tokenizer_of(model_dir)
         if tokenizer is None:
             progress(f"no tokenizer in {model_dir}: seeded random token ids instead of the prompt")
     if tokenizer is not None:
@@ -180,41 +192,6 @@ def _text_ids(model_dir: Path, vocabulary: int, question: Question, progress: Ca
     progress(f"the text is {count} seeded random token ids: distances below hold for noise, not for your data")
     # The last ids of a vocabulary are its special tokens.
     return torch.randint(0, max(vocabulary // 2, 1), (1, count), generator=torch.Generator().manual_seed(0))
-
-
-def _tokenizer(model_dir: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
-    return _guarded(lambda: AutoTokenizer.from_pretrained(model_dir, local_files_only=True))
-
-
-def _auto_class(model_dir: Path) -> tuple[Any, Any]:
-    """The Auto class that takes the model, and its config."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    found = (model_dir / "config.json").is_file()
-    require(found, "model_dir", "be a directory with a config.json", str(model_dir))
-    config = _guarded(lambda: AutoConfig.from_pretrained(model_dir, local_files_only=True))
-    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        if type(config) in auto._model_mapping:
-            return auto, config
-    raise ConfigError(f"model must generate text, got {config.model_type!r} in {str(model_dir)!r}")
-
-
-def _load(auto: Any, model_dir: Path, device: torch.device) -> Any:
-    # Half precision on a CPU is slow and inexact: it would measure the CPU, not the selection.
-    dtype: Any = "auto" if device.type == "cuda" else torch.float32
-    return _guarded(lambda: auto.from_pretrained(model_dir, local_files_only=True, dtype=dtype)).eval().to(device)
-
-
-def _guarded(load: Callable[[], Any]) -> Any:
-    """What transformers says of a broken directory, as the user's mistake that it is."""
-    try:
-        return load()
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model_dir must be loadable by transformers, got {type(error).__name__}: {error}") from error
 
 
 def _judge(dense: compare.Run, sparse: compare.Run, stats: Stats) -> str:

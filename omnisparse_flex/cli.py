@@ -1,4 +1,4 @@
-"""The console script ``omnisparse-flex``: ``demo`` and ``check``."""
+"""The console script ``omnisparse-flex``: ``demo``, ``check`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.errors import ConfigError, require
 
 #: Exit code of a user's mistake, as argparse's own.
 USER_ERROR = 2
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        return _demo(arguments) if arguments.verb == "demo" else _check(arguments)
+        return {"demo": _demo, "check": _check, "calibrate": _calibrate}[arguments.verb](arguments)
     except (ConfigError, FileNotFoundError, NotADirectoryError) as error:
         message = " ".join(str(error).split())
         print(f"omnisparse-flex {arguments.verb}: {message}", file=sys.stderr)
@@ -36,9 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="omnisparse-flex", description="OmniSparse attention for video-MLLMs: see it run, or check your own model."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,check}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,check,calibrate}")
     _add_demo(verbs.add_parser("demo", help="a small Qwen2.5-VL model watches a real clip, dense and sparse"))
     _add_check(verbs.add_parser("check", help="is it safe and faster on your model and your video?"))
+    _add_calibrate(verbs.add_parser("calibrate", help="rules that keep the recall you want, from your text or video"))
     return parser
 
 
@@ -55,8 +56,31 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", type=Path, metavar="F", help="a video file (Qwen2-VL and Qwen2.5-VL models)")
     parser.add_argument("--prompt", metavar="P", help="the text; without a tokenizer, or without P, seeded token ids")
     parser.add_argument("--config", metavar="JSON", help="OmniSparseConfig fields: JSON text or a file with it")
-    parser.add_argument("--max-frames", type=_positive, default=64, metavar="N", help="of the video (default 64)")
     parser.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="seeded token ids (default 4096)")
+    parser.add_argument("--heatmap", type=Path, metavar="FILE", help="a picture: true recall of every head, densities")
+    _add_common(parser)
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Find per-layer targets whose true recall meets the wanted one on data like yours; saves JSON."
+    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="directory with config.json and weights")
+    parser.add_argument(
+        "--target-recall", type=float, required=True, metavar="R", help="wanted of every head, in (0, 1)"
+    )
+    material = parser.add_mutually_exclusive_group(required=True)
+    material.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text like yours, the longer the better")
+    material.add_argument("--video", type=Path, metavar="F", help="a video file (Qwen2-VL and Qwen2.5-VL models)")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the rules go")
+    parser.add_argument("--config", metavar="JSON", help="the other rules: JSON text or a file with it")
+    parser.add_argument(
+        "--tokens", type=_positive, default=8192, metavar="N", help="of a window of text (default 8192)"
+    )
+    parser.add_argument("--windows", type=_positive, default=4, metavar="N", help="most windows of text (default 4)")
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-frames", type=_positive, default=64, metavar="N", help="of the video (default 64)")
     parser.add_argument(
         "--min-seq-len",
         type=_natural,
@@ -77,6 +101,9 @@ def _check(arguments: argparse.Namespace) -> int:
     _need("transformers", extra="hf")
     from omnisparse_flex import check
 
+    if arguments.heatmap is not None:
+        _need("matplotlib", extra="demo")
+        _writable("heatmap", arguments.heatmap)
     # Before the weights: a typing error should not cost their loading.
     config = check.config_from(arguments.config)
     if arguments.no_run:
@@ -87,8 +114,32 @@ def _check(arguments: argparse.Namespace) -> int:
         config,
         check.Question(arguments.video, arguments.prompt, arguments.max_frames, arguments.tokens),
         min_seq_len="auto" if arguments.min_seq_len is None else arguments.min_seq_len,
+        heatmap=arguments.heatmap,
     )
     return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    _need("transformers", extra="hf")
+    from omnisparse_flex import calibrate_command, check
+
+    _writable("out", arguments.out)
+    calibrate_command.run_calibrate(
+        arguments.model_dir,
+        check.config_from(arguments.config),
+        arguments.target_recall,
+        calibrate_command.Material(
+            arguments.text, arguments.video, arguments.tokens, arguments.windows, arguments.max_frames
+        ),
+        arguments.out,
+        min_seq_len="auto" if arguments.min_seq_len is None else arguments.min_seq_len,
+    )
+    return 0
+
+
+def _writable(name: str, path: Path) -> None:
+    fits = path.absolute().parent.is_dir() and not path.is_dir()
+    require(fits, name, "be a file in an existing directory", str(path))
 
 
 def _need(*modules: str, extra: str) -> None:

@@ -12,7 +12,7 @@ from omnisparse_flex.errors import ConfigError, require
 Budget = Literal["flattest_head", "per_head"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
-SCORINGS = {"block": ("mean_pool",), "token": ("column_mass",)}
+SCORINGS = {"block": ("mean_pool", "antidiagonal", "probe"), "token": ("column_mass",)}
 LAZY_MODES = ("local", "skip")
 #: Queries of a block: a segment is a whole number of them.
 SEGMENT_UNIT = 128
@@ -30,8 +30,9 @@ class OmniSparseConfig:
             128 queries) or ``"token"`` (single keys, for each segment of queries).
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
-        scoring: The estimator of attention mass: ``"mean_pool"`` for blocks,
-            ``"column_mass"`` (exact) for tokens; ``"auto"``: the granularity's own.
+        scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
+            cheapest), ``"antidiagonal"`` (strided sums) or ``"probe"`` (exact rows of sampled
+            queries); for tokens ``"column_mass"`` (exact); ``"auto"``: the granularity's own.
         budget: ``"flattest_head"`` gives every head of a layer the budget that its
             flattest head needs; ``"per_head"`` gives each its own; an int is a fixed
             number of tokens.
@@ -116,8 +117,14 @@ class OmniSparseConfig:
 
     @classmethod
     def paper(cls) -> OmniSparseConfig:
-        """The paper's rules to the letter, as we read them: shared budget of the flattest head, lazy queries local."""
-        return cls(target_recall=0.95, budget="flattest_head", lazy_threshold=0.05, lazy_mode="local")
+        """The paper's rules to the letter, as we read them: tokens, the flattest head's budget, lazy queries local."""
+        return cls(
+            target_recall=0.95,
+            granularity="token",
+            budget="flattest_head",
+            lazy_threshold=0.05,
+            lazy_mode="local",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that ``from_dict`` reads back."""

@@ -1,4 +1,4 @@
-"""Pictures: the block masks of a few heads per layer, and the true recall of every head."""
+"""Pictures: the block masks of a few heads per layer, the true recall of every head, the density of every layer."""
 
 from __future__ import annotations
 
@@ -76,6 +76,50 @@ def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: s
     _draw_recall(figure, figure.add_subplot(grid[heads, :]), stats)
     figure.suptitle(title, fontsize=12)
     _legend(figure)
+    figure.savefig(path)
+
+
+def recall_matrix(stats: Stats) -> Tensor:
+    """True recall by layer and query head: float64 (layers, heads), NaN for layers that ran densely."""
+    found = {layer.layer: layer.true_recall for layer in stats.per_layer() if layer.true_recall}
+    heads = max((len(x) for x in found.values()), default=1)
+    blank = (float("nan"),) * heads
+    count = max(stats.layers, *(i + 1 for i in found), 1)
+    return torch.tensor([found.get(i, blank) for i in range(count)], dtype=torch.float64)
+
+
+def save_heatmap(stats: Stats, path: Path, *, title: str, safe: float = 0.8) -> None:
+    """Draw true recall, layer x query head, beside the density of each layer.
+
+    Args:
+        stats: From ``collect_stats(model, exact=True)``.
+        path: Where the picture goes; its suffix says the format.
+        title: First line of the picture.
+        safe: The colours' lower end: every head under it looks alike, and bad.
+    """
+    from matplotlib.figure import Figure
+
+    values = recall_matrix(stats)
+    layers, heads = values.shape
+    density = {layer.layer: layer.density for layer in stats.per_layer()}
+    figure = Figure(figsize=(max(0.32 * heads + 4.6, 7.5), 0.24 * layers + 1.9), dpi=130, layout="constrained")
+    grid, bars = figure.subplots(1, 2, sharey=True, width_ratios=(max(heads, 6), 6))
+    grid.set_facecolor("#dfe4ea")  # what shows where nothing is drawn: dense layers
+    image = grid.imshow(values.numpy(), cmap="viridis", vmin=safe, vmax=1.0, aspect="auto")
+    grid.set_title("true recall (mean of sampled rows); grey: dense", fontsize=9)
+    grid.set_xlabel("query head", fontsize=8)
+    grid.set_ylabel("layer", fontsize=8)
+    grid.set_xticks(range(0, heads, max(1, heads // 16)))
+    grid.set_yticks(range(layers))
+    figure.colorbar(image, ax=grid, fraction=0.03, pad=0.01, extend="min").ax.tick_params(labelsize=7)
+    bars.barh(range(layers), [density.get(i, 1.0) for i in range(layers)], height=0.8, color=COLOURS[CHOSEN])
+    for index in range(layers):
+        bars.text(0.02, index, f"{density.get(index, 1.0):.2f}", va="center", fontsize=6.5, color="black")
+    bars.set_xlim(0.0, 1.0)
+    bars.set_title(f"density (model: {stats.density:.2f})", fontsize=9)
+    for axes in (grid, bars):
+        axes.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path)
 
 

@@ -14,6 +14,7 @@ from omnisparse_flex.entry import Entry, State, entry_of
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks.record import STATS
 from omnisparse_flex.masks.select import BLOCK
+from omnisparse_flex.passes.rewrite import shape_of
 from omnisparse_flex.report import table
 
 #: Largest number of heads, query blocks and key blocks that a picture holds.
@@ -140,7 +141,8 @@ def collect_stats(model: nn.Module, exact: bool = False, *, maps: bool = False) 
     require(entry is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
     assert entry is not None
     rows = entry.state.recall.shape[0]
-    device = next(entry.module.parameters()).device
+    parameter = next(entry.module.parameters(), None)
+    device = entry.state.recall.device if parameter is None else parameter.device
     stats = Stats(
         layers=_layer_count(entry),
         raw=torch.zeros((rows, len(STATS)), device=device),
@@ -157,12 +159,16 @@ def collect_stats(model: nn.Module, exact: bool = False, *, maps: bool = False) 
 
 def _layer_count(entry: Entry) -> int:
     config = getattr(entry.module, "config", None)
-    return int(getattr(config, "num_hidden_layers", 0))
+    stated = getattr(config, "num_hidden_layers", None)
+    return stated if isinstance(stated, int) else len({site.layer for site in entry.backend.log.sites})
 
 
 def _query_heads(entry: Entry) -> int:
-    config = getattr(entry.module, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
-    require(isinstance(heads, int), "exact", "be False for a module whose config states no num_attention_heads", True)
+    """What the config states, or else what the last compiled graph has."""
+    heads = getattr(getattr(entry.module, "config", None), "num_attention_heads", None)
+    if not isinstance(heads, int) and entry.backend.last is not None and entry.backend.last.sites:
+        heads = max(int(shape_of(site.query)[1]) for site in entry.backend.last.sites)
+    rule = "be False for a module that has not run yet and whose config states no num_attention_heads"
+    require(isinstance(heads, int), "exact", rule, True)
     assert isinstance(heads, int)
     return heads

@@ -52,6 +52,7 @@ def test_public_names():
         "ConfigError",
         "OmniSparseConfig",
         "apply_omnisparse",
+        "calibrate",
         "collect_stats",
         "remove_omnisparse",
         "rewrite_report",

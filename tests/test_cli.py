@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert "{demo,check}" in capsys.readouterr().out
+    assert "{demo,check,calibrate}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main([])
 
@@ -135,15 +136,81 @@ def test_verdicts(measures: tuple[float, float, float, float], want: str) -> Non
 
 
 @pytest.mark.slow
-def test_check_runs_a_model(llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_runs_a_model(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "heads.png"
     arguments = ["check", str(llama_dir), "--tokens", "600", "--prompt", "hello", "--min-seq-len", "256"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--heatmap", str(picture)]) == 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     out = capsys.readouterr().out
     for line in ("no tokenizer in", "1 sites rewritten", "time to first token", "peak memory", "top-1 agreement over"):
         assert line in out
     assert "compiling sparse graph 1" in out
     assert re.search(r"^worst head's true recall: [01]\.\d+ \(layer 0, query head \d", out, re.MULTILINE)
     assert re.search(r"^verdict: (safe|not safe)", out, re.MULTILINE)
+
+
+@pytest.fixture
+def reader_dir(llama_dir: Path, tmp_path: Path) -> Path:
+    """The model with a tokenizer of a hundred words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path / "reader"
+    shutil.copytree(llama_dir, path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    return path
+
+
+def test_calibrate_writes_rules_that_check_reads(
+    reader_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("omnisparse_flex.backend.Backend.inner_for", lambda *_: "eager")  # no wait for Inductor
+    text, out = tmp_path / "text", tmp_path / "rules.json"
+    text.write_text(" ".join(f"w{i * i % 97}" for i in range(1700)))
+    rules = '{"lazy_threshold": null, "sink_size": 1, "window_size": 1, "scoring": "probe"}'
+    arguments = ["--text", str(text), "--out", str(out), "--tokens", "700", "--min-seq-len", "128", "--config", rules]
+    monkeypatch.setattr("omnisparse_flex.calibration.MAX_DENSITY", 1.0)  # six blocks: most are kept
+    assert main(["calibrate", str(reader_dir), "--target-recall", "0.3", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "2 windows of 700 tokens from 1700" in printed and f"rules: {out}" in printed
+    assert "true recall wanted 0.3" in printed and re.search(r"^0 .*omnisparse$", printed, re.MULTILINE)
+    found = OmniSparseConfig.from_dict(json.loads(out.read_text()))
+    assert len(found.target_recall) == 1 and found.recall_of(0) < 1 and found.scoring == "probe"
+    assert main(["check", str(reader_dir), "--no-run", "--config", str(out)]) == 0
+    assert "1 sites would be rewritten" in capsys.readouterr().out
+
+
+def test_calibrate_mistakes(
+    llama_dir: Path, reader_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("w1 " * 300)
+
+    def said(model: Path, recall: str = "0.9", *more: str, text: Path = text, out: Path = tmp_path / "o.json") -> str:
+        given = ("--target-recall", recall, "--out", str(out), "--text", str(text), *more)
+        return complaint(capsys, "calibrate", str(model), *given)
+
+    assert "target_recall must be in (0, 1), got 1.0" in said(reader_dir, "1.0")
+    assert "out must be a file in an existing directory, got" in said(reader_dir, out=tmp_path / "no" / "o.json")
+    assert "out must be a file in an existing directory, got" in said(reader_dir, out=tmp_path)
+    assert "text must be an existing file, got" in said(reader_dir, text=tmp_path / "missing")
+    assert "model_dir must hold a tokenizer to read a text, got" in said(llama_dir)
+    assert main(["calibrate", str(reader_dir), "--target-recall", "0.9", "--out", "o.json", "--text", str(text)]) == 2
+    assert "calibrate: batches must hold at least min_seq_len = 2048 tokens (an option" in capsys.readouterr().err
+    assert "config must hold only the fields" in said(reader_dir, "0.9", "--config", '{"recall": 1}')
+    (tmp_path / "latin").write_bytes(b"\xff\xfe w1")
+    assert "text must be UTF-8, got" in said(reader_dir, text=tmp_path / "latin")
+    (tmp_path / "empty").write_text(" ")
+    assert "text must hold at least one token, got" in said(reader_dir, text=tmp_path / "empty")
+    assert not (tmp_path / "o.json").exists()
+    for missing in (["--text", "x"], ["--target-recall", "0.9"], []):
+        with pytest.raises(SystemExit, match="2"):
+            main(["calibrate", str(reader_dir), "--out", "o.json", *missing])
+    capsys.readouterr()
+    assert "heatmap must be a file in an existing directory" in complaint(
+        capsys, "check", str(llama_dir), "--heatmap", str(tmp_path / "no" / "x.png")
+    )
 
 
 def test_distances() -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # A part is a module of omnisparse_flex/, or one of the two folders as a whole; "" is the public face, __init__.py.
 LAYERS = [{"errors", "types", "config"}, {"masks"}, {"attention"}, {"passes"}, {"backend"}, {"api", ""}]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-MAY_IMPORT_TRANSFORMERS = {"integration", "cache", "demo", "check"}
+MAY_IMPORT_TRANSFORMERS = {"integration", "cache", "demo", "loading"}
 
 
 def house(root: Path) -> dict[str, list[Path]]:

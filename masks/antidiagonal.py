@@ -1,0 +1,65 @@
+"""Attention between strided sums: the mean logit of each antidiagonal of small tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.masks.rows import Rows, add_rows, key_units, normalised, row_positions, whole_blocks
+
+#: Side of a tile in tokens. Our choice, one of the two of the source: 1/16 of the exact logits' products.
+STRIDE = 16
+
+
+def antidiagonal(
+    query: Tensor,
+    key: Tensor,
+    some: Tensor,
+    *,
+    scale: float,
+    block: int,
+    adjust: Callable[[Tensor], Tensor] | None,
+    allowed: Callable[..., Tensor],
+) -> Tensor:
+    """Estimated attention mass that each query block gives to each key block.
+
+    Every tile of ``STRIDE`` x ``STRIDE`` pairs is judged by the mean logit of its
+    antidiagonal, which meets each of its queries and keys once. A row of tiles goes through
+    a softmax; its mass is summed over key blocks and averaged over the query block's rows.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
+        scale: Logit scale.
+        block: Tokens per block.
+        adjust: The model's own change of the logits (bias, soft cap) at block centres,
+            (..., B, Hq, NQ, NK) -> the same shape, or None.
+        allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices; read at
+            each tile's last query and first key.
+
+    Returns:
+        float32 (B, Hkv, NQ, NK): the mean over the group's query heads; a row sums to 1,
+        or to 0 where nothing is allowed.
+
+    Source: PAPER "Scores"; XAttention, arXiv 2503.16428. Our choice: one row of tiles per
+    query block at a time, so that no tensor holds all (N / STRIDE)^2 of them.
+    """
+    stride = math.gcd(block, STRIDE)
+    length, q_blocks = query.shape[2], some.shape[-2]
+    units = key_units(key, block, stride)
+    # Scaled first: a sum of STRIDE unscaled dot products may leave the range of float16.
+    tiles = (whole_blocks(query, block) * (scale / stride)).unflatten(2, (q_blocks, block // stride, stride))
+    tiles = tiles.flip(4).flatten(4)
+    starts = torch.arange(q_blocks, device=query.device) * block
+    total = None
+    for row in range(block // stride):
+        last = torch.full_like(starts, (row + 1) * stride - 1)
+        exist = (starts + row * stride < length).unsqueeze(1)
+        rows = Rows(tiles[:, :, :, row], row_positions(last, length, block), exist)
+        total = add_rows(total, rows, units, some, scale=1.0, adjust=adjust, allowed=allowed)
+    assert total is not None  # a block holds at least one tile
+    return normalised(total, some)

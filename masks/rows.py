@@ -1,0 +1,149 @@
+"""Mass of key blocks from a few rows of logits per query block: what ``antidiagonal`` and ``probe`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+
+
+class Units(NamedTuple):
+    """What a row looks at: tokens, or tiles of tokens, the same number ``c`` in every key block.
+
+    Attributes:
+        vectors: (B, Hkv, NK * c, E), in order of position.
+        positions: int64 (c, 1, 1, 1, NK), the key position that stands for each unit.
+        weights: float32 (c, 1, 1, 1, NK), log of the share of the unit that exists; -inf past the last key.
+    """
+
+    vectors: Tensor
+    positions: Tensor
+    weights: Tensor
+
+
+class Rows(NamedTuple):
+    """One row of every query block.
+
+    Attributes:
+        vectors: (B, Hq, NQ, E).
+        positions: int64 (NQ, 1), the query position that stands for each row.
+        exist: bool (NQ, 1); False for rows past the last query.
+    """
+
+    vectors: Tensor
+    positions: Tensor
+    exist: Tensor
+
+
+def add_rows(
+    total: Tensor | None,
+    rows: Rows,
+    units: Units,
+    some: Tensor,
+    *,
+    scale: float,
+    adjust: Callable[[Tensor], Tensor] | None,
+    allowed: Callable[..., Tensor],
+) -> Tensor:
+    """Add one row's exact softmax mass to what the rows before it gave.
+
+    Called once per row of a block, so that no tensor holds more than one row of each query
+    block against all units: B * Hq * NQ * NK * c elements.
+
+    Args:
+        total: What this returned for the rows before, or None.
+        rows: The rows.
+        units: What they look at.
+        some: bool (B or 1, Hkv or 1, NQ, NK).
+        scale: Logit scale.
+        adjust: The model's own change of the logits at block centres, or None.
+        allowed: The model's mask, ``(b, h, q, kv) -> bool``.
+
+    Returns:
+        float32 (B, Hkv, NQ, NK), summed over rows and over the group's heads. Rows without an
+        allowed unit, and rows that are not finite, add nothing.
+    """
+    batch, heads, q_blocks, _ = rows.vectors.shape
+    kv_heads, kv_blocks, per_block = units.vectors.shape[1], some.shape[-1], units.positions.shape[0]
+    grouped = rows.vectors.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
+    logits = (grouped @ units.vectors.transpose(-1, -2)).unflatten(-1, (kv_blocks, per_block))
+    # Units first: a change of the logits then broadcasts over them.
+    logits = logits.unflatten(2, (heads // kv_heads, q_blocks)).flatten(1, 2).permute(4, 0, 1, 2, 3).float() * scale
+    if adjust is not None:
+        logits = adjust(logits)
+
+    b = torch.arange(batch, device=some.device).view(-1, 1, 1, 1)
+    h = torch.arange(heads, device=some.device).view(-1, 1, 1)
+    pairs = allowed(b, h, rows.positions, units.positions).to(torch.bool)
+    blocks = some if some.shape[1] == 1 else some.repeat_interleave(heads // kv_heads, 1)
+    logits = (logits + units.weights).masked_fill(~(pairs & blocks & rows.exist), float("-inf"))
+    # First over the units of a block: nothing but the products is then ever as large as they are.
+    weights = torch.softmax(torch.logsumexp(logits, dim=0), dim=-1).nan_to_num(0.0)
+    mass: Tensor = weights.unflatten(1, (kv_heads, -1)).sum(2)
+    return mass if total is None else total + mass
+
+
+def normalised(total: Tensor, some: Tensor) -> Tensor:
+    """Mass whose rows sum to 1 from what ``add_rows`` gave.
+
+    Our choice: a block of queries none of whose sampled rows sees a key, though others may,
+    spreads its mass evenly over ``some``: nothing is known, so nothing is preferred.
+
+    Args:
+        total: float32 (B, Hkv, NQ, NK), at least 0.
+        some: bool (B or 1, Hkv or 1, NQ, NK).
+
+    Returns:
+        float32 (B, Hkv, NQ, NK); a row sums to 1, or to 0 where ``some`` allows nothing.
+    """
+    seen = total.sum(-1, keepdim=True)
+    even = some / some.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(seen > 0, total / seen, even)
+
+
+def whole_blocks(x: Tensor, block: int) -> Tensor:
+    """(B, H, N, D) -> (B, H, NB * block, D): the last token repeated until the last block is whole."""
+    length = x.shape[2]
+    if isinstance(length, int) and length % block == 0:
+        return x
+    return x.index_select(2, _within(torch.arange(_rounded_up(length, block), device=x.device), length))
+
+
+def row_positions(offsets: Tensor, length: int, block: int) -> Tensor:
+    """Query positions of one row per block: int64 (NQ, 1), the block's start plus ``offsets``, inside the sequence."""
+    starts = torch.arange((length + block - 1) // block, device=offsets.device) * block
+    return _within(starts + offsets, length).unsqueeze(1)
+
+
+def key_units(key: Tensor, block: int, size: int) -> Units:
+    """Keys of whole blocks, folded ``size`` consecutive tokens to a unit; the first token stands for it.
+
+    Args:
+        key: (B, Hkv, S, D).
+        block: Tokens per block, a multiple of ``size``.
+        size: Tokens per unit.
+
+    Returns:
+        The units, with E = ``size`` * D.
+    """
+    length = key.shape[2]
+    count = (length + block - 1) // block
+    vectors = whole_blocks(key, block).unflatten(2, (count * (block // size), size)).flatten(3)
+    starts = torch.arange(count * (block // size), device=key.device) * size
+    first = starts.view(count, block // size).transpose(0, 1).view(-1, 1, 1, 1, count)
+    share = (length - first).clamp(min=0, max=size).to(torch.float32) / size
+    return Units(vectors, _within(first, length), share.log())
+
+
+def _within(positions: Tensor, length: int) -> Tensor:
+    # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.
+    inside: Tensor = torch.ops.omnisparse.realize(positions.clamp(min=0, max=length - 1))
+    return inside
+
+
+def _rounded_up(length: int, block: int) -> int:
+    return (length + block - 1) // block * block

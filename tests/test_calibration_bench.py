@@ -1,0 +1,43 @@
+"""The held-out measurement of benchmarks/calibration_smollm2.py, on a tiny model."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_calibration import RULES, repetitive, sharpened
+from tiny import build
+
+from benchmarks.calibration_smollm2 import held_out, measure, windows_of
+from omnisparse_flex.entry import entry_of
+from omnisparse_flex.progress import Progress
+
+
+def test_windows_spread_over_the_text():
+    found = windows_of(torch.arange(100, dtype=torch.int32), 10, 3)
+    assert [int(x["input_ids"][0, 0]) for x in found] == [0, 45, 90]
+    assert all(x["input_ids"].shape == (1, 10) and x["input_ids"].dtype == torch.int64 for x in found)
+    assert len(windows_of(torch.arange(100), 10, 1)) == 1
+
+
+def test_dense_layers_count_as_met_and_sparse_ones_by_head(device):
+    model = sharpened(build("llama", device, num_hidden_layers=2))
+    config = dataclasses.replace(RULES, target_recall=(1.0, 0.3))
+    inputs = [{name: x.cpu() for name, x in repetitive(700, device).items()}]
+    low, high = (held_out(model, config, inputs, target) for target in (0.01, 0.9999))
+    assert (low["met_share"], low["met_share_sparse"], low["sparse_layers"]) == (1.0, 1.0, 1)
+    assert (high["met_share"], high["met_share_sparse"]) == (0.5, 0.0)
+    assert 0.5 < high["density"] < 1 and list(high["recalls"]) == ["1"] and len(high["recalls"]["1"]) == 4
+    assert high["recall_mean"] == pytest.approx((4 + sum(high["recalls"]["1"])) / 8, abs=1e-4)
+    assert entry_of(model) is None
+
+
+def test_each_text_is_measured_under_the_other_ones_rules(device, capsys, monkeypatch):
+    monkeypatch.setattr("omnisparse_flex.calibration.MAX_DENSITY", 1.0)  # five blocks: most are kept
+    model = sharpened(build("llama", device, num_hidden_layers=1))
+    texts = {name: [repetitive(600, device, seed=i)] for i, name in enumerate(("a", "b"))}
+    found = measure(model, RULES, texts, 0.2, Progress(), "eager")
+    assert found.keys() == {"a > b", "b > a"}
+    assert "a > b: " in capsys.readouterr().out
+    for row in found.values():
+        assert row["calibration"]["target_recall"] == 0.2 and 0 <= row["met_share"] <= 1
+    assert entry_of(model) is None
