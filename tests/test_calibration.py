@@ -121,7 +121,7 @@ def test_the_result_prints_and_survives_json(calibrated):
     *_, result, _ = calibrated
     assert OmniSparseConfig.from_dict(json.loads(json.dumps(result.to_dict()))["config"]) == result.config
     text = str(result)
-    assert "true recall wanted 0.3, asked of the batches 0.4750" in text
+    assert "true recall wanted 0.3, asked of the batches 0.4050" in text
     assert len(re.findall(r"^\d+ .*(omnisparse|dense: .+)$", text, re.MULTILINE)) == 2
     assert result.config == dataclasses.replace(RULES, target_recall=result.config.target_recall)
 
@@ -214,9 +214,9 @@ def test_the_search(device):
 
 def test_layers_that_never_do_are_given_up(device):
     model = apply_omnisparse(build("llama", device), RULES)
-    probe = Scripted(model, [1.0, 1.0], [1.0, 0.926], [0.2, 0.2])  # layer 1 drops under 0.925 in the end
+    probe = Scripted(model, [1.0, 1.0], [1.0, 0.916], [0.2, 0.2])  # layer 1 drops under 0.915 in the end
     result = _search(probe, 0.9)
-    reasons = ["", "its worst head still fell short of 0.925 after 4 rounds of raised targets"]
+    reasons = ["", "its worst head still fell short of 0.915 after 4 rounds of raised targets"]
     assert [layer.reason for layer in result.layers] == reasons
     assert len(probe.asked) == HALVINGS + 1 + calibration_module.REPAIRS
     nan = Scripted(model, [1.0, 1.0], [1.0, float("nan")], [0.2, 0.2])

@@ -8,6 +8,7 @@ from test_calibration import RULES, repetitive, sharpened
 from tiny import build
 
 from benchmarks.calibration_smollm2 import held_out, measure, windows_of
+from benchmarks.calibration_transfer import LADDER, RESERVES, capture, carried, ladder, transfer
 from omnisparse_flex.entry import entry_of
 from omnisparse_flex.progress import Progress
 
@@ -41,3 +42,26 @@ def test_each_text_is_measured_under_the_other_ones_rules(device, capsys, monkey
     for row in found.values():
         assert row["calibration"]["target_recall"] == 0.2 and 0 <= row["met_share"] <= 1
     assert entry_of(model) is None
+
+
+def test_recall_carried_over_is_interpolated():
+    own = torch.tensor([[0.5, 0.9], [0.8, 0.9], [0.9, 0.95]]), torch.tensor([0.1, 0.2, 0.7])
+    other = torch.tensor([[0.4, 0.6], [0.6, 0.8], [0.8, 1.0]]), torch.tensor([0.2, 0.4, 0.6])
+    heads, density = carried(own, other, 0.65)  # half-way between the first two steps
+    assert heads.tolist() == pytest.approx([0.5, 0.7]) and density == pytest.approx(0.3)
+    assert carried(own, other, 0.5)[0].tolist() == pytest.approx([0.4, 0.6]), "the first step is enough"
+    assert carried(own, other, 0.95) is None, "out of reach"
+    assert carried(own, other, 0.89) is None, "0.65 of the blocks does not pay"
+    both = transfer({"a": [own], "b": [other]}, 0.65, 0.0)
+    # a > b: heads 0.5 and 0.7; b > a: 0.65 is met a quarter of the way from step 1 to 2, where a has 0.825 and 0.9125.
+    assert both["met_share_sparse"] == 0.75 and both["sparse_pairs"] == 4
+    assert both["recall_min"] == pytest.approx(0.5) and both["density"] == pytest.approx((0.3 + 0.325) / 2)
+
+
+def test_a_ladder_climbs(device):
+    model = sharpened(build("llama", device, num_hidden_layers=2))
+    found = capture(model, repetitive(600, device)["input_ids"], [1])
+    assert list(found) == [1] and found[1][0].shape == (1, 4, 600, 16)
+    recalls, densities = ladder(*found[1], dataclasses.replace(RULES, scoring="mean_pool"))
+    assert recalls.shape == (len(LADDER), 4) and (densities.diff() >= 0).all() and densities[0] < densities[-1]
+    assert recalls[-1].min() > recalls[0].min() and RESERVES[0] == 0
