@@ -2,6 +2,7 @@
 
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.attention import sparse_attention
+from omnisparse_flex.cache import OmniSparseCache
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.stats import collect_stats
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
+    "OmniSparseCache",
     "OmniSparseConfig",
     "apply_omnisparse",
     "collect_stats",

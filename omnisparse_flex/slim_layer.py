@@ -1,0 +1,312 @@
+"""One layer of the slim cache: two rectangles of kept keys, the tokens since, and the host's copy of the rest."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import warnings
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.decode import attend_keys, merge
+from omnisparse_flex.errors import PassError
+from omnisparse_flex.offload import Copies, HostSpan, send
+from omnisparse_flex.slim import (
+    PATTERN_QUERIES,
+    Choice,
+    Chooser,
+    Plan,
+    column_mass,
+    droppable_mass,
+    kept_positions,
+)
+
+#: Tokens by which the memory for new tokens grows.
+TAIL_STEP = 64
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Rectangle:
+    """Kept keys of heads that keep equally many.
+
+    Attributes:
+        heads: KV heads.
+        keys: (B, len(heads), n, D).
+        values: (B, len(heads), n, Dv).
+        positions: int32 (B, len(heads), n), ascending; beyond a row's count, the cache's length.
+        counts: int64 (B, len(heads)) where rows differ, or None: all n.
+    """
+
+    heads: tuple[int, ...]
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    counts: Tensor | None
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """bool (B, len(heads), n), the keys that count, or None: all."""
+        if self.counts is None:
+            return None
+        return torch.arange(self.keys.shape[2], device=self.keys.device) < self.counts[..., None]
+
+    @property
+    def bytes(self) -> int:
+        """Device memory of the tensors."""
+        tensors = [self.keys, self.values, self.positions, *([] if self.counts is None else [self.counts])]
+        return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+def cut(key: Tensor, value: Tensor, heads: tuple[int, ...], positions: Tensor, length: int, ragged: bool) -> Rectangle:
+    """A rectangle of kept keys, copied out of full tensors.
+
+    Args:
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        heads: KV heads.
+        positions: int64 (B, len(heads), n), ascending; ``length`` stands for no token.
+        length: Tokens in the cache.
+        ragged: Whether any row has fewer.
+    """
+    rows = torch.arange(key.shape[0], device=key.device)[:, None, None]
+    columns = torch.tensor(heads, device=key.device)[None, :, None]
+    slots = positions.clamp(max=length - 1)
+    counts = (positions < length).sum(-1) if ragged else None
+    # Lazy heads share one row of positions; converting it expanded would make a copy for each head.
+    shared = positions.stride(1) == 0
+    narrow = (positions[:, :1] if shared else positions).int().expand_as(positions)
+    return Rectangle(heads, key[rows, columns, slots], value[rows, columns, slots], narrow, counts)
+
+
+class SlimLayer:
+    """Keys and values of one decoder layer.
+
+    Attributes:
+        prefix: Tokens that the rectangles speak for.
+        tail: Tokens since, held in full for every head.
+        rectangles: Of lazy and of fetching heads.
+        lazy: The lazy heads, as last chosen.
+        host: What the host holds.
+        whole: Nothing is ever dropped here: the host had no memory for it.
+        lossy: Something was dropped for good.
+        limit: Length of the tail at which the pattern is read anew.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, index: int) -> None:
+        """Start empty."""
+        self.index = index
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, and free it."""
+        self.prefix = self.tail = self.limit = 0
+        self.rectangles: list[Rectangle] = []
+        self.lazy: tuple[int, ...] = ()
+        self.host: list[HostSpan] = []
+        self.whole = self.lossy = False
+        self.tail_keys: Tensor | None = None
+        self.tail_values: Tensor | None = None
+        self.queries: collections.deque[Tensor] = collections.deque(maxlen=PATTERN_QUERIES)
+        self.fetched: tuple[int, Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the layer."""
+        return self.prefix + self.tail
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer holds tokens."""
+        return self.length > 0
+
+    def store(
+        self, pattern: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, *,
+        first: int, chooser: Chooser | None, copies: Copies | None,
+    ) -> None:  # fmt: skip
+        """Take over a layer's full keys and values, slimmed.
+
+        Args:
+            pattern: (B, Hq, P, D), the queries of ``plan.queries``.
+            key: (B, Hkv, plan.length, D).
+            value: (B, Hkv, plan.length, Dv).
+            plan: What all layers share.
+            scale: Logit scale.
+            first: Position of the query that ``plan.queries`` counts from.
+            chooser: Splits the heads; None: keep everything on the device.
+            copies: Streams for offloading; None: what is not fetched is dropped.
+        """
+        droppable = plan.drop.shape[1]
+        choice = keep_all(plan, key.shape[1])
+        if chooser is not None and droppable > 0 and not self.whole:
+            mass = column_mass(pattern, key, first + plan.queries, plan.weights, plan.real, scale)
+            choice = chooser(droppable_mass(mass, plan), self.index)
+        drops = choice.drops(droppable)
+        if copies is not None and (drops or self.host) and not self._offload(key, value, plan, copies):
+            choice, drops = keep_all(plan, key.shape[1]), False
+        self.rectangles = []
+        for heads, picked in ((choice.lazy, None), (choice.fetching, choice.picked)):
+            if heads:
+                kept = kept_positions(plan, picked, len(heads))
+                self.rectangles.append(cut(key, value, heads, kept, plan.length, plan.ragged))
+        self.lazy = choice.lazy
+        self.lossy = self.lossy or (drops and copies is None)
+        self.prefix, self.tail = plan.length, 0
+        self.tail_keys = self.tail_values = None
+        self.queries.clear()
+
+    def _offload(self, key: Tensor, value: Tensor, plan: Plan, copies: Copies) -> bool:
+        """Let the host hold all droppable tokens; False, and a warning, if it has no memory for them."""
+        positions = plan.fresh if self.host else plan.drop
+        if positions.shape[1] == 0:
+            return True
+        try:
+            self.host.append(send(key, value, positions, plan.length, copies))
+        except (RuntimeError, MemoryError) as error:
+            self.host, self.whole = [], True
+            note = f"omnisparse: no host memory to offload layer {self.index}, it keeps a full cache: {error}"
+            warnings.warn(note, stacklevel=2)
+            return False
+        return True
+
+    def fetch(self, length: int, key: Tensor, value: Tensor, copies: Copies | None) -> None:
+        """Begin to bring the host's part into full tensors; ``restore`` finishes.
+
+        Args:
+            length: Tokens that the full tensors shall hold.
+            key: Any (B, Hkv, *, D) of the layer's dtype and device.
+            value: Any (B, Hkv, *, Dv).
+            copies: Streams; None where nothing was offloaded.
+        """
+        full = [x.new_zeros(*x.shape[:2], length, x.shape[3]) for x in (key, value)]
+        if copies is not None and self.host:
+            copies.start()
+            for span in self.host:
+                span.bring(full[0], full[1], copies)
+        self.fetched = (length, full[0], full[1])
+
+    def restore(self, length: int, key: Tensor, value: Tensor, copies: Copies | None) -> tuple[Tensor, Tensor]:
+        """The full keys and values (B, Hkv, length, D or Dv) as they were; zeros for padding and beyond."""
+        if self.lossy:
+            raise PassError(f"layer {self.index} cannot restore what it dropped")
+        if self.fetched is None or self.fetched[0] != length:
+            self.fetch(length, key, value, copies)
+        assert self.fetched is not None
+        _, full_key, full_value = self.fetched
+        self.fetched = None
+        if copies is not None:
+            copies.wait()
+        rows = torch.arange(full_key.shape[0], device=full_key.device)[:, None, None]
+        for rectangle in self.rectangles:
+            columns = torch.tensor(rectangle.heads, device=full_key.device)[None, :, None]
+            positions, allowed = rectangle.positions.long(), rectangle.allowed
+            for full, own in ((full_key, rectangle.keys), (full_value, rectangle.values)):
+                if allowed is not None:
+                    # What a row does not have goes where its first key goes, as that key.
+                    own = torch.where(allowed[..., None], own, own[:, :, :1])
+                slots = positions if allowed is None else torch.where(allowed, positions, positions[:, :, :1])
+                full[rows, columns, slots] = own
+        if self.tail:
+            assert self.tail_keys is not None and self.tail_values is not None
+            full_key[:, :, self.prefix : self.length] = self.tail_keys[:, :, : self.tail]
+            full_value[:, :, self.prefix : self.length] = self.tail_values[:, :, : self.tail]
+        return full_key, full_value
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Add tokens (B, Hkv, L, D) that every head keeps."""
+        stop = self.tail + key.shape[2]
+        if self.tail_keys is None or self.tail_values is None or self.tail_keys.shape[2] < stop:
+            room = -(-stop // TAIL_STEP) * TAIL_STEP
+            grown = [x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in (key, value)]
+            if self.tail_keys is not None and self.tail_values is not None:
+                grown[0][:, :, : self.tail] = self.tail_keys[:, :, : self.tail]
+                grown[1][:, :, : self.tail] = self.tail_values[:, :, : self.tail]
+            self.tail_keys, self.tail_values = grown
+        self.tail_keys[:, :, self.tail : stop] = key
+        self.tail_values[:, :, self.tail : stop] = value
+        self.tail = stop
+
+    def attend(self, query: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+        """Attention of the latest tokens over everything the layer keeps.
+
+        Args:
+            query: (B, Hq, L, D); its keys were appended already.
+            padding: bool (B, length) or None; of the tail only: a rectangle holds no padding.
+            scale: Logit scale.
+
+        Returns:
+            (B, Hq, L, Dv) in query's dtype.
+        """
+        assert self.tail_keys is not None and self.tail_values is not None
+        batch, heads, count, _ = query.shape
+        kv_heads = self.tail_keys.shape[1]
+        groups = heads // kv_heads
+        rows = query.reshape(batch, kv_heads, groups * count, -1)
+        places = torch.arange(self.tail, device=query.device)
+        allowed = None
+        if count > 1:
+            order = places <= places[self.tail - count :, None]  # (L, tail)
+            allowed = order.repeat(groups, 1)[None, None]
+        if padding is not None:
+            real = padding[:, None, None, self.prefix : self.length]
+            allowed = real if allowed is None else allowed & real
+        tail = attend_keys(rows, self.tail_keys[:, :, : self.tail], self.tail_values[:, :, : self.tail], allowed, scale)
+        out = rows.new_empty(batch, kv_heads, groups * count, self.tail_values.shape[3])
+        for part in self.rectangles:
+            own = rows if len(part.heads) == kv_heads else rows[:, list(part.heads)]
+            prefix = attend_keys(own, part.keys, part.values, part.allowed, scale)
+            if len(part.heads) == kv_heads:
+                out = merge(prefix, tail).to(query.dtype)
+            else:
+                columns = list(part.heads)
+                out[:, columns] = merge(prefix, (tail[0][:, columns], tail[1][:, columns])).to(query.dtype)
+        return out.view(batch, heads, count, -1)
+
+    def crop(self, length: int) -> None:
+        """Forget tokens from position ``length`` on."""
+        self.fetched = None
+        self.queries.clear()
+        if length >= self.prefix:
+            self.tail = length - self.prefix
+            return
+        self.prefix, self.tail, self.tail_keys, self.tail_values = length, 0, None, None
+        self.rectangles = [_cropped(rectangle, length) for rectangle in self.rectangles]
+        for span in self.host:
+            span.crop(length)
+
+    def select(self, rows: Tensor, listed: list[int]) -> None:
+        """Make the batch consist of ``rows``, int64 (B',) on the device; ``listed`` are the same on the host."""
+        self.fetched = None
+        for part in self.rectangles:
+            # A lazy rectangle's heads share their positions' memory, and shall go on sharing it.
+            shared = part.positions.stride(1) == 0
+            positions = (part.positions[:, :1] if shared else part.positions)[rows]
+            part.positions = positions.expand(-1, len(part.heads), -1)
+            part.keys, part.values = part.keys[rows], part.values[rows]
+            part.counts = None if part.counts is None else part.counts[rows]
+        if self.tail_keys is not None and self.tail_values is not None:
+            self.tail_keys, self.tail_values = self.tail_keys[rows], self.tail_values[rows]
+        self.queries = collections.deque((x[rows] for x in self.queries), maxlen=PATTERN_QUERIES)
+        for span in self.host:
+            span.select(listed)
+
+
+def keep_all(plan: Plan, heads: int) -> Choice:
+    """Every head fetches every droppable key."""
+    columns = torch.arange(plan.drop.shape[1], device=plan.drop.device)
+    return Choice((), tuple(range(heads)), columns.expand(plan.drop.shape[0], heads, -1))
+
+
+def _cropped(part: Rectangle, length: int) -> Rectangle:
+    counts = ((part.positions < length) & (True if part.allowed is None else part.allowed)).sum(-1)
+    most = int(counts.max())
+    ragged = bool((counts < most).any())
+    # Cloned: a view would keep the memory of what was cropped.
+    keys, values = part.keys[:, :, :most].clone(), part.values[:, :, :most].clone()
+    positions = part.positions[:, :, :most].clone()
+    return Rectangle(part.heads, keys, values, positions, counts if ragged else None)
