@@ -1,0 +1,110 @@
+"""OmniSparseCache in ``generate``: equal to a full cache, or to one masked the same way, in every mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_visual_mask import video_inputs
+from tiny import MODELS, VIDEO, build
+
+from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report
+from omnisparse_flex.entry import entry_of
+from omnisparse_flex.slim import Choice
+
+#: Dense prefill, so that only the cache differs from the model as it was.
+RULES = OmniSparseConfig(target_recall=0.9, sink_size=4, window_size=8)
+DENSE = 1 << 20
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "assisted": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+
+
+def is_visual(args, kwargs):
+    """For models without visual tokens of their own: by id, for as long as ids are given."""
+    ids = kwargs.get("input_ids")
+    return None if ids is None else ids == VIDEO
+
+
+class Recorder:
+    """An inner compiler that runs eagerly and keeps the cache operators of each graph."""
+
+    def __init__(self) -> None:
+        self.graphs = []
+
+    def __call__(self, graph_module, inputs):
+        names = [str(node.target).removesuffix(".default").rsplit(".", 1)[-1] for node in graph_module.graph.nodes]
+        self.graphs.append(tuple(name for name in names if name == "attn" or name.startswith("cache_")))
+        return graph_module.forward
+
+
+def changed(name, device, inner="eager", **changes):
+    model = build(name, device, **changes)
+    mask = is_visual if name == "llama" else None
+    return apply_omnisparse(model, RULES, min_seq_len=DENSE, inner=inner, visual_mask=mask)
+
+
+def prompt(device, lengths=(70,), seed: int = 0, spans=((15, 45),)):
+    """Text around runs of video tokens, left-padded."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids = torch.randint(10, 180, (len(lengths), longest), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : longest - length] = 0
+        for start, stop in spans:
+            ids[row, longest - length + start : longest - length + stop] = VIDEO
+    ids[mask == 0] = 3
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def half_lazy(mass, layer):
+    """Every second head lazy, the others with a third of the droppable keys."""
+    heads, count = mass.shape[1], mass.shape[2]
+    lazy = tuple(h for h in range(heads) if h % 2 == layer % 2)
+    fetching = tuple(h for h in range(heads) if h not in lazy)
+    order = mass.sort(-1, descending=True).indices
+    return Choice(lazy, fetching, order[:, list(fetching), : count // 3])
+
+
+def generate(model, inputs, cache=None, *, new=10, seed=0, **mode):
+    torch.manual_seed(seed)
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, **mode)
+
+
+def longer(inputs, tokens, device, seed):
+    """The conversation so far and a further question."""
+    question = prompt(device, (9,) * tokens.shape[0], seed, spans=())["input_ids"]
+    ids = torch.cat([tokens, question], 1)
+    grown = torch.ones_like(ids)
+    grown[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    return {"input_ids": ids, "attention_mask": grown}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_full_recall_equals_a_dynamic_cache(name, mode, device):
+    from transformers import DynamicCache
+
+    inputs = prompt(device, (70,) if mode == "assisted" else (70, 61))
+    recorder = Recorder()
+    plain, slim = build(name, device), changed(name, device, recorder)
+    cache = OmniSparseCache(slim, visual_recall=1.0)
+    full = DynamicCache(config=plain.config.get_text_config())
+    for turn in range(3):
+        expected = generate(plain, inputs, full, **MODES[mode])
+        tokens = generate(slim, inputs, cache, **MODES[mode])
+        assert torch.equal(tokens, expected), turn
+        assert cache.get_seq_length() == full.get_seq_length()
+        if mode == "beams":
+            break  # the beams stay in the cache: there is no second turn
+        inputs = longer(inputs, tokens, device, turn + 7)
+    assert [layer.lazy for layer in cache.layers] == [(), ()]
+    # Every graph goes through the cache in both layers; those of decoding through nothing else.
+    kinds = [("attn", "cache_store") * 2, ("cache_restore", "attn", "cache_store") * 2, ("cache_attend",) * 2]
+    assert set(recorder.graphs) == set(kinds[::2] if mode == "beams" else kinds)
+    assert recorder.graphs.count(kinds[2]) <= (3 if mode == "assisted" else 1), "a step compiled again"
+    notes = rewrite_report(slim).notes
+    assert not [note for note in notes if "eagerly" in note or "broke" in note], notes
