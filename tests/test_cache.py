@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slim_oracle import masked_like
+from test_transformers import bracket
 from test_visual_mask import video_inputs
 from tiny import MODELS, VIDEO, build
 
-from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report
-from omnisparse_flex.entry import entry_of
+from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
 from omnisparse_flex.slim import Choice
 
 #: Dense prefill, so that only the cache differs from the model as it was.
@@ -105,6 +106,78 @@ def test_full_recall_equals_a_dynamic_cache(name, mode, device):
     # Every graph goes through the cache in both layers; those of decoding through nothing else.
     kinds = [("attn", "cache_store") * 2, ("cache_restore", "attn", "cache_store") * 2, ("cache_attend",) * 2]
     assert set(recorder.graphs) == set(kinds[::2] if mode == "beams" else kinds)
-    assert recorder.graphs.count(kinds[2]) <= (3 if mode == "assisted" else 1), "a step compiled again"
+    # transformers gives Qwen's first turn position ids of another shape than later ones; drafts have several tokens.
+    shapes = (2 if name.startswith("qwen") else 1) * (2 if mode == "assisted" else 1)
+    assert recorder.graphs.count(kinds[2]) <= shapes, "a step compiled again"
     notes = rewrite_report(slim).notes
     assert not [note for note in notes if "eagerly" in note or "broke" in note], notes
+
+
+def steps(model, inputs, cache, **keywords):
+    """Tokens and the logits of each step."""
+    out = generate(model, inputs, cache, return_dict_in_generate=True, output_logits=True, **keywords)
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("lengths", [(90,), (90, 71)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_forced_split_equals_a_full_cache_masked_the_same_way(name, lengths, offload, device):
+    from transformers import DynamicCache
+
+    inputs = prompt(device, lengths, spans=((10, 50), (55, 60)))
+    slim = changed(name, device)
+    cache = OmniSparseCache(slim, offload=offload)
+    cache.store.chooser = half_lazy
+    oracle, exact = build(name, device), build(name, device).double()
+    full, full64 = (DynamicCache(config=oracle.config.get_text_config()) for _ in range(2))
+    for turn in range(2 if offload else 1):
+        tokens, logits = steps(slim, inputs, cache, do_sample=False)
+        report = cache.memory_report()
+        assert [layer.lazy for layer in report.layers] == [(0,), (1,)]
+        with masked_like(cache, oracle), masked_like(cache, exact):
+            expected, dense = steps(oracle, inputs, full, do_sample=False)
+            expected64, logits64 = steps(exact, inputs, full64, do_sample=False)
+        assert torch.equal(tokens, expected) and torch.equal(tokens, expected64), turn
+        assert (logits.double() - logits64).abs().max() <= bracket(logits64, dense)
+        assert (report.host > 0) == offload
+        inputs = longer(inputs, tokens, device, turn + 7)
+
+
+def test_the_split_changes_what_is_generated(device):
+    """The control of the test above: without the mask, a full cache says something else."""
+    inputs = prompt(device, (90,), spans=((10, 50), (55, 60)))
+    slim = changed("llama", device)
+    cache = OmniSparseCache(slim)
+    cache.store.chooser = half_lazy
+    _, logits = steps(slim, inputs, cache, do_sample=False)
+    _, dense = steps(build("llama", device), inputs, None, do_sample=False)
+    assert (logits[:, 1] - dense[:, 1]).abs().max() > 100 * torch.finfo(torch.float32).eps * dense.abs().max()
+
+
+def test_a_real_video_and_its_positions(device):
+    """M-RoPE positions come from the video's grid; a slim cache must not move them."""
+    from transformers import DynamicCache
+
+    inputs = video_inputs(device)
+    slim, oracle = changed("qwen2_5_vl", device), build("qwen2_5_vl", device)
+    cache, full = OmniSparseCache(slim), DynamicCache(config=oracle.config.get_text_config())
+    cache.store.chooser = half_lazy
+    tokens, _ = steps(slim, inputs, cache, do_sample=False)
+    with masked_like(cache, oracle):
+        expected, _ = steps(oracle, inputs, full, do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert cache.memory_report().host > 0
+
+
+def test_beams_of_a_forced_split(device):
+    from transformers import DynamicCache
+
+    inputs = prompt(device, (90, 71), spans=((10, 50),))
+    slim, oracle = changed("llama", device), build("llama", device)
+    cache = OmniSparseCache(slim)
+    cache.store.chooser = half_lazy
+    tokens = generate(slim, inputs, cache, **MODES["beams"])
+    with masked_like(cache, oracle):
+        expected = generate(oracle, inputs, DynamicCache(config=oracle.config), **MODES["beams"])
+    assert torch.equal(tokens, expected)
