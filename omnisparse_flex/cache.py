@@ -115,7 +115,7 @@ class OmniSparseCache:
             ConfigError: Outside a call of the model that the cache was made for.
         """
         if self.mode is None:
-            raise ConfigError("cache must be used by the model it was made for, changed by apply_omnisparse, got another")
+            raise ConfigError("cache must be used by the model it was made for, got a call that it was not told of")
         if self.mode == TURN:
             past = self.get_seq_length()
             return torch.ops.omnisparse.cache_restore(key_states, value_states, past, self.owner, layer_idx)
@@ -191,12 +191,15 @@ class OmniSparseCache:
         return [False] * len(self.layers)
 
     layers: list[SlimLayer]
+    #: How the call in progress uses the cache; None between calls.
+    mode: str | None
+    _omnisparse_visual: Tensor | None  # the name is integration.HISTORY
 
     def reset(self) -> None:
         """Forget everything and free it; the cache can be used anew."""
         self.store.clear()
-        self.mode: str | None = None
-        self._omnisparse_visual: Tensor | None = None  # integration.HISTORY
+        self.mode = None
+        self._omnisparse_visual = None
         self._measure()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -205,8 +208,8 @@ class OmniSparseCache:
         Args:
             tokens_to_remove: Their number, negated. A positive number is the length that remains.
         """
-        length = self.store.length
-        remaining = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
+        length, change = self.store.length, int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        remaining = change if change > 0 else length + change
         self.store.cropped = True
         if remaining >= length:
             return
@@ -248,7 +251,8 @@ def _with_base() -> type[OmniSparseCache]:
     """The class with transformers' ``Cache`` as its base."""
     from transformers import Cache
 
-    return type("OmniSparseCache", (OmniSparseCache, Cache), {"__module__": __name__, "__doc__": OmniSparseCache.__doc__})
+    fields = {"__module__": __name__, "__doc__": OmniSparseCache.__doc__}
+    return type("OmniSparseCache", (OmniSparseCache, Cache), fields)
 
 
 def _full_layers(decoder: Any) -> int:

@@ -34,37 +34,37 @@ class Calls(Protocol):
 class Owner:
     """One changed model, as the operators know it: a number, and the cache of the call in progress."""
 
-    _numbers = itertools.count()
-    _live: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
-
     def __init__(self) -> None:
         """Take a number that no other model has."""
-        self.number = next(Owner._numbers)
+        self.number = next(_numbers)
         self.cache: Calls | None = None
-        Owner._live[self.number] = self
+        _owners[self.number] = self
 
-    @classmethod
-    def cache_of(cls, number: int) -> Calls:
-        """The cache of the call in progress."""
-        owner = cls._live.get(number)
-        if owner is None or owner.cache is None:
-            raise PassError(f"model {number} has no call with a cache in progress")
-        return owner.cache
+
+_numbers = itertools.count()
+_owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
+
+
+def _cache_of(number: int) -> Calls:
+    owner = _owners.get(number)
+    if owner is None or owner.cache is None:
+        raise PassError(f"model {number} has no call with a cache in progress")
+    return owner.cache
 
 
 def _store(out: Tensor, query: Tensor, key: Tensor, value: Tensor, owner: int, layer: int, scale: float) -> None:
     # ``out`` is declared as written, though it is not: so the next layer waits for this one to be slimmed.
-    Owner.cache_of(owner).store_layer(query, key, value, layer, scale)
+    _cache_of(owner).store_layer(query, key, value, layer, scale)
 
 
 def _restore(key: Tensor, value: Tensor, past: int, owner: int, layer: int) -> tuple[Tensor, Tensor]:
-    return Owner.cache_of(owner).restore_layer(key, value, layer)
+    return _cache_of(owner).restore_layer(key, value, layer)
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, owner: int, layer: int, scale: float
 ) -> Tensor:
-    return Owner.cache_of(owner).attend_layer(query, key, value, padding, layer, scale)
+    return _cache_of(owner).attend_layer(query, key, value, padding, layer, scale)
 
 
 def _fake_store(out: Tensor, query: Tensor, key: Tensor, value: Tensor, owner: int, layer: int, scale: float) -> None:

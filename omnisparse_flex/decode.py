@@ -9,7 +9,9 @@ from torch import Tensor
 LOGITS = 1 << 24
 
 
-def attend_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def attend_keys(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """Queries that all see the same keys.
 
     Args:
@@ -24,7 +26,8 @@ def attend_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | Non
         float32, or float64 for float64 inputs.
     """
     if allowed is None and _has_flash(query, key, value):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)[:2]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = flash(query, key, value, 0.0, False, False, scale=scale)[:2]
         return out.float(), lse
     if allowed is not None and allowed.dim() == 3:
         allowed = allowed[:, :, None]

@@ -89,7 +89,7 @@ class Entry:
             self._prepare(args, kwargs)
         elif self.visual_mask is not None:
             self.state.visual = self.visual_mask(args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if not hasattr(cache, "omnisparse_call"):
             return self._run(args, kwargs)
         # A keyword argument of ours reaches every layer's attention.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import warnings
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from omnisparse_flex.decode import attend_keys, merge
 from omnisparse_flex.errors import PassError
 from omnisparse_flex.offload import Copies, HostSpan, send
+from omnisparse_flex.rectangle import Rectangle, cropped, cut
 from omnisparse_flex.slim import (
     PATTERN_QUERIES,
     Choice,
@@ -24,59 +24,6 @@ from omnisparse_flex.slim import (
 
 #: Tokens by which the memory for new tokens grows.
 TAIL_STEP = 64
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Rectangle:
-    """Kept keys of heads that keep equally many.
-
-    Attributes:
-        heads: KV heads.
-        keys: (B, len(heads), n, D).
-        values: (B, len(heads), n, Dv).
-        positions: int32 (B, len(heads), n), ascending; beyond a row's count, the cache's length.
-        counts: int64 (B, len(heads)) where rows differ, or None: all n.
-    """
-
-    heads: tuple[int, ...]
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    counts: Tensor | None
-
-    @property
-    def allowed(self) -> Tensor | None:
-        """bool (B, len(heads), n), the keys that count, or None: all."""
-        if self.counts is None:
-            return None
-        return torch.arange(self.keys.shape[2], device=self.keys.device) < self.counts[..., None]
-
-    @property
-    def bytes(self) -> int:
-        """Device memory of the tensors."""
-        tensors = [self.keys, self.values, self.positions, *([] if self.counts is None else [self.counts])]
-        return sum(x.untyped_storage().nbytes() for x in tensors)
-
-
-def cut(key: Tensor, value: Tensor, heads: tuple[int, ...], positions: Tensor, length: int, ragged: bool) -> Rectangle:
-    """A rectangle of kept keys, copied out of full tensors.
-
-    Args:
-        key: (B, Hkv, S, D).
-        value: (B, Hkv, S, Dv).
-        heads: KV heads.
-        positions: int64 (B, len(heads), n), ascending; ``length`` stands for no token.
-        length: Tokens in the cache.
-        ragged: Whether any row has fewer.
-    """
-    rows = torch.arange(key.shape[0], device=key.device)[:, None, None]
-    columns = torch.tensor(heads, device=key.device)[None, :, None]
-    slots = positions.clamp(max=length - 1)
-    counts = (positions < length).sum(-1) if ragged else None
-    # Lazy heads share one row of positions; converting it expanded would make a copy for each head.
-    shared = positions.stride(1) == 0
-    narrow = (positions[:, :1] if shared else positions).int().expand_as(positions)
-    return Rectangle(heads, key[rows, columns, slots], value[rows, columns, slots], narrow, counts)
 
 
 class SlimLayer:
@@ -201,16 +148,8 @@ class SlimLayer:
         self.fetched = None
         if copies is not None:
             copies.wait()
-        rows = torch.arange(full_key.shape[0], device=full_key.device)[:, None, None]
-        for rectangle in self.rectangles:
-            columns = torch.tensor(rectangle.heads, device=full_key.device)[None, :, None]
-            positions, allowed = rectangle.positions.long(), rectangle.allowed
-            for full, own in ((full_key, rectangle.keys), (full_value, rectangle.values)):
-                if allowed is not None:
-                    # What a row does not have goes where its first key goes, as that key.
-                    own = torch.where(allowed[..., None], own, own[:, :, :1])
-                slots = positions if allowed is None else torch.where(allowed, positions, positions[:, :, :1])
-                full[rows, columns, slots] = own
+        for part in self.rectangles:
+            part.put_back(full_key, full_value)
         if self.tail:
             assert self.tail_keys is not None and self.tail_values is not None
             full_key[:, :, self.prefix : self.length] = self.tail_keys[:, :, : self.tail]
@@ -275,7 +214,7 @@ class SlimLayer:
             self.tail = length - self.prefix
             return
         self.prefix, self.tail, self.tail_keys, self.tail_values = length, 0, None, None
-        self.rectangles = [_cropped(rectangle, length) for rectangle in self.rectangles]
+        self.rectangles = [cropped(rectangle, length) for rectangle in self.rectangles]
         for span in self.host:
             span.crop(length)
 
@@ -283,12 +222,7 @@ class SlimLayer:
         """Make the batch consist of ``rows``, int64 (B',) on the device; ``listed`` are the same on the host."""
         self.fetched = None
         for part in self.rectangles:
-            # A lazy rectangle's heads share their positions' memory, and shall go on sharing it.
-            shared = part.positions.stride(1) == 0
-            positions = (part.positions[:, :1] if shared else part.positions)[rows]
-            part.positions = positions.expand(-1, len(part.heads), -1)
-            part.keys, part.values = part.keys[rows], part.values[rows]
-            part.counts = None if part.counts is None else part.counts[rows]
+            part.select(rows)
         if self.tail_keys is not None and self.tail_values is not None:
             self.tail_keys, self.tail_values = self.tail_keys[rows], self.tail_values[rows]
         self.queries = collections.deque((x[rows] for x in self.queries), maxlen=PATTERN_QUERIES)
@@ -300,13 +234,3 @@ def keep_all(plan: Plan, heads: int) -> Choice:
     """Every head fetches every droppable key."""
     columns = torch.arange(plan.drop.shape[1], device=plan.drop.device)
     return Choice((), tuple(range(heads)), columns.expand(plan.drop.shape[0], heads, -1))
-
-
-def _cropped(part: Rectangle, length: int) -> Rectangle:
-    counts = ((part.positions < length) & (True if part.allowed is None else part.allowed)).sum(-1)
-    most = int(counts.max())
-    ragged = bool((counts < most).any())
-    # Cloned: a view would keep the memory of what was cropped.
-    keys, values = part.keys[:, :, :most].clone(), part.values[:, :, :most].clone()
-    positions = part.positions[:, :, :most].clone()
-    return Rectangle(part.heads, keys, values, positions, counts if ragged else None)
