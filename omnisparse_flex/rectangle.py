@@ -88,5 +88,5 @@ def cropped(part: Rectangle, length: int) -> Rectangle:
     ragged = bool((counts < most).any())
     # Cloned: a view would keep the memory of what was cropped.
     keys, values = part.keys[:, :, :most].clone(), part.values[:, :, :most].clone()
-    positions = part.positions[:, :, :most].clone()
+    positions = part.positions[:, :, :most].clamp(max=length)
     return Rectangle(part.heads, keys, values, positions, counts if ragged else None)

@@ -201,4 +201,6 @@ def kept_positions(plan: Plan, picked: Tensor | None, heads: int) -> Tensor:
     if picked is None:
         return plan.base[:, None].expand(-1, heads, -1)
     own = plan.drop[:, None].expand(-1, heads, -1).gather(2, picked)
-    return torch.cat([plan.base[:, None].expand(-1, heads, -1), own], 2).sort(dim=2).values
+    kept = torch.cat([plan.base[:, None].expand(-1, heads, -1), own], 2).sort(dim=2).values
+    # A row with more text may have fewer visual tokens: no row needs the sum of both maxima.
+    return kept[:, :, : int((kept < plan.length).sum(-1).max())] if plan.ragged else kept

@@ -120,6 +120,7 @@ class SlimStore:
         if visual is None:
             raise ConfigError("visual_mask must be given to apply_omnisparse for a slim cache, got none for this model")
         length = self.length + count
+        require(visual.shape[1] == length, "visual_mask", f"cover {length} tokens", tuple(visual.shape))
         real = self._real_tokens(length, attention_mask)
         visual = visual.to(real.device)
         text = real & ~visual

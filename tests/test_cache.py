@@ -87,6 +87,7 @@ def longer(inputs, tokens, device, seed):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
 def test_full_recall_equals_a_dynamic_cache(name, mode, device):
+    import transformers
     from transformers import DynamicCache
 
     inputs = prompt(device, (70,) if mode == "assisted" else (70, 61))
@@ -94,18 +95,23 @@ def test_full_recall_equals_a_dynamic_cache(name, mode, device):
     plain, slim = build(name, device), changed(name, device, recorder)
     cache = OmniSparseCache(slim, visual_recall=1.0)
     full = DynamicCache(config=plain.config.get_text_config())
-    for turn in range(3):
+    turns = 3
+    for turn in range(turns):
         expected = generate(plain, inputs, full, **MODES[mode])
         tokens = generate(slim, inputs, cache, **MODES[mode])
         assert torch.equal(tokens, expected), turn
         assert cache.get_seq_length() == full.get_seq_length()
-        if mode == "beams":
-            break  # the beams stay in the cache: there is no second turn
+        # The beams stay in the cache, and transformers 5.17 repeats the prompt in a second assisted turn.
+        if mode == "beams" or (
+            mode == "assisted" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+        ):
+            turns = 1
+            break
         inputs = longer(inputs, tokens, device, turn + 7)
     assert [layer.lazy for layer in cache.layers] == [(), ()]
     # Every graph goes through the cache in both layers; those of decoding through nothing else.
     kinds = [("attn", "cache_store") * 2, ("cache_restore", "attn", "cache_store") * 2, ("cache_attend",) * 2]
-    assert set(recorder.graphs) == set(kinds[::2] if mode == "beams" else kinds)
+    assert set(recorder.graphs) == set(kinds if turns > 1 else kinds[::2])
     # transformers gives Qwen's first turn position ids of another shape than later ones; drafts have several tokens.
     shapes = (2 if name.startswith("qwen") else 1) * (2 if mode == "assisted" else 1)
     assert recorder.graphs.count(kinds[2]) <= shapes, "a step compiled again"
