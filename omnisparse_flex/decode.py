@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,3 +76,34 @@ def _has_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and head_dim <= 256
         and key.shape[2] > 0
     )
+
+
+@functools.cache
+def token_kernel() -> Callable[..., Tensor | None] | None:
+    """``decode_kernel.attend_token`` where Triton is installed, guarded: None once it failed to compile."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from omnisparse_flex.decode_kernel import attend_token
+
+    working = [True]
+
+    def guarded(*args: Any) -> Tensor | None:
+        if not working[0]:
+            return None
+        try:
+            return attend_token(*args)
+        except Exception as error:  # a Triton that cannot compile it: dense kernels give the same numbers
+            working[0] = False
+            warnings.warn(
+                f"omnisparse: the decode kernel failed, decoding runs on dense kernels: {error}", stacklevel=2
+            )
+            return None
+
+    return guarded
+
+
+def takes_token(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel for one decoded token can run: query (B, Hq, L, D), value (B, Hkv, S, Dv)."""
+    dim = query.shape[3]
+    fits = 16 <= dim <= 256 and dim & (dim - 1) == 0 and value.shape[3] == dim
+    return query.is_cuda and query.shape[2] == 1 and fits and query.dtype != torch.float64

@@ -33,6 +33,12 @@ class Rectangle:
             return None
         return torch.arange(self.keys.shape[2], device=self.keys.device) < self.counts[..., None]
 
+    def counts_or_all(self) -> Tensor:
+        """Keys of each row and head that count, int64 (B, len(heads))."""
+        if self.counts is not None:
+            return self.counts
+        return torch.full(self.keys.shape[:2], self.keys.shape[2], device=self.keys.device)
+
     def put_back(self, key: Tensor, value: Tensor) -> None:
         """Write the kept keys and values into full tensors (B, Hkv, S, D), at their positions."""
         rows = torch.arange(key.shape[0], device=key.device)[:, None, None]

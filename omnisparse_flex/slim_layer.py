@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from omnisparse_flex.decode import attend_keys, merge
+from omnisparse_flex.decode import attend_keys, merge, takes_token, token_kernel
 from omnisparse_flex.errors import PassError
 from omnisparse_flex.offload import Copies, HostSpan, send
 from omnisparse_flex.rectangle import Rectangle, cropped, cut
@@ -61,6 +61,7 @@ class SlimLayer:
         self.tail_values: Tensor | None = None
         self.queries: collections.deque[Tensor] = collections.deque(maxlen=PATTERN_QUERIES)
         self.fetched: tuple[int, Tensor, Tensor] | None = None
+        self.table: tuple[Tensor, Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -96,7 +97,7 @@ class SlimLayer:
         drops = choice.drops(droppable)
         if copies is not None and (drops or self.host) and not self._offload(key, value, plan, copies):
             choice, drops = keep_all(plan, key.shape[1]), False
-        self.rectangles = []
+        self.rectangles, self.table = [], None
         for heads, picked in ((choice.lazy, None), (choice.fetching, choice.picked)):
             if heads:
                 kept = kept_positions(plan, picked, len(heads))
@@ -182,6 +183,25 @@ class SlimLayer:
             (B, Hq, L, Dv) in query's dtype.
         """
         assert self.tail_keys is not None and self.tail_values is not None
+        if takes_token(query, self.tail_values) and (kernel := token_kernel()) is not None:
+            now = (self.tail_keys, self.tail_values, self.tail, self.prefix)
+            one = kernel(query.contiguous(), self.rectangles, *self._table(), *now, padding, scale)
+            if one is not None:
+                return one
+        return self._attend_parts(query, padding, scale)
+
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """Each KV head's place in the rectangles, int32 (Hkv,); how many keys each row has, int32 (B, Hkv)."""
+        if self.table is None:
+            heads = [head for part in self.rectangles for head in part.heads]
+            counts = [part.counts_or_all() for part in self.rectangles]
+            order = torch.tensor(heads, device=counts[0].device).argsort()
+            self.table = order.int(), torch.cat(counts, 1)[:, order].int()
+        return self.table
+
+    def _attend_parts(self, query: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+        """``attend`` on dense kernels, part by part."""
+        assert self.tail_keys is not None and self.tail_values is not None
         batch, heads, count, _ = query.shape
         kv_heads = self.tail_keys.shape[1]
         groups = heads // kv_heads
@@ -208,7 +228,7 @@ class SlimLayer:
 
     def crop(self, length: int) -> None:
         """Forget tokens from position ``length`` on."""
-        self.fetched = None
+        self.fetched = self.table = None
         self.queries.clear()
         if length >= self.prefix:
             self.tail = length - self.prefix
@@ -220,7 +240,7 @@ class SlimLayer:
 
     def select(self, rows: Tensor, listed: list[int]) -> None:
         """Make the batch consist of ``rows``, int64 (B',) on the device; ``listed`` are the same on the host."""
-        self.fetched = None
+        self.fetched = self.table = None
         for part in self.rectangles:
             part.select(rows)
         if self.tail_keys is not None and self.tail_values is not None:

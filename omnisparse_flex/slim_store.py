@@ -180,13 +180,14 @@ class SlimStore:
         if own.tail >= own.limit:
             self._refresh(own, key, value, scale)
         own.append(key, value)
-        own.queries.extend(query[:, :, i : i + 1].clone() for i in range(query.shape[2]))
+        if own.tail > own.limit - PATTERN_QUERIES:  # those that the next reading will ask
+            own.queries.extend(query[:, :, i : i + 1].clone() for i in range(query.shape[2]))
         return own.attend(query, padding, scale)
 
     def _refresh(self, own: SlimLayer, key: Tensor, value: Tensor, scale: float) -> None:
         """Move the tail into the rectangles, and choose anew by what the latest tokens look at."""
         own.limit = own.tail + REFRESH
-        if own.lossy or not self.has_droppable:
+        if own.lossy or not self.has_droppable or not own.queries:
             return
         assert self.droppable is not None and self.real is not None
         full_key, full_value = own.restore(own.length, key, value, self.copies)
