@@ -154,4 +154,4 @@ def _run_length(longest: int, rows: int, device: torch.device) -> int:
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     wanted = triton.cdiv(WAVES * processors, rows)
     # A power of two: a compiled kernel serves many lengths.
-    return max(RUN, triton.next_power_of_2(triton.cdiv(longest, wanted)))
+    return max(RUN, int(triton.next_power_of_2(triton.cdiv(longest, wanted))))

@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: Text queries that the decode pattern is read from. Our choice: about one question.
 PATTERN_QUERIES = 32
+#: A key ranks by the largest mass within this many keys of it. Our choice: what is decoded next often lies
+#: beside what the question looks at (an answer's second word beside its first). Source: SnapKV, arXiv 2404.14469.
+NEIGHBOURS = 3
 #: Keys converted to float32 at a time while the pattern is read.
 KEY_CHUNK = 16384
 
@@ -158,13 +162,27 @@ def droppable_mass(mass: Tensor, plan: Plan) -> Tensor:
     return torch.where(slots < plan.length, found, -1.0)
 
 
-def choose(mass: Tensor, recall: float, most: int | None = None) -> Choice:
+def ranked(mass: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
+    """Columns in the order in which they are picked, int64 (B, Hkv, n); columns that a row lacks come last.
+
+    Args:
+        mass: float32 (B, Hkv, n); -1: no such key in this row.
+        neighbours: Reach, in keys, within which a key ranks by the largest mass.
+    """
+    if mass.shape[2] == 0:
+        return torch.zeros_like(mass, dtype=torch.int64)
+    around = F.max_pool1d(mass, 2 * neighbours + 1, stride=1, padding=neighbours)
+    return torch.where(mass < 0, mass, around).sort(dim=-1, descending=True).indices
+
+
+def choose(mass: Tensor, recall: float, most: int | None = None, neighbours: int = NEIGHBOURS) -> Choice:
     """Split the heads into lazy and fetching ones, and pick each fetching head's keys.
 
     Args:
         mass: float32 (B, Hkv, n), attention mass of the droppable keys; -1: no such key in this row.
         recall: Share of its whole attention mass that a head must keep.
         most: Upper bound of k*, or None.
+        neighbours: As in ``ranked``.
 
     Returns:
         The choice. Waits for the device.
@@ -174,8 +192,8 @@ def choose(mass: Tensor, recall: float, most: int | None = None) -> Choice:
     is a rule (every head fetches all), not a comparison.
     """
     count, heads = mass.shape[2], range(mass.shape[1])
-    ordered, order = mass.sort(dim=-1, descending=True)
-    ordered = ordered.clamp(min=0)
+    order = ranked(mass, neighbours)
+    ordered = mass.gather(2, order).clamp(min=0)
     always = 1 - ordered.sum(-1, keepdim=True)
     kept = torch.cat([always, always + ordered.cumsum(-1)], -1)
     need: list[int] = (kept < recall).sum(-1).amax(0).clamp(max=count).tolist()
@@ -185,6 +203,12 @@ def choose(mass: Tensor, recall: float, most: int | None = None) -> Choice:
     lazy = tuple(h for h in heads if need[h] == 0 or k == 0) if count else ()
     fetching = tuple(h for h in heads if h not in lazy)
     return Choice(lazy, fetching, order[:, list(fetching), :k])
+
+
+def keep_all(plan: Plan, heads: int) -> Choice:
+    """Every head fetches every droppable key."""
+    columns = torch.arange(plan.drop.shape[1], device=plan.drop.device)
+    return Choice((), tuple(range(heads)), columns.expand(plan.drop.shape[0], heads, -1))
 
 
 def kept_positions(plan: Plan, picked: Tensor | None, heads: int) -> Tensor:

@@ -14,11 +14,11 @@ from omnisparse_flex.offload import Copies, HostSpan, send
 from omnisparse_flex.rectangle import Rectangle, cropped, cut
 from omnisparse_flex.slim import (
     PATTERN_QUERIES,
-    Choice,
     Chooser,
     Plan,
     column_mass,
     droppable_mass,
+    keep_all,
     kept_positions,
 )
 
@@ -248,9 +248,3 @@ class SlimLayer:
         self.queries = collections.deque((x[rows] for x in self.queries), maxlen=PATTERN_QUERIES)
         for span in self.host:
             span.select(listed)
-
-
-def keep_all(plan: Plan, heads: int) -> Choice:
-    """Every head fetches every droppable key."""
-    columns = torch.arange(plan.drop.shape[1], device=plan.drop.device)
-    return Choice((), tuple(range(heads)), columns.expand(plan.drop.shape[0], heads, -1))

@@ -20,6 +20,7 @@ from omnisparse_flex.slim import (
     kept_positions,
     make_plan,
     positions_of,
+    ranked,
 )
 from omnisparse_flex.slim_layer import TAIL_STEP, SlimLayer
 
@@ -130,7 +131,7 @@ def test_every_head_keeps_its_recall_and_k_is_the_flattest_heads(seed, count, re
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(2, 4, 1, generator=generator) ** 2
     mass = torch.softmax(4 * torch.randn(2, 4, max(count, 1), generator=generator), -1)[..., :count] * share
-    choice = choose(mass, recall, most)
+    choice = choose(mass, recall, most, neighbours=0)
     assert sorted((*choice.lazy, *choice.fetching)) == [0, 1, 2, 3]
     always = 1 - mass.double().sum(-1)
     slack = torch.finfo(torch.float32).eps * 4 * (count + 1)
@@ -152,6 +153,27 @@ def test_every_head_keeps_its_recall_and_k_is_the_flattest_heads(seed, count, re
         assert all(len(set(row.tolist())) == k for row in picked)
         best = mass[:, head].sort(-1, descending=True).values[:, :k]
         assert torch.equal(mass[:, head].gather(1, picked).sort(-1, descending=True).values, best)
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 30), st.integers(0, 4))
+def test_keys_rank_by_the_largest_mass_around_them(seed, count, reach):
+    mass = torch.rand(1, 2, count, generator=torch.Generator().manual_seed(seed))
+    mass[0, 1, count // 2 :] = -1
+    order = ranked(mass, reach)
+    for head in range(2):
+        row = mass[0, head].tolist()
+        around = [max(row[max(0, i - reach) : i + reach + 1]) if m >= 0 else -1.0 for i, m in enumerate(row)]
+        picked = order[0, head].tolist()
+        assert sorted(picked) == list(range(count))
+        assert [around[i] for i in picked] == sorted(around, reverse=True)
+
+
+def test_recall_is_counted_in_mass_not_in_rank():
+    """A neighbour that comes along costs a key and brings its own mass only."""
+    mass = torch.zeros(1, 1, 40)
+    mass[0, 0, 20] = 0.5
+    assert choose(mass, 0.9).picked.shape[2] <= 7 and 20 in choose(mass, 0.9).picked[0, 0]
+    assert choose(mass, 0.9, neighbours=0).picked.tolist() == [[[20]]]
 
 
 def test_k_grows_with_recall_and_one_keeps_all():
