@@ -48,8 +48,8 @@ class Variant:
 
     Attributes:
         name: In the results.
-        ratio: Full cache over device memory, or None: dense.
-        keys: How a fetching head's keys are chosen: ``mass``, ``recent`` or ``random``.
+        ratio: Full cache over device memory, or None: all keys.
+        keys: How a fetching head's keys are chosen: ``mass``, ``recent``, ``random`` or ``all``.
         offload: As in ``OmniSparseCache``.
     """
 
@@ -61,6 +61,7 @@ class Variant:
 
 VARIANTS = (
     Variant("dense"),
+    Variant("full_recall", keys="all"),
     Variant("slim2_4x", 2.4),
     Variant("slim2_4x_dropped", 2.4, offload=False),
     Variant("slim4x", 4.0),
@@ -109,21 +110,23 @@ def run(model: Any, variant: Variant, items: Items, span: list[int]) -> tuple[Te
     """Ask both questions of a batch of items.
 
     Returns:
-        bool (B, 2, WORDS_PER_ANSWER): which words were right; and what the cache was like.
+        int64 (B, 2, WORDS_PER_ANSWER), the words said; and what the cache was like.
     """
-    context, answers = items.context, items.answers.to(model.device)
+    context = items.context
     prompt = torch.cat([context, items.first], 1).to(model.device)
     span[0] = context.shape[1]
     shares: list[tuple[int, int, int]] = []
-    if variant.ratio is None:
+    if variant.keys == "all":
+        cache: Any = OmniSparseCache(model, visual_recall=1.0)
+    elif variant.ratio is None:
         from transformers import DynamicCache
 
-        cache: Any = DynamicCache(config=model.config)
+        cache = DynamicCache(config=model.config)
     else:
         cache = OmniSparseCache(model, offload=variant.offload)
         width = 2 * model.config.head_dim * model.dtype.itemsize
         cache.store.chooser = budgeted(variant, prompt.shape[1], width, shares)
-    right, facts = [], {}
+    words, facts = [], {}
     tokens = prompt
     for question in range(2):
         said = []
@@ -132,13 +135,13 @@ def run(model: Any, variant: Variant, items: Items, span: list[int]) -> tuple[Te
             span[0] = 0
             tokens = logits[:, -1].argmax(-1, keepdim=True)
             said.append(tokens)
-        right.append(torch.cat(said, 1) == answers[:, question])
+        words.append(torch.cat(said, 1))
         if question == 0:
             tokens = torch.cat([tokens, items.second.to(model.device)], 1)
             if variant.ratio is not None:
                 report = cache.memory_report()
                 facts = {"ratio": report.ratio, "host_ratio": report.host / report.full, "shares": shares[:]}
-    return torch.stack(right, 1).cpu(), facts
+    return torch.stack(words, 1).cpu(), facts
 
 
 def measure(model: Any, items: Items, batch: int, limit: float) -> dict[str, Any]:
@@ -147,7 +150,7 @@ def measure(model: Any, items: Items, batch: int, limit: float) -> dict[str, Any
     # Uncompiled: the cache works the same, and no minute goes into graphs of 30 layers.
     os.environ[DISABLE_VARIABLE] = "1"
     apply_omnisparse(model, RULES, min_seq_len=1 << 30, visual_mask=lambda args, kwargs: first_tokens(kwargs, span[0]))
-    right: dict[str, list[Tensor]] = {variant.name: [] for variant in VARIANTS}
+    said: dict[str, list[Tensor]] = {variant.name: [] for variant in VARIANTS}
     facts: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in VARIANTS}
     start, done = time.perf_counter(), 0
     with torch.no_grad():
@@ -156,7 +159,7 @@ def measure(model: Any, items: Items, batch: int, limit: float) -> dict[str, Any
             part = Items(*(getattr(items, field.name)[at : at + batch] for field in fields))
             for variant in VARIANTS:
                 words, fact = run(model, variant, part, span)
-                right[variant.name].append(words)
+                said[variant.name].append(words)
                 facts[variant.name].append(fact)
             done += part.context.shape[0]
             spent = time.perf_counter() - start
@@ -164,7 +167,8 @@ def measure(model: Any, items: Items, batch: int, limit: float) -> dict[str, Any
                 print(f"  {done} items, {spent:.0f} s", flush=True)
             if spent * (done + batch) / done > limit:
                 break
-    results = {v.name: summarise(torch.cat(right[v.name]), facts[v.name]) for v in VARIANTS}
+    dense = torch.cat(said["dense"])
+    results = {v.name: summarise(torch.cat(said[v.name]), items.answers[:done], dense, facts[v.name]) for v in VARIANTS}
     return {"items": done, "seconds": time.perf_counter() - start, "variants": results}
 
 
@@ -176,14 +180,15 @@ def first_tokens(kwargs: dict[str, Any], span: int) -> Tensor | None:
     return (torch.arange(ids.shape[1], device=ids.device) < span).expand(ids.shape)
 
 
-def summarise(right: Tensor, facts: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(said: Tensor, answers: Tensor, dense: Tensor, facts: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares of right answers with their standard errors, memory, and lazy heads and k* by layer."""
-    count = right.shape[0]
+    right, count = said == answers, said.shape[0]
     both = right.all(2).float().mean(0)
     result: dict[str, Any] = {
         "first": both[0].item(),
         "second": both[1].item(),
         "standard_error": [(p * (1 - p) / count) ** 0.5 for p in both.tolist()],
+        "same_tokens_as_dense": (said == dense).float().mean().item(),
         "words": right.float().mean(0).tolist(),
     }
     facts = [fact for fact in facts if fact]
@@ -230,7 +235,8 @@ def show(results: dict[str, Any]) -> None:
         memory = f"{row['ratio']:.2f}x less memory" if "ratio" in row else "full cache"
         lazy = row.get("lazy_heads", [])
         heads = f", {sum(lazy) / len(lazy):.2f} lazy heads a layer" if lazy else ""
-        print(f"  {name:18s} first {row['first']:.3f}, second {row['second']:.3f}; {memory}{heads}")
+        same = f"{row['same_tokens_as_dense']:.3f} of the tokens of dense"
+        print(f"  {name:18s} first {row['first']:.3f}, second {row['second']:.3f}, {same}; {memory}{heads}")
 
 
 def keep(results: dict[str, Any], options: argparse.Namespace) -> None:

@@ -86,13 +86,14 @@ def _fake_attend(
 
 
 _lib = torch.library.Library("omnisparse", "FRAGMENT")
-_lib.define(
-    "cache_store(Tensor(a!) out, Tensor query, Tensor key, Tensor value, int owner, int layer, float scale) -> ()"
-)
-_lib.define("cache_restore(Tensor key, Tensor value, SymInt past, int owner, int layer) -> (Tensor, Tensor)")
-_lib.define(
-    "cache_attend(Tensor query, Tensor key, Tensor value, Tensor? padding, int owner, int layer, float scale) -> Tensor"
-)
+for _schema in (
+    "cache_store(Tensor(a!) out, Tensor query, Tensor key, Tensor value, int owner, int layer, float scale) -> ()",
+    "cache_restore(Tensor key, Tensor value, SymInt past, int owner, int layer) -> (Tensor, Tensor)",
+    "cache_attend(Tensor query, Tensor key, Tensor value, Tensor? padding, int owner, int layer, float scale)"
+    " -> Tensor",
+):
+    # A replayed CUDA graph would run the kernels and not the bookkeeping: the compiler must split around us.
+    _lib.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
 for _name, _real, _fake in (
     ("cache_store", _store, _fake_store),
     ("cache_restore", _restore, _fake_restore),

@@ -119,7 +119,7 @@ def attend_token(
         tail_value: (B, Hkv, room, D).
         tail: Tokens in the tail.
         first: Position of the tail's first token.
-        padding: bool (B, length), contiguous, or None.
+        padding: uint8 (B, length), contiguous, 0 = no token; or None.
         scale: Logit scale.
 
     Returns:

@@ -20,7 +20,7 @@ class LayerMemory:
         heads: Device bytes of each KV head's keys and values, room for new tokens included.
         tokens: Tokens that each KV head holds on the device (of the longest row).
         device: Device bytes, positions included.
-        host: Host bytes.
+        host: Host bytes of the tensors; torch's pinned allocator may round each up.
         full: Bytes that the keys and values of a full cache need.
     """
 

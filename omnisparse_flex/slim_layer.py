@@ -185,7 +185,8 @@ class SlimLayer:
         assert self.tail_keys is not None and self.tail_values is not None
         if takes_token(query, self.tail_values) and (kernel := token_kernel()) is not None:
             now = (self.tail_keys, self.tail_values, self.tail, self.prefix)
-            one = kernel(query.contiguous(), self.rectangles, *self._table(), *now, padding, scale)
+            bits = None if padding is None else padding.contiguous().view(torch.uint8)
+            one = kernel(query.contiguous(), self.rectangles, *self._table(), *now, bits, scale)
             if one is not None:
                 return one
         return self._attend_parts(query, padding, scale)

@@ -100,6 +100,8 @@ class SlimStore:
         Raises:
             ConfigError: If attention did not go through the cache in every layer.
         """
+        if self.plan is not None and self.copies is not None:
+            self.copies.drain()  # what is under way holds device memory
         self.mode, self.plan, self.cropped = None, None, False
         self.length += added
         lengths = {layer.length for layer in self.layers}

@@ -176,6 +176,21 @@ def test_a_real_video_and_its_positions(device):
     assert cache.memory_report().host > 0
 
 
+def test_a_long_answer_outgrows_its_room_several_times(device):
+    """Nothing is planned for a length: 200 tokens after a prompt of 90, each step on the right keys."""
+    from transformers import DynamicCache
+
+    inputs = prompt(device, (90, 71), spans=((10, 50),))
+    slim, oracle = changed("llama", device), build("llama", device)
+    cache = OmniSparseCache(slim)
+    cache.store.chooser = half_lazy
+    tokens = generate(slim, inputs, cache, new=200, do_sample=False)
+    assert cache.layers[0].tail_keys.shape[2] == 256
+    with masked_like(cache, oracle):
+        expected = generate(oracle, inputs, DynamicCache(config=oracle.config), new=200, do_sample=False)
+    assert torch.equal(tokens, expected)
+
+
 def test_beams_of_a_forced_split(device):
     from transformers import DynamicCache
 
@@ -187,3 +202,20 @@ def test_beams_of_a_forced_split(device):
     with masked_like(cache, oracle):
         expected = generate(oracle, inputs, DynamicCache(config=oracle.config), **MODES["beams"])
     assert torch.equal(tokens, expected)
+
+
+@pytest.mark.slow
+def test_under_inductor(device):
+    """The compiled decoder: prefill, decode and a second turn, each one graph."""
+    from transformers import DynamicCache
+
+    inputs = prompt(device, (90,), spans=((10, 50),))
+    slim, oracle = changed("llama", device, "inductor"), build("llama", device)
+    cache, full = OmniSparseCache(slim), DynamicCache(config=oracle.config)
+    cache.store.chooser = half_lazy
+    for turn in range(2):
+        tokens = generate(slim, inputs, cache, do_sample=False)
+        with masked_like(cache, oracle):
+            assert torch.equal(tokens, generate(oracle, inputs, full, do_sample=False)), turn
+        inputs = longer(inputs, tokens, device, turn + 7)
+    assert rewrite_report(slim).graphs == 3 and not any("eager" in note for note in rewrite_report(slim).notes)

@@ -53,7 +53,8 @@ def check(device: str) -> None:
             for split in (True, False):
                 layer, padding = layer_of(case, dtype, device, split)
                 query = torch.randn(case[0], case[1] * case[2], 1, case[3], device=device).to(dtype)
-                rest = (layer.tail_keys, layer.tail_values, layer.tail, layer.prefix, padding, 0.2)
+                bits = None if padding is None else padding.view(torch.uint8)
+                rest = (layer.tail_keys, layer.tail_values, layer.tail, layer.prefix, bits, 0.2)
                 out = attend_token(query, layer.rectangles, *layer._table(), *rest)
                 for part in layer.rectangles:
                     part.keys, part.values = part.keys.double(), part.values.double()
