@@ -26,13 +26,13 @@ LOG2_E = 1.4426950408889634
 
 
 #: Numbers that change with every token or prompt: none of them may start a compile.
-_VARYING = ["size_0", "size_1", "heads_0", "heads_1", "tail", "room", "first", "length", "prefix_runs", "scale"]
+_VARYING = ["size_0", "size_1", "heads_0", "heads_1", "room", "first", "length", "prefix_runs", "scale"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _runs(
-    query, key_0, value_0, key_1, value_1, tail_key, tail_value, columns, counts, padding, out, lse,
-    size_0, size_1, heads_0, heads_1, tail, room, first, length, prefix_runs, scale,
+    query, key, value, key_0, value_0, key_1, value_1, tail_key, tail_value, columns, counts, tail, padding, out, lse,
+    size_0, size_1, heads_0, heads_1, room, first, length, prefix_runs, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STEPS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,8 +44,10 @@ def _runs(
     place = rows[:, None] * DIM + dims[None, :]
     q = tl.load(query + row.to(tl.int64) * GROUP * DIM + place, mask=mine, other=0.0)
     in_tail = part >= prefix_runs
+    held = tl.load(tail)  # tokens in the tail; the new one goes behind them
+    new_k, new_v = tl.load(key + row * DIM + dims), tl.load(value + row * DIM + dims)
     if in_tail:
-        start, stop = (part - prefix_runs) * run, tail
+        start, stop = (part - prefix_runs) * run, held + 1
         keys = tail_key + row.to(tl.int64) * room * DIM
         values = tail_value + row.to(tl.int64) * room * DIM
     else:
@@ -58,6 +60,10 @@ def _runs(
             base = (batch * heads_1 + column - heads_0).to(tl.int64) * size_1 * DIM
             keys, values = key_1 + base, value_1 + base
     stop = tl.minimum(stop, start + run)
+    if part == prefix_runs:
+        place_new = (row.to(tl.int64) * room + held) * DIM + dims
+        tl.store(tail_key + place_new, new_k, mask=(dims < DIM) & (held < room))
+        tl.store(tail_value + place_new, new_v, mask=(dims < DIM) & (held < room))
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, DIM), tl.float32)
@@ -67,8 +73,11 @@ def _runs(
         if PADDED:
             real = tl.load(padding + batch * length + first + slots, mask=there & in_tail, other=1)
             there = there & (real != 0)
+        # The new token is not read where another program is just writing it.
+        new = ((slots == held) & in_tail)[:, None]
         offsets = slots[:, None] * DIM + dims[None, :]
-        k = tl.load(keys + offsets, mask=there[:, None], other=0.0)
+        k = tl.load(keys + offsets, mask=there[:, None] & (new == 0), other=0.0)
+        k = tl.where(new, new_k[None, :], k)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         logits = tl.where(there[None, :], logits, float("-inf"))
         now = tl.maximum(most, tl.max(logits, 1))
@@ -76,7 +85,8 @@ def _runs(
         weights = tl.exp2(logits - safe[:, None])
         shrink = tl.exp2(most - safe)
         total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(values + offsets, mask=there[:, None], other=0.0)
+        v = tl.load(values + offsets, mask=there[:, None] & (new == 0), other=0.0)
+        v = tl.where(new, new_v[None, :], v)
         sums = sums * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         most = now
     slot = (row * tl.num_programs(1) + part).to(tl.int64) * GROUP
@@ -87,11 +97,13 @@ def _runs(
 
 @triton.jit(do_not_specialize=["runs"])
 def _merge(
-    parts, lse, out, runs,
+    parts, lse, out, tail, runs,
     GROUP: tl.constexpr, DIM: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """The runs of one query head, merged."""
+    """The runs of one query head, merged; the tail has grown by one."""
     row, member = tl.program_id(0), tl.program_id(1)
+    if (row == 0) & (member == 0):
+        tl.store(tail, tl.load(tail) + 1)
     dims, places = tl.arange(0, DIM), tl.arange(0, RUNS)
     there = places < runs
     slots = (row.to(tl.int64) * runs + places) * GROUP + member
@@ -105,19 +117,24 @@ def _merge(
 
 
 def attend_token(
-    query: Tensor, parts: list[Rectangle], columns: Tensor, counts: Tensor,
-    tail_key: Tensor, tail_value: Tensor, tail: int, first: int, padding: Tensor | None, scale: float,
+    query: Tensor, key: Tensor, value: Tensor, parts: list[Rectangle], columns: Tensor, counts: Tensor,
+    tail_key: Tensor, tail_value: Tensor, tail: Tensor, first: int, padding: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Attention of one token over everything that a layer keeps.
+    """Add one token to a layer's tail, and attend over everything that the layer keeps.
+
+    Nothing of it depends on how many tokens the tail holds, except on the device: the two
+    launches can be captured in a CUDA graph and replayed, until the tail is full.
 
     Args:
         query: (B, Hq, 1, D), contiguous.
+        key: (B, Hkv, 1, D), contiguous, the token's own.
+        value: (B, Hkv, 1, D), contiguous.
         parts: One or two rectangles, (B, h, n, D) contiguous.
         columns: int32 (Hkv,), each KV head's place in the rectangles' heads, one after the other.
         counts: int32 (B, Hkv), keys of each head that count.
-        tail_key: (B, Hkv, room, D).
-        tail_value: (B, Hkv, room, D).
-        tail: Tokens in the tail.
+        tail_key: (B, Hkv, room, D), written; at least one place is free.
+        tail_value: (B, Hkv, room, D), written.
+        tail: int32 (1,), tokens in the tail, advanced by one.
         first: Position of the tail's first token.
         padding: uint8 (B, length), contiguous, 0 = no token; or None.
         scale: Logit scale.
@@ -131,21 +148,22 @@ def attend_token(
     longest = max(left.keys.shape[2], right.keys.shape[2])
     run = _run_length(longest, batch * kv_heads, query.device)
     prefix_runs = triton.cdiv(longest, run)
-    runs = prefix_runs + triton.cdiv(tail, run)
+    runs = prefix_runs + triton.cdiv(room, run)
     group = heads // kv_heads
     partial = query.new_empty(batch * kv_heads, runs, group, dim, dtype=torch.float32)
     lse = query.new_empty(batch * kv_heads, runs, group, dtype=torch.float32)
     out = torch.empty_like(query)
     fixed: dict[str, Any] = {"GROUP": group, "DIM": dim}
     _runs[(batch * kv_heads, runs)](
-        query, left.keys, left.values, right.keys, right.values, tail_key, tail_value, columns, counts,
+        query, key, value, left.keys, left.values, right.keys, right.values,
+        tail_key, tail_value, columns, counts, tail,
         query if padding is None else padding, partial, lse,
         left.keys.shape[2], right.keys.shape[2], left.keys.shape[1], right.keys.shape[1],
-        tail, room, first, 0 if padding is None else padding.shape[1], prefix_runs, scale * LOG2_E,
+        room, first, 0 if padding is None else padding.shape[1], prefix_runs, scale * LOG2_E,
         KV_HEADS=kv_heads, ROWS=max(ROWS, triton.next_power_of_2(group)), BLOCK=BLOCK, STEPS=run // BLOCK,
         PADDED=padding is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", **fixed,
     )  # fmt: skip
-    _merge[(batch * kv_heads, group)](partial, lse, out, runs, RUNS=triton.next_power_of_2(runs), **fixed)
+    _merge[(batch * kv_heads, group)](partial, lse, out, tail, runs, RUNS=triton.next_power_of_2(runs), **fixed)
     return out
 
 

@@ -62,6 +62,7 @@ class SlimLayer:
         self.queries: collections.deque[Tensor] = collections.deque(maxlen=PATTERN_QUERIES)
         self.fetched: tuple[int, Tensor, Tensor] | None = None
         self.table: tuple[Tensor, Tensor] | None = None
+        self.counter: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -104,7 +105,7 @@ class SlimLayer:
                 self.rectangles.append(cut(key, value, heads, kept, plan.length, plan.ragged))
         self.lazy = choice.lazy
         self.lossy = self.lossy or (drops and copies is None)
-        self.prefix, self.tail = plan.length, 0
+        self.prefix, self.tail, self.counter = plan.length, 0, None
         self.tail_keys = self.tail_values = None
         self.queries.clear()
 
@@ -159,6 +160,14 @@ class SlimLayer:
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add tokens (B, Hkv, L, D) that every head keeps."""
+        tail_keys, tail_values = self._room(key, value)
+        stop = self.tail + key.shape[2]
+        tail_keys[:, :, self.tail : stop] = key
+        tail_values[:, :, self.tail : stop] = value
+        self.tail, self.counter = stop, None
+
+    def _room(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The tail's tensors, with room for these tokens."""
         stop = self.tail + key.shape[2]
         if self.tail_keys is None or self.tail_values is None or self.tail_keys.shape[2] < stop:
             room = -(-stop // TAIL_STEP) * TAIL_STEP
@@ -167,29 +176,37 @@ class SlimLayer:
                 grown[0][:, :, : self.tail] = self.tail_keys[:, :, : self.tail]
                 grown[1][:, :, : self.tail] = self.tail_values[:, :, : self.tail]
             self.tail_keys, self.tail_values = grown
-        self.tail_keys[:, :, self.tail : stop] = key
-        self.tail_values[:, :, self.tail : stop] = value
-        self.tail = stop
+        return self.tail_keys, self.tail_values
 
-    def attend(self, query: Tensor, padding: Tensor | None, scale: float) -> Tensor:
-        """Attention of the latest tokens over everything the layer keeps.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+        """Add tokens, and attend over everything the layer keeps.
 
         Args:
-            query: (B, Hq, L, D); its keys were appended already.
+            query: (B, Hq, L, D).
+            key: (B, Hkv, L, D).
+            value: (B, Hkv, L, Dv).
             padding: bool (B, length) or None; of the tail only: a rectangle holds no padding.
             scale: Logit scale.
 
         Returns:
             (B, Hq, L, Dv) in query's dtype.
         """
-        assert self.tail_keys is not None and self.tail_values is not None
-        if takes_token(query, self.tail_values) and (kernel := token_kernel()) is not None:
-            now = (self.tail_keys, self.tail_values, self.tail, self.prefix)
+        if takes_token(query, value) and (kernel := token_kernel()) is not None:
+            own = (x.contiguous() for x in (query, key, value))
             bits = None if padding is None else padding.contiguous().view(torch.uint8)
-            one = kernel(query.contiguous(), self.rectangles, *self._table(), *now, bits, scale)
-            if one is not None:
-                return one
+            tail = (*self._room(key, value), self._count(query.device), self.prefix)
+            out = kernel(*own, self.rectangles, *self._table(), *tail, bits, scale)
+            if out is not None:
+                self.tail += 1
+                return out
+        self.append(key, value)
         return self._attend_parts(query, padding, scale)
+
+    def _count(self, device: torch.device) -> Tensor:
+        """Tokens in the tail as the device counts them, int32 (1,): no number travels while it decodes."""
+        if self.counter is None:
+            self.counter = torch.full((1,), self.tail, dtype=torch.int32, device=device)
+        return self.counter
 
     def _table(self) -> tuple[Tensor, Tensor]:
         """Each KV head's place in the rectangles, int32 (Hkv,); how many keys each row has, int32 (B, Hkv)."""
@@ -229,7 +246,7 @@ class SlimLayer:
 
     def crop(self, length: int) -> None:
         """Forget tokens from position ``length`` on."""
-        self.fetched = self.table = None
+        self.fetched = self.table = self.counter = None
         self.queries.clear()
         if length >= self.prefix:
             self.tail = length - self.prefix

@@ -181,10 +181,9 @@ class SlimStore:
         own = self.layers[layer]
         if own.tail >= own.limit:
             self._refresh(own, key, value, scale)
-        own.append(key, value)
         if own.tail > own.limit - PATTERN_QUERIES:  # those that the next reading will ask
             own.queries.extend(query[:, :, i : i + 1].clone() for i in range(query.shape[2]))
-        return own.attend(query, padding, scale)
+        return own.attend(query, key, value, padding, scale)
 
     def _refresh(self, own: SlimLayer, key: Tensor, value: Tensor, scale: float) -> None:
         """Move the tail into the rectangles, and choose anew by what the latest tokens look at."""

@@ -36,9 +36,16 @@ def layer_of(case, dtype, device, split: bool):
             places = torch.zeros(shape[:3], dtype=torch.int32, device=device)
             layer.rectangles.append(Rectangle(heads, keys, values, places, counts))
     layer.prefix = 20
-    layer.append(*(torch.randn(batch, kv_heads, tail, dim, device=device).to(dtype) for _ in range(2)))
-    padding = torch.rand(batch, layer.length, device=device) < 0.8 if padded else None
+    if tail > 1:
+        layer.append(*(torch.randn(batch, kv_heads, tail - 1, dim, device=device).to(dtype) for _ in range(2)))
+    padding = torch.rand(batch, layer.length + 1, device=device) < 0.8 if padded else None
     return layer, padding
+
+
+def token_of(case, dtype, device):
+    """Query, key and value of one token."""
+    shapes = [(case[0], heads, 1, case[3]) for heads in (case[1] * case[2], case[1], case[1])]
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
 def check(device: str) -> None:
@@ -52,10 +59,14 @@ def check(device: str) -> None:
         for case in CASES:
             for split in (True, False):
                 layer, padding = layer_of(case, dtype, device, split)
-                query = torch.randn(case[0], case[1] * case[2], 1, case[3], device=device).to(dtype)
+                query, key, value = token_of(case, dtype, device)
                 bits = None if padding is None else padding.view(torch.uint8)
-                rest = (layer.tail_keys, layer.tail_values, layer.tail, layer.prefix, bits, 0.2)
-                out = attend_token(query, layer.rectangles, *layer._table(), *rest)
+                tail = (*layer._room(key, value), layer._count(query.device), layer.prefix)
+                out = attend_token(query, key, value, layer.rectangles, *layer._table(), *tail, bits, 0.2)
+                layer.tail += 1
+                assert layer.counter.item() == layer.tail == case[5]
+                assert torch.equal(layer.tail_keys[:, :, layer.tail - 1 : layer.tail], key)
+                assert torch.equal(layer.tail_values[:, :, layer.tail - 1 : layer.tail], value)
                 for part in layer.rectangles:
                     part.keys, part.values = part.keys.double(), part.values.double()
                 layer.tail_keys, layer.tail_values = layer.tail_keys.double(), layer.tail_values.double()
@@ -89,8 +100,32 @@ def test_a_kernel_that_fails_leaves_dense_kernels(monkeypatch):
     monkeypatch.setattr(decode_kernel, "_runs", None)
     decode.token_kernel.cache_clear()
     layer, padding = layer_of(CASES[0], torch.float16, "cuda", True)
-    query = torch.randn(1, 28, 1, 128, device="cuda").half()
+    inputs = token_of(CASES[0], torch.float16, "cuda")
     with pytest.warns(UserWarning, match="the decode kernel failed, decoding runs on dense kernels"):
-        out = layer.attend(query, padding, 0.2)
+        out = layer.attend(*inputs, padding, 0.2)
     decode.token_kernel.cache_clear()
-    assert torch.equal(out, layer._attend_parts(query, padding, 0.2))
+    assert layer.tail == 5 and torch.equal(out, layer._attend_parts(inputs[0], padding, 0.2))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_replays_while_the_tail_has_room():
+    """The tail's length lives on the device: a graph of one step serves the next ones."""
+    torch.manual_seed(0)
+    layer, _ = layer_of(CASES[0], torch.float16, "cuda", True)
+    twin, _ = layer_of(CASES[0], torch.float16, "cuda", True)
+    twin.rectangles, twin.tail_keys, twin.tail_values = (
+        layer.rectangles,
+        *(x.clone() for x in (layer.tail_keys, layer.tail_values)),
+    )
+    inputs = token_of(CASES[0], torch.float16, "cuda")
+    for one in (layer, twin):
+        one.attend(*inputs, None, 0.2)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.attend(*inputs, None, 0.2)
+    for _ in range(10):
+        for x, new in zip(inputs, token_of(CASES[0], torch.float16, "cuda"), strict=True):
+            x.copy_(new)
+        graph.replay()
+        assert torch.equal(captured, twin.attend(*inputs, None, 0.2))
+    assert layer.counter.item() == twin.counter.item() == twin.tail == 15
