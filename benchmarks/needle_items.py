@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 #: Facts in a context. Two are given with their answers as examples, two are asked.
-FACTS = 8
+FACTS = 5
 #: Words of an answer: the first is predicted with the question, the others while decoding.
 WORDS_PER_ANSWER = 3
 #: Times that a fact is said. The small model must find it with a full cache, or nothing can be compared.
-REPEATS = 3
+REPEATS = 4
 NAMES = re.findall(
     r"\w+",
     """

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from omnisparse_flex.rectangle import Rectangle
 
 #: Logits held at once by the plain path.
 LOGITS = 1 << 24
@@ -54,6 +56,42 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
     share = torch.sigmoid(lse_a - lse_b)  # of the first part in the union
     share = torch.where(torch.isinf(lse_a) & torch.isinf(lse_b), 0.0, share)[..., None]
     return out_a * share + out_b * (1 - share)
+
+
+def attend_parts(
+    query: Tensor, parts: Sequence[Rectangle], tail_key: Tensor, tail_value: Tensor, real: Tensor | None, scale: float
+) -> Tensor:
+    """The latest tokens over a layer's rectangles and its tail, on dense kernels.
+
+    Args:
+        query: (B, Hq, L, D), of the last L tokens of the tail.
+        parts: Rectangles that hold every KV head once.
+        tail_key: (B, Hkv, T, D).
+        tail_value: (B, Hkv, T, Dv).
+        real: bool (B, T), tokens of the tail that exist, or None: all. A rectangle holds no padding.
+        scale: Logit scale.
+
+    Returns:
+        (B, Hq, L, Dv) in query's dtype.
+    """
+    batch, heads, count, _ = query.shape
+    kv_heads, length = tail_key.shape[1], tail_key.shape[2]
+    groups = heads // kv_heads
+    rows = query.reshape(batch, kv_heads, groups * count, -1)
+    places = torch.arange(length, device=query.device)
+    allowed = None
+    if count > 1:
+        order = places <= places[length - count :, None]  # (L, T)
+        allowed = order.repeat(groups, 1)[None, None]
+    if real is not None:
+        allowed = real[:, None, None] if allowed is None else allowed & real[:, None, None]
+    tail = attend_keys(rows, tail_key, tail_value, allowed, scale)
+    out = rows.new_empty(batch, kv_heads, groups * count, tail_value.shape[3])
+    for part in parts:
+        columns = slice(None) if len(part.heads) == kv_heads else list(part.heads)
+        prefix = attend_keys(rows[:, columns], part.keys, part.values, part.allowed, scale)
+        out[:, columns] = merge(prefix, (tail[0][:, columns], tail[1][:, columns])).to(query.dtype)
+    return out.view(batch, heads, count, -1)
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from omnisparse_flex.decode import attend_keys, merge, takes_token, token_kernel
+from omnisparse_flex.decode import attend_parts, takes_token, token_kernel
 from omnisparse_flex.errors import PassError
 from omnisparse_flex.offload import Copies, HostSpan, send
 from omnisparse_flex.rectangle import Rectangle, cropped, cut
@@ -218,31 +218,11 @@ class SlimLayer:
         return self.table
 
     def _attend_parts(self, query: Tensor, padding: Tensor | None, scale: float) -> Tensor:
-        """``attend`` on dense kernels, part by part."""
+        """``attend`` on dense kernels, part by part; the tokens are in the tail already."""
         assert self.tail_keys is not None and self.tail_values is not None
-        batch, heads, count, _ = query.shape
-        kv_heads = self.tail_keys.shape[1]
-        groups = heads // kv_heads
-        rows = query.reshape(batch, kv_heads, groups * count, -1)
-        places = torch.arange(self.tail, device=query.device)
-        allowed = None
-        if count > 1:
-            order = places <= places[self.tail - count :, None]  # (L, tail)
-            allowed = order.repeat(groups, 1)[None, None]
-        if padding is not None:
-            real = padding[:, None, None, self.prefix : self.length]
-            allowed = real if allowed is None else allowed & real
-        tail = attend_keys(rows, self.tail_keys[:, :, : self.tail], self.tail_values[:, :, : self.tail], allowed, scale)
-        out = rows.new_empty(batch, kv_heads, groups * count, self.tail_values.shape[3])
-        for part in self.rectangles:
-            own = rows if len(part.heads) == kv_heads else rows[:, list(part.heads)]
-            prefix = attend_keys(own, part.keys, part.values, part.allowed, scale)
-            if len(part.heads) == kv_heads:
-                out = merge(prefix, tail).to(query.dtype)
-            else:
-                columns = list(part.heads)
-                out[:, columns] = merge(prefix, (tail[0][:, columns], tail[1][:, columns])).to(query.dtype)
-        return out.view(batch, heads, count, -1)
+        tail = self.tail_keys[:, :, : self.tail], self.tail_values[:, :, : self.tail]
+        real = None if padding is None else padding[:, self.prefix : self.length]
+        return attend_parts(query, self.rectangles, *tail, real, scale)
 
     def crop(self, length: int) -> None:
         """Forget tokens from position ``length`` on."""
