@@ -11,7 +11,7 @@ from torch import Tensor
 #: Tokens copied to the host at a time: what a copy needs on the device beside the layer itself.
 CHUNK = 8192
 #: Copies to the host under way at a time.
-IN_FLIGHT = 32
+IN_FLIGHT = 16
 
 
 class Copies:

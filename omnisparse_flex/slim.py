@@ -16,6 +16,8 @@ PATTERN_QUERIES = 32
 NEIGHBOURS = 3
 #: Keys converted to float32 at a time while the pattern is read.
 KEY_CHUNK = 16384
+#: Logits held at a time: a layer is slimmed when the device holds that layer in full.
+LOGITS = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,20 +141,29 @@ def column_mass(query: Tensor, key: Tensor, positions: Tensor, weights: Tensor, 
     groups = heads // kv_heads
     seen = torch.arange(length, device=key.device) <= positions[:, :, None]
     hidden = ~(seen & real[:, None, :])[:, None]
-    mass = torch.empty(batch, kv_heads, length, device=key.device)
-    logits = torch.empty(batch, groups * count, length, device=key.device)
-    for head in range(kv_heads):  # one head at a time: the rows are much wider than they are many
-        own = query[:, head * groups : (head + 1) * groups].reshape(batch, groups * count, -1).float() * scale
-        for start in range(0, length, KEY_CHUNK):
-            keys = key[:, head, start : start + KEY_CHUNK].float()
-            logits[:, :, start : start + KEY_CHUNK] = own @ keys.transpose(1, 2)
-        logits.view(batch, groups, count, length).masked_fill_(hidden, float("-inf"))
-        logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-        share = weights.repeat(1, groups) / groups / logits.sum(-1)
-        # A query of padding sees no key: its row is not a number, and its weight is 0.
-        share = torch.where(weights.repeat(1, groups) > 0, share, 0.0)
-        mass[:, head] = (share[:, None] @ logits.nan_to_num_(0.0))[:, 0]
+    mass = torch.zeros(batch, kv_heads, length, device=key.device)
+    step = min(count, max(1, LOGITS // (batch * groups * length)))
+    for head in range(kv_heads):  # few rows at a time: they are as wide as the cache is long
+        own = query[:, head * groups : (head + 1) * groups].float() * scale
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            logits = _logits(own[:, :, part].flatten(1, 2), key[:, head])
+            logits.view(batch, groups, -1, length).masked_fill_(hidden[:, :, part], float("-inf"))
+            logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+            votes = weights[:, part].repeat(1, groups)
+            # A query of padding sees no key: its row is not a number, and its weight is 0.
+            share = torch.where(votes > 0, votes / groups / logits.sum(-1), 0.0)
+            mass[:, head] += (share[:, None] @ logits.nan_to_num_(0.0))[:, 0]
     return mass
+
+
+def _logits(query: Tensor, key: Tensor) -> Tensor:
+    """Float32 products (B, R, S) of query (B, R, D) and key (B, S, D), which is never converted as a whole."""
+    logits = torch.empty(*query.shape[:2], key.shape[1], device=key.device)
+    for start in range(0, key.shape[1], KEY_CHUNK):
+        stop = start + KEY_CHUNK
+        logits[:, :, start:stop] = query @ key[:, start:stop].float().transpose(1, 2)
+    return logits
 
 
 def droppable_mass(mass: Tensor, plan: Plan) -> Tensor:

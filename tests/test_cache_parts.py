@@ -103,6 +103,16 @@ def test_a_layer_keeps_what_it_says_and_restores_the_rest(case, seed, recall, mo
     assert torch.equal(restored[:, :, length:], added)
 
 
+def test_mass_goes_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    query, key, weights = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 50, 8), torch.rand(2, 9)
+    rest = (torch.arange(41, 50).expand(2, -1), weights, torch.rand(2, 50) < 0.9, 0.3)
+    whole = column_mass(query, key, *rest)
+    monkeypatch.setattr("omnisparse_flex.slim.LOGITS", 2 * 2 * 50 * 4)
+    monkeypatch.setattr("omnisparse_flex.slim.KEY_CHUNK", 7)
+    assert torch.allclose(column_mass(query, key, *rest), whole, atol=1e-6)
+
+
 @given(conversations(), st.integers(0, 2**31 - 1))
 def test_mass_is_that_of_exact_softmax_rows(case, seed):
     generator = torch.Generator().manual_seed(seed)
