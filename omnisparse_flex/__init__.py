@@ -2,6 +2,7 @@
 
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.attention import sparse_attention
+from omnisparse_flex.cache import OmniSparseCache
 from omnisparse_flex.calibration import calibrate
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
+    "OmniSparseCache",
     "OmniSparseConfig",
     "apply_omnisparse",
     "calibrate",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from omnisparse_flex.backend import Backend
+from omnisparse_flex.cache_ops import Owner
 from omnisparse_flex.errors import ConfigError, require
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.
@@ -72,6 +73,7 @@ class Entry:
         recalls = backend.config.recalls
         rows = recalls if len(recalls) > 1 else recalls * _layers_of(module)
         self.state = State(torch.tensor(rows, dtype=torch.float32))
+        self.owner = Owner()
         self.visual_mask: VisualMask | None = None
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
@@ -79,12 +81,24 @@ class Entry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module: compiled, or densely where compiling is not ours to do."""
-        if torch.compiler.is_compiling() or is_disabled():
+        if torch.compiler.is_compiling():
             # An enclosing torch.compile wins; its backend sees the markers as dense SDPA.
-            if torch.compiler.is_compiling():
-                self.backend.log.notes["an enclosing torch.compile traced through the decoder: dense there"] = None
+            self.backend.log.notes["an enclosing torch.compile traced through the decoder: dense there"] = None
             return self.module._call_impl(*args, **kwargs)
-        self._prepare(args, kwargs)
+        if not is_disabled():
+            self._prepare(args, kwargs)
+        elif self.visual_mask is not None:
+            self.state.visual = self.visual_mask(args, kwargs)
+        cache: Any = kwargs.get("past_key_values")
+        if not hasattr(cache, "omnisparse_call"):
+            return self._run(args, kwargs)
+        # A keyword argument of ours reaches every layer's attention.
+        with cache.omnisparse_call(self, kwargs):
+            return self._run(args, {**kwargs, "omnisparse_cache": cache})
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_disabled():
+            return self.module._call_impl(*args, **kwargs)
         runs = self.backend.log.runs
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             result = self.compiled(*args, **kwargs)

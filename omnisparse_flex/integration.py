@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import omnisparse_flex.cache_ops
 import omnisparse_flex.ops  # noqa: F401  (defines the marker)
 from omnisparse_flex.entry import Entry, VisualMask, check_visual
 from omnisparse_flex.errors import ConfigError
@@ -48,6 +49,7 @@ def attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    omnisparse_cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """A transformers attention function: one marker op, dense SDPA unless a pass rewrites it.
@@ -62,6 +64,7 @@ def attention_forward(
         dropout: Probability; above 0 the call is plain SDPA, which the passes then skip.
         softcap: Soft cap of the logits, or None.
         is_causal: Overrides the module's own ``is_causal``.
+        omnisparse_cache: The ``OmniSparseCache`` of this call, or None.
         **kwargs: Ignored, except those that only plain SDPA can honour.
 
     Returns:
@@ -78,6 +81,15 @@ def attention_forward(
     padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     mask = attention_mask if padding is None else None
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = getattr(module, "layer_idx", -1)
+    if omnisparse_cache is not None:
+        if mask is not None or not causal or softcap:
+            raise ConfigError("attention must be plain and causal with OmniSparseCache, got another mask or a soft cap")
+        if omnisparse_cache.mode == "decode":
+            owner = omnisparse_cache.owner
+            out = torch.ops.omnisparse.cache_attend(query, key, value, padding, owner, layer, scaling)
+            return out.transpose(1, 2).contiguous(), None
     out = torch.ops.omnisparse.attn(
         query,
         key,
@@ -85,10 +97,12 @@ def attention_forward(
         padding,
         mask,
         causal,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        getattr(module, "layer_idx", -1),
+        scaling,
+        layer,
         softcap or 0.0,
     )
+    if omnisparse_cache is not None:
+        torch.ops.omnisparse.cache_store(out, query, key, value, omnisparse_cache.owner, layer, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

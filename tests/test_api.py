@@ -50,6 +50,7 @@ def gpt(device):
 def test_public_names():
     assert set(omnisparse_flex.__all__) == {
         "ConfigError",
+        "OmniSparseCache",
         "OmniSparseConfig",
         "apply_omnisparse",
         "calibrate",

@@ -1,0 +1,148 @@
+"""Droppable keys and values in host memory: written once, fetched again when a turn or the pattern changes."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import torch
+from torch import Tensor
+
+#: Tokens copied to the host at a time: what a copy needs on the device beside the layer itself.
+CHUNK = 8192
+#: Copies to the host under way at a time.
+IN_FLIGHT = 16
+
+
+class Copies:
+    """The side stream of one device, and the copies under way; without effect on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Open a side stream on ``device`` if it is a CUDA device."""
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waiting: collections.deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = collections.deque()
+
+    def to_host(self, host: Tensor, chunk: Tensor) -> None:
+        """Copy a tensor of ours to pinned memory; it is kept alive until the copy is done."""
+        if self.stream is None:
+            host.copy_(chunk)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            host.copy_(chunk, non_blocking=True)
+            event = self.stream.record_event()
+        self.waiting.append((event, (chunk,)))
+        while len(self.waiting) > IN_FLIGHT:
+            self.waiting.popleft()[0].synchronize()
+
+    def to_device(self, target: Tensor, host: Tensor) -> None:
+        """Copy pinned memory into a contiguous part of a device tensor; call ``wait`` before reading it."""
+        if self.stream is None:
+            target.copy_(host)
+            return
+        with torch.cuda.stream(self.stream):
+            target.copy_(host, non_blocking=True)
+
+    def start(self) -> None:
+        """Copies that follow write to memory that the current stream has just allocated."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def wait(self) -> None:
+        """Let the current stream wait for all copies to the device."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def drain(self) -> None:
+        """Wait until the host holds everything sent to it."""
+        while self.waiting:
+            self.waiting.popleft()[0].synchronize()
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class HostSpan:
+    """Keys and values of one turn's droppable tokens, for all KV heads.
+
+    Attributes:
+        keys: (B, Hkv, n, D), pinned for a CUDA device.
+        values: (B, Hkv, n, Dv).
+        positions: int64 (B, n) on the device, ascending; a row with fewer ends in larger numbers.
+        counts: Tokens of each row.
+        starts: First position of each row if its tokens are one contiguous run, else None.
+        rows: The batch rows, as rows of ``keys``: reordering a batch moves no host memory.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    counts: list[int]
+    starts: list[int] | None
+    rows: list[int]
+
+    def bring(self, key: Tensor, value: Tensor, copies: Copies) -> None:
+        """Write the span into full tensors (B, Hkv, S, D), at its positions."""
+        for row, source in enumerate(self.rows):
+            count = self.counts[source]
+            if count == 0:
+                continue
+            for full, host in ((key, self.keys), (value, self.values)):
+                if self.starts is not None:
+                    start = self.starts[source]
+                    for head in range(full.shape[1]):  # head by head: contiguous on both sides
+                        copies.to_device(full[row, head, start : start + count], host[source, head, :count])
+                else:
+                    staging = torch.empty_like(host[source, :, :count], device=full.device)
+                    copies.start()
+                    copies.to_device(staging, host[source, :, :count])
+                    copies.wait()
+                    full[row].index_copy_(1, self.positions[source, :count], staging)
+
+    def crop(self, length: int) -> None:
+        """Forget tokens from position ``length`` on."""
+        self.counts = [int(n) for n in (self.positions < length).sum(1).tolist()]
+
+    def select(self, rows: list[int]) -> None:
+        """Make the batch consist of these rows."""
+        self.rows = [self.rows[row] for row in rows]
+
+    @property
+    def bytes(self) -> int:
+        """Host memory of the tensors."""
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+
+def send(key: Tensor, value: Tensor, positions: Tensor, length: int, copies: Copies) -> HostSpan:
+    """Copy tokens to host memory.
+
+    Args:
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        positions: int64 (B, n), ascending; entries of ``length`` stand for no token.
+        length: Tokens in the cache.
+        copies: Where the copies run.
+
+    Returns:
+        The span; the copies may still be under way.
+
+    Raises:
+        RuntimeError: If there is no host memory for it.
+    """
+    pinned = copies.stream is not None
+    shape = (*key.shape[:2], positions.shape[1])
+    keys = torch.empty(*shape, key.shape[3], dtype=key.dtype, pin_memory=pinned)
+    values = torch.empty(*shape, value.shape[3], dtype=value.dtype, pin_memory=pinned)
+    slots = positions.clamp(max=length - 1)
+    for start in range(0, positions.shape[1], CHUNK):
+        part = slots[:, None, start : start + CHUNK, None].expand(-1, key.shape[1], -1, -1)
+        for source, host in ((key, keys), (value, values)):
+            # Gathered into memory of ours first: the compiler may reuse the layer's own at any time.
+            chunk = source.gather(2, part.expand(-1, -1, -1, source.shape[3]))
+            for row in range(key.shape[0]):
+                for head in range(key.shape[1]):
+                    copies.to_host(host[row, head, start : start + CHUNK], chunk[row, head])
+    counts = [int(n) for n in (positions < length).sum(1).tolist()]
+    first, last = positions[:, 0].tolist(), positions.masked_fill(positions >= length, -1).amax(1).tolist()
+    runs = all(n == 0 or z - a + 1 == n for n, a, z in zip(counts, first, last, strict=True))
+    rows = list(range(key.shape[0]))
+    return HostSpan(keys, values, positions, counts, [int(a) for a in first] if runs else None, rows)
