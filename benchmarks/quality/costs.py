@@ -43,6 +43,8 @@ def _estimate(rule: Rule, tokens: int, head_dim: int, groups: int) -> float:
         return PASSES / options["stride"]
     if rule.estimator == "probe":
         return PASSES / options["every"]
+    if rule.estimator == "one_pass":
+        return 0.5 * (1 / (SPEED["fp8"] if options.get("bits8", True) else 1) + 1 / options.get("pool", 16))
     if rule.estimator == "clustered":
         # q·centre is not causal: twice the pairs. One pass: its rows are short enough to be kept.
         score = 2 * 0.5 / options["size"] * (2 if options.get("spread") else 1)

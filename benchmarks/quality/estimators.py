@@ -7,6 +7,7 @@ whatever the estimator's own: the lab measures quality, and prices come from ``c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -116,6 +117,44 @@ def clustered(query: Tensor, key: Tensor, scale: float, *, size: int, spread: bo
     return rows
 
 
+def one_pass(
+    query: Tensor, key: Tensor, scale: float, *, sinks: int = 64, window: int = 256, pool: int = 16, bits8: bool = True
+) -> Rows:
+    """Rows of one pass over the pairs: their normaliser is guessed before it, not found by a pass of its own.
+
+    The guess is the log-sum-exp of the local part, which part 1 of the token path has anyway, joined
+    with that of the means of ``pool`` keys beyond it. It only weighs the rows of a segment against one another.
+
+    Args:
+        query: (B, Hq, N, D).
+        key: (B, Hkv, N, D).
+        scale: Logit scale.
+        sinks: Keys of the local part at the start.
+        window: Keys of the local part at the end, the query's own included.
+        pool: Keys to a mean.
+        bits8: Round queries and keys to float8_e4m3.
+    """
+    means = key.unflatten(2, (-1, pool)).mean(3)
+    q8, k8 = (x.to(torch.float8_e4m3fn).to(x.dtype) if bits8 else x for x in (query, key))
+
+    def rows(start: int, stop: int) -> Tensor:
+        scores = logits(q8[:, :, start:stop], k8[:, :, :stop], scale)
+        q, k = torch.arange(start, stop, device=query.device)[:, None], torch.arange(stop, device=query.device)
+        seen = k <= q
+        near = ((q - k < window) | (k < sinks)) & seen
+        firsts = torch.arange(-(-stop // pool), device=query.device) * pool
+        far = (firsts >= sinks) & (firsts + pool <= q - window + 1)
+        pooled_scores = logits(query[:, :, start:stop], means[:, :, : len(firsts)], scale)
+        guess = torch.logaddexp(
+            scores.masked_fill(~near, float("-inf")).logsumexp(-1),
+            pooled_scores.masked_fill(~far, float("-inf")).logsumexp(-1) + math.log(pool),
+        )
+        # No share is above 1, however far the guess is off.
+        return torch.exp(scores - guess.unsqueeze(-1)).clamp_(max=1.0).masked_fill_(~seen, 0.0)
+
+    return rows
+
+
 ESTIMATORS: dict[str, Callable[..., Rows]] = {
     "exact": exact,
     "fp8": fp8,
@@ -125,4 +164,5 @@ ESTIMATORS: dict[str, Callable[..., Rows]] = {
     "antidiagonal": antidiagonal,
     "probe": probe,
     "clustered": clustered,
+    "one_pass": one_pass,
 }

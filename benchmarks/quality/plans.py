@@ -115,6 +115,22 @@ def rules() -> list[Row]:
     return rows
 
 
+def second() -> list[Row]:
+    """One pass instead of two, the group's shared choice, leaner budgets: what the first sweep left open."""
+    both, exact = (PPL, ITEMS), {"estimator": "one_pass"}
+    rows = [Row(DENSE, both)]
+    rows += [
+        Row(token("one-pass fp8", **exact), both),
+        Row(token("one-pass fp8 per_head", **exact, budget="per_head"), both),
+    ]
+    rows += [Row(token("exact gqa-mean", gqa="mean"), both), Row(token("exact gqa-max", gqa="max"))]
+    rows += [Row(token("exact per_head gqa-mean", gqa="mean", budget="per_head"), both)]
+    rows += with_controls(token("exact per_head", budget="per_head"), both)
+    rows += [Row(token("one-pass fp8", target=t, **cheap), both) for t in (0.9, 0.98)]
+    rows += [Row(token("one-pass fp8", lazy=x, **cheap), both) for x in (0.1, 0.2)]
+    return [*rows, Row(token("one-pass 16 bits", estimator="one_pass", options={"bits8": False}))]
+
+
 def lengths() -> list[Row]:
     """Density needed at 2K, 4K and 8K, true mass, three targets."""
     tasks = tuple(f"ppl:{tokens}" for tokens in (2048, 4096, 8192))
@@ -136,4 +152,4 @@ def quick() -> list[Row]:
     return [*rows, Row(DENSE, (ITEMS,)), *with_controls(token("exact"), (ITEMS,))]
 
 
-PLANS = {"first": first(), "rules": rules(), "lengths": lengths(), "quick": quick()}
+PLANS = {"first": first(), "second": second(), "rules": rules(), "lengths": lengths(), "quick": quick()}
