@@ -271,3 +271,13 @@ def test_figures_of_a_sweep_compare_a_row_with_its_controls():
     assert found["smollm2.retrieval_gain_over_window.8k"] == pytest.approx(70)
     assert found["smollm2.retrieval_gain_over_random.8k"] == pytest.approx(60)
     assert (found["smollm2.density.8k"], found["smollm2.attention_density.8k"]) == (0.4, 0.2)
+
+
+def test_every_plan_is_priced_and_names_each_row_once():
+    from benchmarks.quality.plans import PLANS
+
+    for name, rows in PLANS.items():
+        pairs = [(row.rule.name, task) for row in rows for task in row.tasks]
+        assert len(set(pairs)) == len(pairs), name
+        assert all(row.rule.estimator in {"dense", *ESTIMATORS} for row in rows), name
+        assert all(0 <= selection_cost(row.rule, 8192, 64, 3, 0.5) <= 1 for row in rows), name
