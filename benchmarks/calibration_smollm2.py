@@ -130,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="length of a window")
     parser.add_argument("--windows", type=int, default=2, help="windows per text")
     parser.add_argument("--layers", type=int, default=LAYERS, help="first layers of the model")
-    parser.add_argument("--scoring", nargs="+", choices=SCORINGS, default=["mean_pool"], help="the first gives figures")
+    parser.add_argument(
+        "--scoring", nargs="+", choices=SCORINGS["block"], default=["mean_pool"], help="the first gives figures"
+    )
     parser.add_argument("--sinks", type=int, default=OmniSparseConfig().sink_size)
     parser.add_argument("--window", type=int, default=OmniSparseConfig().window_size)
     parser.add_argument("--inner", choices=("eager", "inductor"), default="eager", help="what compiles the graphs")

@@ -27,7 +27,7 @@ from omnisparse_flex.calibration import MAX_DENSITY
 from omnisparse_flex.config import BUDGETS, SCORINGS
 from omnisparse_flex.masks.expr import causal
 from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.record import true_recall
+from omnisparse_flex.masks.record import measure
 from omnisparse_flex.masks.select import select_blocks
 from omnisparse_flex.report import table
 
@@ -63,7 +63,8 @@ def ladder(query: Tensor, key: Tensor, config: OmniSparseConfig) -> tuple[Tensor
     recalls, densities = [], []
     for u in LADDER:
         chosen = select_blocks(query, key, mask, config, target=1 - 2**-u, scale=scale)
-        recalls.append(true_recall(chosen, query, key, mask, scale, None)[0].cpu())
+        found = measure(chosen, query, key, mask, config, scale=scale, score=None, exact=True)
+        recalls.append(found.recalls[0].cpu())
         densities.append((chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum()).cpu())
     return torch.stack(recalls), torch.stack(densities)
 
@@ -124,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, text in texts.items()
     }
     rows = []
-    for scoring, budget, lazy in itertools.product(SCORINGS, BUDGETS, (OmniSparseConfig().lazy_threshold, None)):
+    for scoring, budget, lazy in itertools.product(
+        SCORINGS["block"], BUDGETS, (OmniSparseConfig().lazy_threshold, None)
+    ):
         rules = OmniSparseConfig(scoring=scoring, budget=budget, lazy_threshold=lazy)
         found = {name: [ladder(*layers[i], rules) for i in options.layers] for name, layers in captured.items()}
         names = {"scoring": scoring, "budget": budget, "lazy_threshold": lazy}

@@ -87,7 +87,8 @@ def sink_blocks(mask: MaskProgram | OpaqueMask, config: OmniSparseConfig, grid: 
     """
     if config.sink_size == 0:
         return 0
-    return (config.sink_size + grid.block - 1) // grid.block + mask.starts_anywhere
+    blocks = (config.sink_size + grid.block - 1) // grid.block
+    return blocks + 1 if mask.starts_anywhere else blocks
 
 
 def _first_blocks(some: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseConfig, check, compare, seeded
+from omnisparse_flex.backend import BREAK_EVEN
 from omnisparse_flex.cli import main
 from omnisparse_flex.masks.select import select_blocks
 from omnisparse_flex.progress import Progress
@@ -197,7 +198,8 @@ def test_calibrate_mistakes(
     assert "text must be an existing file, got" in said(reader_dir, text=tmp_path / "missing")
     assert "model_dir must hold a tokenizer to read a text, got" in said(llama_dir)
     assert main(["calibrate", str(reader_dir), "--target-recall", "0.9", "--out", "o.json", "--text", str(text)]) == 2
-    assert "calibrate: batches must hold at least min_seq_len = 2048 tokens (an option" in capsys.readouterr().err
+    least = BREAK_EVEN["cuda" if torch.cuda.is_available() else "cpu"]
+    assert f"calibrate: batches must hold at least min_seq_len = {least} tokens (an option" in capsys.readouterr().err
     assert "config must hold only the fields" in said(reader_dir, "0.9", "--config", '{"recall": 1}')
     (tmp_path / "latin").write_bytes(b"\xff\xfe w1")
     assert "text must be UTF-8, got" in said(reader_dir, text=tmp_path / "latin")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_selection import CPU, plain_masks
 
-from omnisparse_flex.config import SCORINGS, OmniSparseConfig
+from omnisparse_flex import config as rules
+from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.expr import KV, Apply, B, Const, Load, causal
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.probe import PROBES, probe
@@ -20,6 +21,7 @@ from omnisparse_flex.testing import AttentionShape, mask_mods
 from omnisparse_flex.trace_mask import trace_mask_mod
 
 BLOCK = 32
+SCORINGS = rules.SCORINGS["block"]
 # Steps of a float32 softmax over S keys, a sum over them and a mean: each rounds once per term at worst.
 ROUNDING = 1024 * torch.finfo(torch.float32).eps
 
