@@ -4,6 +4,7 @@
 #   VENV_FLAGS=--system-site-packages TORCH=   build on the torch that $(PYTHON) already has
 #   TORCH=torch==2.11.0        another torch than the pinned one (constraints.txt is then left aside)
 #   MARK="gpu or not gpu"      which tests (a pytest -m expression)
+#   JOBS=14                    test processes; two by default, for two cores
 #   ARGS="-x -k lifting"       more arguments for pytest, or for the demo
 # A machine with a GPU, everything installed and no network: make test VENV= MARK="gpu or not gpu"
 PYTHON ?= python3
@@ -11,6 +12,7 @@ VENV ?= .venv
 VENV_FLAGS ?=
 TORCH ?= $(strip $(shell cat constraints.txt))
 MARK ?= not gpu
+JOBS ?= 2
 ARGS ?=
 
 ifeq ($(VENV),)
@@ -33,7 +35,7 @@ demo: $(call needs,demo)
 	$(CLI) demo $(ARGS)
 
 test: $(call needs,test)
-	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -m "$(MARK)" $(ARGS)
+	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -n $(JOBS) --dist worksteal -p no:benchmark -m "$(MARK)" $(ARGS)
 
 lint: $(call needs,lint)
 	$(PY) -m ruff check .
