@@ -23,8 +23,9 @@ from video_needle.data import IGNORE, batch_of, inputs, make_batch, position_ids
 from video_needle.evaluate import CHANCE, by_kind, evaluate
 from video_needle.intervals import interval
 from video_needle.model import count_parameters, make_config, make_model
-from video_needle.scene import Distractor, Event, Scene, make_scene, scene_seed
+from video_needle.scene import CELLS, Distractor, Event, Scene, make_scene, scene_seed
 from video_needle.schedule import Schedule
+from video_needle.trainer import narration_loss
 
 from omnisparse_flex.errors import ConfigError
 
@@ -341,3 +342,28 @@ def test_scenes_and_splits_refuse_bad_input():
         scene_seed("dev", 0)
     with pytest.raises(ConfigError, match="visible must be one of all, last, none, got 'some'"):
         make_batch([by_hand()], [[]], "some")
+
+
+def test_an_event_tells_all_of_itself_in_one_place():
+    (batch, (scene,), _) = batch_of("train", 5, 1, 32, 1)
+    told = batch.narration[0, 1:].reshape(-1, len(vocabulary.TOLD))
+    at = lambda step, cell: [vocabulary.WORDS[i] if i >= 0 else "" for i in told[step * CELLS + cell]]  # noqa: E731
+    for event in scene.events:
+        colour, shape = vocabulary.COLOURS[event.colour], vocabulary.SHAPES[event.shape]
+        tenth, direction = vocabulary.TENTHS[10 * event.onset // 32], vocabulary.DIRECTIONS[event.direction]
+        digit = vocabulary.DIGITS[event.digit] if event.digit >= 0 else ""
+        assert at(event.onset, event.cell) == [colour, shape, direction, "", tenth], "the digit may still be below it"
+        assert at(event.onset + 2, event.cell) == [colour, shape, direction, digit, tenth]
+        if digit:
+            assert at(event.onset, event.digit_cell)[3] == digit
+
+
+def test_the_narration_loss_asks_within_a_class():
+    words = torch.tensor([[vocabulary.IDS["red"], IGNORE, IGNORE, vocabulary.IDS["7"], IGNORE]])
+    logits = torch.zeros(1, vocabulary.SIZE)
+    even = narration_loss(logits, words)
+    torch.testing.assert_close(even, (torch.tensor(8.0).log() + torch.tensor(10.0).log()) / 5)
+    logits[0, vocabulary.IDS["yes"]] = 50.0  # a word of no class weighs nothing
+    torch.testing.assert_close(narration_loss(logits, words), even)
+    logits[0, vocabulary.IDS["red"]] = logits[0, vocabulary.IDS["7"]] = 50.0
+    assert narration_loss(logits, words) < 1e-6

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.errors import require
@@ -13,7 +14,7 @@ from video_needle.questions import TOKENS_PER_ROUND, Question, ask
 from video_needle.render import plan_backgrounds, render
 from video_needle.scene import CELLS, EVENT_STEPS, Scene, make_scene, scene_seed
 from video_needle.sprites import place
-from video_needle.vocabulary import COLOURS, DIGITS, DIRECTIONS, IDS, KINDS, SHAPES, TENTHS
+from video_needle.vocabulary import COLOURS, DIGITS, DIRECTIONS, IDS, KINDS, SHAPES, TENTHS, TOLD
 
 #: Seconds of every video, whatever its number of frames: longer inputs are sampled more finely. Temporal
 #: positions then span the same range at every length, so a model can be tested on lengths it never saw.
@@ -34,7 +35,8 @@ class Batch:
     Attributes:
         input_ids: int64 (B, N): video placeholders, then the questions, answers left out.
         answers: int64 (B, N): at each ``?`` the answer's id, elsewhere -100. Not shifted.
-        narration: int64 (B, N): at visual tokens what can be seen there, elsewhere -100. Not shifted.
+        narration: int64 (B, N, classes): at visual tokens what can be seen there, by class of words (``TOLD``),
+            elsewhere -100. Not shifted.
         kinds: int64 (B, N): at each ``?`` the index of the question's kind, elsewhere -100.
         steps: Length of the videos.
         crops: As ``plan_backgrounds`` returns it.
@@ -92,7 +94,7 @@ def make_batch(scenes: list[Scene], questions: list[list[Question]], visible: st
     return Batch(
         input_ids=join(video, text, None),
         answers=join(unset, answers, IGNORE),
-        narration=join(_narrate(scenes), torch.full_like(text, IGNORE), IGNORE),
+        narration=F.pad(_narrate(scenes), (0, 0, 1, 1 + text.shape[1]), value=IGNORE),
         kinds=join(unset, kinds, IGNORE),
         steps=steps,
         crops=crops,
@@ -114,23 +116,30 @@ def _text(asked: list[Question]) -> tuple[list[int], list[int], list[int]]:
 def _narrate(scenes: list[Scene]) -> Tensor:
     """Words for what is seen at single visual tokens: a dense signal that teaches to see before to search.
 
-    At the three steps of an event its colour, shape and direction; at digits the digit; and at one
-    cell of every other step the tenth of the video.
+    At an event all that is known of it so far, so that whoever finds the event by one of its
+    properties finds the others in the same place; at digits the digit; and at one cell of every step the
+    tenth of the video.
     """
     steps = scenes[0].steps
-    words = np.full((len(scenes), steps, CELLS), IGNORE, dtype=np.int64)
+    words = np.full((len(scenes), steps, CELLS, len(TOLD)), IGNORE, dtype=np.int64)
+    colour, shape, direction, digit, tenth = range(len(TOLD))
     tenths = [IDS[TENTHS[10 * step // steps]] for step in range(steps)]
     for row, scene in enumerate(scenes):
-        words[row, np.arange(steps), (np.arange(steps) * 5 + scene.background) % CELLS] = tenths
+        words[row, np.arange(steps), (np.arange(steps) * 5 + scene.background) % CELLS, tenth] = tenths
         for e in scene.events:
-            told = (IDS[COLOURS[e.colour]], IDS[SHAPES[e.shape]], IDS[DIRECTIONS[e.direction]])
-            words[row, e.onset : e.onset + EVENT_STEPS, e.cell] = told
+            span = slice(e.onset, e.onset + EVENT_STEPS)
+            words[row, span, e.cell, colour] = IDS[COLOURS[e.colour]]
+            words[row, span, e.cell, shape] = IDS[SHAPES[e.shape]]
+            words[row, span, e.cell, direction] = IDS[DIRECTIONS[e.direction]]
+            words[row, span, e.cell, tenth] = tenths[e.onset]
             if e.digit >= 0:
-                words[row, e.onset : e.onset + EVENT_STEPS, e.digit_cell] = IDS[DIGITS[e.digit]]
+                words[row, span, e.digit_cell, digit] = IDS[DIGITS[e.digit]]
+                # A token sees what came before it: a digit further down the frame is known one step later.
+                words[row, e.onset + 1 : e.onset + EVENT_STEPS, e.cell, digit] = IDS[DIGITS[e.digit]]
         for d in scene.distractors:
-            word = IDS[DIGITS[d.digit]] if d.digit >= 0 else IGNORE
-            words[row, d.onset : d.onset + EVENT_STEPS, d.cell] = word
-    return torch.from_numpy(words.reshape(len(scenes), -1))
+            if d.digit >= 0:
+                words[row, d.onset : d.onset + EVENT_STEPS, d.cell, digit] = IDS[DIGITS[d.digit]]
+    return torch.from_numpy(words.reshape(len(scenes), -1, len(TOLD)))
 
 
 def batch_of(

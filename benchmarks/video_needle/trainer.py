@@ -18,12 +18,29 @@ from video_needle.data import IGNORE, Batch, batch_of, inputs, position_ids
 from video_needle.model import count_parameters, make_model
 from video_needle.scene import STEPS
 from video_needle.schedule import Schedule
-from video_needle.vocabulary import KINDS
+from video_needle.vocabulary import IDS, KINDS, TOLD
 
 #: Steps between two progress lines, and whose means the history keeps.
 LOG_EVERY = 20
 #: Videos of the validation split that are asked about at the end, by length.
 VALIDATION = {512: 256, 2048: 128, 8192: 48, 32768: 8}
+
+
+def narration_loss(logits: Tensor, narration: Tensor) -> Tensor:
+    """Mean over classes of words of how well each class is told apart, other words left aside.
+
+    Args:
+        logits: float32 (T, vocabulary).
+        narration: int64 (T, classes), ids or -100.
+    """
+    losses = []
+    for column, words in enumerate(TOLD):
+        first = IDS[words[0]]
+        wanted = narration[:, column]
+        wanted = torch.where(wanted == IGNORE, IGNORE, wanted - first)
+        losses.append(F.cross_entropy(logits[:, first : first + len(words)], wanted, ignore_index=IGNORE))
+    # A batch may show no digit at all: the mean of nothing is NaN.
+    return torch.stack(losses).nan_to_num(0.0).mean()
 
 
 class StepData(torch.utils.data.Dataset):
@@ -90,14 +107,14 @@ class Trainer:
         given = inputs(batch, self.positions[batch.steps], self.clips, torch.bfloat16 if on_gpu else torch.float32)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
             logits = self.model(**given, use_cache=False).logits.flatten(0, 1).float()
-        answers, narration = batch.answers.flatten(), batch.narration.flatten()
+        answers = batch.answers.flatten()
         right = logits.detach().argmax(-1) == answers
         # The kinds double as an index; everything that is no question falls into a last bin.
         kinds = batch.kinds.flatten()
         bins = torch.where(kinds == IGNORE, len(KINDS), kinds)
         hits = torch.zeros(len(KINDS) + 1, device=logits.device).index_add_(0, bins, right.float())
         asked = torch.zeros_like(hits).index_add_(0, bins, torch.ones_like(right, dtype=torch.float32))
-        tell = F.cross_entropy(logits, narration, ignore_index=IGNORE)
+        tell = narration_loss(logits, batch.narration.flatten(0, 1))
         return F.cross_entropy(logits, answers, ignore_index=IGNORE), tell, hits[:-1], asked[:-1]
 
     def train_step(self, batch: Batch) -> Tensor:

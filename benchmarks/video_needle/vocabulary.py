@@ -28,6 +28,8 @@ KINDS = tuple(ANSWERS)
 SPECIAL = ("<pad>", "<end>", "<vision_start>", "<vision_end>", "<video>", "<image>")
 WORDS = (*SPECIAL, "?", *KINDS, *COLOURS, *SHAPES, *DIRECTIONS, *DIGITS, *TENTHS, *COUNTS, *YES_NO)
 IDS = MappingProxyType({word: i for i, word in enumerate(WORDS)})
+#: What can be told of a single visual token, one word of each class.
+TOLD = (COLOURS, SHAPES, DIRECTIONS, DIGITS, TENTHS)
 #: Size of the embedding: a round number, with room for words to come.
 SIZE = 80
 
