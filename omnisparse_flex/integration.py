@@ -203,12 +203,18 @@ class VisualMaskHook:
         ids = [getattr(model.config, field, None) for field in VISUAL_TOKEN_FIELDS]
         self.token_ids = sorted({token for token in ids if isinstance(token, int)})
         self.signature = inspect.signature(receiver.forward)
-        self.entry = entry
+        self.entry: Entry | None = entry
         self.given = given
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisualMaskHook:
+        """A copied model has no entry: its hook does nothing, and drags no compiled graph along."""
+        twin = object.__new__(type(self))
+        twin.token_ids, twin.signature, twin.entry, twin.given = self.token_ids, self.signature, None, self.given
+        return twin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the mask of this call in the entry's state."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.entry is None:
             return
         named = {**self.signature.bind_partial(*args, **kwargs).arguments}
         named.update(named.pop("kwargs", {}))
