@@ -12,7 +12,7 @@ from omnisparse_flex.attention import attend, sparse_attention
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks import causal, intersect, padding
-from omnisparse_flex.masks.expr import KV, Apply, Const, H, Load, Q
+from omnisparse_flex.masks.expr import KV, Apply, Const, H, Load, Q, causal_offset
 from omnisparse_flex.masks.expr import causal as causal_expr
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.program import MaskProgram
@@ -39,7 +39,7 @@ def causal_mask(shape, device):
     return materialize_mask(causal(shape.kv_len - shape.q_len), 1, 1, shape.q_len, shape.kv_len, device)
 
 
-def selected(shape, query, key, mask, config, *, is_causal=True, visual=None, target=None, adjust=None):
+def selected(shape, query, key, mask, config, *, offset=None, visual=None, target=None, adjust=None):
     """The dense (B, Hq, L, S) mask that the selection denotes."""
     selection = select_blocks(
         query.detach(),
@@ -49,7 +49,7 @@ def selected(shape, query, key, mask, config, *, is_causal=True, visual=None, ta
         target=config.recall_of(0) if target is None else target,
         scale=shape.head_dim**-0.5,
         visual=visual,
-        q_offset=shape.kv_len - shape.q_len if is_causal else 0,
+        q_offset=shape.kv_len - shape.q_len if offset is None else offset,
         adjust=adjust,
     )
     kept = expand_block_map(selection.keep, shape.q_len, shape.kv_len, BLOCK).repeat_interleave(shape.group, 1)
@@ -147,12 +147,25 @@ def test_any_mask_forward_backward_and_dead_rows(data, shape, is_causal, target,
     tensors = inputs(shape, "cpu")
     order = causal_expr(Const(shape.kv_len - shape.q_len)) if is_causal else Const(True)
     program = MaskProgram(order).joined(trace_mask_mod(case.mask_mod, torch.device("cpu")))
-    mask = selected(shape, *tensors[:2], program, config, is_causal=is_causal)
+    # Without is_causal, causality in the mask itself says where the queries sit.
+    own = None if is_causal else causal_offset(program.expr)
+    offset = shape.kv_len - shape.q_len if is_causal else int(own.value) if isinstance(own, Const) else 0
+    mask = selected(shape, *tensors[:2], program, config, offset=offset)
     out = sparse_attention(*tensors, config=config, is_causal=is_causal, mask_mod=case.mask_mod, enable_gqa=True)
     check(out, tensors, mask)  # also: rows without a key are exactly 0, and nothing is NaN
     dead = ~program_rows(program, shape)
     (gradient,) = torch.autograd.grad(out.sum(), tensors[0])
     assert not out[dead].any() and not gradient[dead].any()
+
+
+def test_causality_in_the_mask_mod_places_the_queries():
+    """Query 127 sits at key 128, the first of the next block: its window must follow it there."""
+    shape = AttentionShape(1, 1, 1, 129, 129, 8)
+    config = OmniSparseConfig(target_recall=0.5, sink_size=0, window_size=1, max_kv_budget=0)
+    tensors = inputs(shape, "cpu", grad=False)
+    out = sparse_attention(*tensors, config=config, is_causal=False, mask_mod=causal(1))
+    dense = dense_oracle(*tensors, mask=materialize_mask(causal(1), 1, 1, 129, 129))
+    torch.testing.assert_close(out[0, 0, 127].double(), dense[0, 0, 127], atol=1e-5, rtol=1e-5)
 
 
 def program_rows(program, shape):
