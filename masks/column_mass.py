@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
@@ -54,49 +55,49 @@ def column_mass(
     kv_heads, kv_len = key.shape[1:3]
     segment, wide = config.segment_size, wide_dtype(query)
     # What is not finite has no say in the choice of the others.
-    whole = (
-        query.isfinite().all(-1, keepdim=True) & near_lse.unsqueeze(-1).ne(torch.inf) & ~near_lse.isnan().unsqueeze(-1)
-    )
+    whole = query.isfinite().all(-1, keepdim=True) & (near_lse < torch.inf).unsqueeze(-1)
     broken = ~key.isfinite().all(-1)
     queries = segments_of(torch.where(whole, query, 0.0).to(wide) * scale, kv_heads, segment)
     near = segments_of(torch.where(whole, near_lse.unsqueeze(-1), -torch.inf), kv_heads, segment)
     says = segments_of(whole, kv_heads, segment)
     keys = torch.where(broken.unsqueeze(-1), 0.0, key).to(wide)
     tile = max(1, min(segment, CHUNK_LOGITS // max(1, keys.shape[0] * kv_heads * kv_len)))
-    group, q_len = query.shape[1] // kv_heads, query.shape[2]
     masses, kepts = [], []
     for m in range(rows.shape[2]):
         own = tokens_of_blocks(eligible[:, :, m], block, kv_len)
         low, high = _range_of(own)
-        mass = torch.zeros((*rows.shape[:2], kv_len), device=key.device)
-        kept, seeing = (torch.zeros(rows.shape[:2], device=key.device) for _ in range(2))
+        total = torch.zeros((*rows.shape[:2], high - low + 2), device=key.device)
         for start in range(0, most(row_count[:, :, m], rows.shape[-1]), tile):
             part = rows[:, :, m : m + 1, start : start + tile]
             used = torch.arange(start, start + part.shape[-1], device=key.device) < row_count[:, :, m, None]
             q, lse, says_so = (gather_rows(x[:, :, m : m + 1], part).squeeze(2) for x in (queries, near, says))
-            logits = q @ keys[:, :, low:high].transpose(-1, -2)
-            head, place = (x.squeeze(2) for x in row_places(part, m, group, segment, q_len))
-            at = _indices(head, place, low, high)
-            if score is not None:
-                logits = score(logits, *at)
-            allowed = own[..., None, low:high]
-            if pairs is not None:
-                allowed = allowed & pairs(*at).to(torch.bool)
-            if pairs is not None or not _all(allowed):
-                logits = logits.masked_fill(~allowed, -torch.inf)
-            used = used & says_so.squeeze(-1)
-            weighed, local, sees = _weigh(logits, lse.squeeze(-1), used)
-            mass[..., low:high] += weighed
-            kept += local
-            seeing += sees
-        weight = 1.0 / seeing.clamp(min=1)
-        masses.append(torch.where(broken & own, 1.0, mass * weight.unsqueeze(-1)))
-        kepts.append(kept * weight)
+            places = row_places(part, m, query.shape[1] // kv_heads, segment, query.shape[2])
+            at = _indices(places[0].squeeze(2), places[1].squeeze(2), low, high)
+            logits = _logits(q, keys[:, :, low:high], own[..., None, low:high], at, pairs, score)
+            total += _weigh(logits, lse.squeeze(-1), used & says_so.squeeze(-1))
+        mean = total[..., :-1] / total[..., -1:].clamp(min=1)
+        mass = F.pad(mean[..., :-1], (low, kv_len - high))
+        masses.append(torch.where(broken & own, 1.0, mass))
+        kepts.append(mean[..., -1])
     return torch.stack(masses, 2), torch.stack(kepts, 2)
 
 
-def _weigh(logits: Tensor, local: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the used rows of each key's softmax weight and of the local share, and how many rows see a key.
+def _logits(
+    query: Tensor, key: Tensor, allowed: Tensor, at: tuple[Tensor, ...], pairs: MaskMod | None, score: ScoreMod | None
+) -> Tensor:
+    """Scaled queries (B, Hkv, T, D) with keys (B, Hkv, K, D), -inf where not ``allowed`` or not in the model's mask."""
+    logits = query @ key.transpose(-1, -2)
+    if score is not None:
+        logits = score(logits, *at)
+    if pairs is not None:
+        allowed = allowed & pairs(*at).to(torch.bool)
+    if pairs is None and _all(allowed):
+        return logits
+    return logits.masked_fill(~allowed, -torch.inf)
+
+
+def _weigh(logits: Tensor, local: Tensor, used: Tensor) -> Tensor:
+    """Sums over the used rows: each key's softmax weight, the local share, and 1 for a row that sees any key.
 
     One exponential a pair: the rows' own normalisers come in as weights of a product.
     """
@@ -107,7 +108,8 @@ def _weigh(logits: Tensor, local: Tensor, used: Tensor) -> tuple[Tensor, Tensor,
     used = used & total.isfinite()
     share = torch.where(used, torch.exp(top.squeeze(-1) - total), 0.0)
     kept = torch.where(used, torch.exp(local - total), 0.0)
-    return (share.unsqueeze(-2) @ heavy).squeeze(-2).float(), kept.sum(-1).float(), used.sum(-1).float()
+    sums = ((share.unsqueeze(-2) @ heavy).squeeze(-2), kept.sum(-1, keepdim=True), used.sum(-1, keepdim=True))
+    return torch.cat([x.float() for x in sums], -1)
 
 
 def _indices(head: Tensor, place: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -93,11 +93,11 @@ def select_tokens(
     tokens = tokens_of_blocks(eligible, block, key.shape[2]).expand_as(mass)
     ranked, order = rank(mass, tokens)
     needs = need(ranked, kept, tokens.sum(-1), target)
-    capacity = key_capacity(config, key.shape[2])
-    overflow = needs > capacity
-    budget = shared_budget(needs.clamp(max=capacity), row_count > 0, config.budget)
+    most = key.shape[2] if config.max_kv_budget is None else min(config.max_kv_budget, key.shape[2])
+    overflow = needs > most
+    budget = shared_budget(needs.clamp(max=most), row_count > 0, config.budget)
     # A head may be asked for more keys than it can see; what is not eligible comes last.
-    key_count = torch.minimum(budget, tokens.sum(-1)).clamp(max=capacity)
+    key_count = torch.minimum(budget, tokens.sum(-1))
     places = torch.arange(ranked.shape[-1], device=key.device)
     total = kept + (ranked * (places < key_count.unsqueeze(-1))).sum(-1)
     return TokenSelection(
@@ -106,18 +106,12 @@ def select_tokens(
         lazy,
         rows,
         row_count,
-        order[..., :capacity],
+        order[..., : max(1, most)],  # a rectangle has a column, used or not
         key_count,
         needs,
         total,
         overflow & (row_count > 0),
     )
-
-
-def key_capacity(config: OmniSparseConfig, kv_len: int) -> int:
-    """Keys that a segment can hold: the static size of its rectangle."""
-    bound = kv_len if config.max_kv_budget is None else config.max_kv_budget
-    return max(1, min(bound, kv_len))
 
 
 def active_tokens(

@@ -100,7 +100,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         return call_token_op(query, key, value, site) if site.rules else attend_tokens(query, key, value, site)
     # Heads are numbers, also where Dynamo made every size a symbol: masks divide by them.
     kv_heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
-    scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
+    scale = site.scale_for(query)
     keep, full = _maps(query.detach(), key.detach(), scale, site)
 
     # Where block lists are ignored, the map of kept blocks is one more captured tensor: realized,
@@ -155,7 +155,7 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
         layout=site.layout,
     )
     if site.write is not None:
-        site.write(site.measured(selection, query, key, scale))
+        site.write(site.measured(selection, query, key))
     return selection.keep, selection.layout.full
 
 

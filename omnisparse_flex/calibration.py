@@ -18,9 +18,9 @@ from omnisparse_flex.probing import Batch, Probe, device_of, longer, prepared, r
 from omnisparse_flex.stats import collect_stats
 
 #: Share of the allowed loss that stays in reserve: for 0.9, every head must reach 0.915 on the batches. Two texts
-#: differ in what a head looks at: without a reserve 92 to 95 % of the sparse (layer, head) pairs of SmolLM2 keep the
-#: target on a text not calibrated on, with this one over 95 % for every scorer and budget. In proportion to the loss,
-#: so that it stays under 1 for every target. Our choice. Source: benchmarks/calibration_transfer.py.
+#: differ in what a head looks at, so what one text meets exactly, another misses in some heads. In proportion to the
+#: loss, so that it stays under 1 for every target. Our choice, from a trial on nine layers of SmolLM2; the record of
+#: benchmarks/calibration_transfer.py is still to come.
 RESERVE = 0.15
 #: A layer that would keep more of its blocks is dense. Source: break-even with the fastest dense kernel is near 0.65 on
 #: the CPU (benchmarks/results/prefill_cpu.json: 1.24 to 1.43 times faster at 0.5) as on the H200 with Triton.

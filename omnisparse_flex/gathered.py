@@ -84,10 +84,9 @@ def _rectangles(
     assert site.config is not None
     batch, kv_heads, count, height = rows.shape
     segment, wide = site.config.segment_size, wide_dtype(queries)
-    scale = queries.shape[-1] ** -0.5 if site.scale is None else site.scale
     picked = gather_rows(queries, rows)
     k, v = (_gather_keys(x, keys).to(wide) for x in (key, value))
-    logits = picked.to(wide) @ k.transpose(-1, -2) * scale
+    logits = picked.to(wide) @ k.transpose(-1, -2) * site.scale_for(queries)
     head, place = row_places(rows, first, queries.shape[3] // segment, segment, q_len)
     b = torch.arange(batch, device=rows.device).view(-1, 1, 1, 1, 1)
     at = (b, head.unsqueeze(-1), place.unsqueeze(-1), keys.unsqueeze(-2))

@@ -67,11 +67,14 @@ class Site:
         """Whether logits are more than scaled dot products."""
         return self.bias is not None or self.score_mod is not None or self.softcap != 0
 
-    def measured(
-        self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor, scale: float
-    ) -> Measured:
+    def scale_for(self, query: Tensor) -> float:
+        """Logit scale of queries (..., D)."""
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
         """The record of a selection that this site made."""
         assert self.config is not None
+        scale = self.scale_for(query)
         score = self.plain_score if self.changes_scores else None
         return measure(selection, query, key, self.mask, self.config, scale=scale, score=score, exact=self.exact)
 

@@ -35,8 +35,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
     near, near_lse = attend_near(query, key, value, segments, site)
     selection = choose(query, key, near_lse, segments, site)
     if site.write is not None:
-        scale = query.shape[-1] ** -0.5 if site.scale is None else site.scale
-        site.write(site.measured(selection, query.detach(), key.detach(), scale))
+        site.write(site.measured(selection, query.detach(), key.detach()))
     chosen = (selection.rows, selection.row_count, selection.keys, selection.key_count)
     far, far_lse = attend_gathered(query, key, value, *chosen, site)
     out = merge(near, near_lse, far, far_lse).to(value.dtype)
@@ -57,7 +56,7 @@ def choose(query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout
         site.config,
         block=BLOCK,
         target=site.target,
-        scale=query.shape[-1] ** -0.5 if site.scale is None else site.scale,
+        scale=site.scale_for(query),
         pairs=None if site.mask.blind_rows_need == "nothing" else site.mask.pairs,
         score=site.plain_score if site.changes_scores else None,
     )

@@ -146,6 +146,24 @@ def test_the_target_is_met_and_the_budget_is_the_flattest_heads(shape, config, s
     assert torch.equal(selection.key_count, torch.minimum(wanted, eligible))
 
 
+@given(small_shapes(), token_configs())
+def test_no_segment_fetches_more_than_the_bound(shape, config):
+    mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
+    _, selection, *_ = run(shape, inputs(shape, "cpu", grad=False), config, mask)
+    most = shape.kv_len if config.max_kv_budget is None else config.max_kv_budget
+    assert (selection.key_count <= most).all()
+    over = (selection.needs > most) & (selection.row_count > 0)
+    assert torch.equal(selection.overflow, over)
+
+
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_a_small_bound_is_kept(most):
+    shape = AttentionShape(1, 2, 1, 700, 700, 16)
+    config = dataclasses.replace(TOKENS, target_recall=0.99, lazy_threshold=None, max_kv_budget=most)
+    _, selection, *_ = run(shape, inputs(shape, "cpu", grad=False), config, MaskProgram(causal_expr()))
+    assert selection.key_count.max() == most and selection.overflow.any()
+
+
 @settings(max_examples=50)
 @given(small_shapes(), st.integers(0, 2**16))
 def test_the_estimate_is_the_true_mass(shape, seed):
