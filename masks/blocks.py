@@ -9,17 +9,6 @@ from torch.nn.attention.flex_attention import BlockMask
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.types import MaskMod
 
-_LISTS = (
-    "kv_num_blocks",
-    "kv_indices",
-    "full_kv_num_blocks",
-    "full_kv_indices",
-    "q_num_blocks",
-    "q_indices",
-    "full_q_num_blocks",
-    "full_q_indices",
-)
-
 
 def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Number and indices of the kept blocks of each row, ascending; what lies behind them is 0.
@@ -54,22 +43,16 @@ def block_mask_from_maps(
     Returns:
         A ``BlockMask`` with full and partial blocks in separate lists.
     """
-    partial_num, partial_idx = block_lists(keep & ~full)
-    full_num, full_idx = block_lists(keep & full)
-    block_mask = BlockMask.from_kv_blocks(
-        partial_num,
-        partial_idx,
-        full_num,
-        full_idx,
-        BLOCK_SIZE=block,
-        mask_mod=mask_mod,
-        seq_lengths=lengths,
-        compute_q_blocks=transposed,
+    maps = (keep & ~full, keep & full)
+    rows = [_own_buffers(block_lists(x)) for x in maps]
+    columns = [_own_buffers(block_lists(x.transpose(-1, -2))) if transposed else (None, None) for x in maps]
+    return BlockMask(
+        lengths, *rows[0], *rows[1], *columns[0], *columns[1], BLOCK_SIZE=(block, block), mask_mod=mask_mod
     )
+
+
+def _own_buffers(lists: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     # The kernels find a batch row at H * stride(H), which holds for contiguous lists only; Inductor
     # gives an axis of size 1 any stride it likes, unless the list is a buffer of its own.
-    for name in _LISTS:
-        blocks = getattr(block_mask, name)
-        if blocks is not None:
-            setattr(block_mask, name, torch.ops.omnisparse.realize(blocks))
-    return block_mask
+    realize = torch.ops.omnisparse.realize
+    return realize(lists[0]), realize(lists[1])

@@ -15,6 +15,7 @@ from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.masks.select import BLOCK, at_centres, dense_selection, grid_of, select_blocks
+from omnisparse_flex.sink_copies import MIN_KEYS, original, spread
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import attend_tokens
 from omnisparse_flex.token_op import call_token_op
@@ -107,24 +108,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     # because the Triton template cannot read through what computes it.
     selection = () if site.lists or site.config is None else (torch.ops.omnisparse.realize(keep),)
     captures = Captures.of((*site.mask.buffers, *selection), query.device)
-    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=len(selection) > 0)
+    needs_grad = _needs_grad(query, key, value, *site.bias_buffers, *site.score_buffers)
+    sinks = _sinks_to_copy(key, site) if needs_grad else 0
+    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=len(selection) > 0, sinks=sinks)
     score_captures = Captures.of(site.bias_buffers, query.device)
-    score_mod = _folded_score(site, score_captures, kv_heads, groups)
+    score_mod = _folded_score(site, score_captures, kv_heads, groups, sinks=sinks)
 
     # KV heads move into the batch: the heads of a group then share one row of block lists.
     batch = query.shape[0]
-    folded = [
-        query.reshape(batch * kv_heads, groups, query.shape[2], query.shape[3]),
-        key.reshape(batch * kv_heads, 1, key.shape[2], key.shape[3]),
-        value.reshape(batch * kv_heads, 1, value.shape[2], value.shape[3]),
-    ]
+    query = query.reshape(batch * kv_heads, groups, query.shape[2], query.shape[3])
+    key = key.reshape(batch * kv_heads, 1, key.shape[2], key.shape[3])
+    value = value.reshape(batch * kv_heads, 1, value.shape[2], value.shape[3])
     keep, full = (
         x.expand(batch, kv_heads, *x.shape[2:]).reshape(batch * kv_heads, 1, *x.shape[2:]) for x in (keep, full)
     )
+    if sinks > 0:
+        key, value, keep, full = spread(key, value, keep, full, sinks=sinks, block=BLOCK)
     out = call_flex(
-        *folded,
+        query,
+        key,
+        value,
         keep=keep,
         full=full,
+        needs_grad=needs_grad,
         mask_mod=mask_mod,
         mask_buffers=captures.tensors,
         score_mod=score_mod,
@@ -159,12 +165,25 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
     return selection.keep, selection.layout.full
 
 
-def _folded_mask(site: Site, captures: Captures, kv_heads: int, groups: int, *, has_map: bool) -> Callable[..., Tensor]:
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _sinks_to_copy(key: Tensor, site: Site) -> int:
+    """Sink blocks that ``spread`` shall repeat; 0 where sinks need not be the first blocks, or it does not pay."""
+    if site.config is None or not site.lists or site.mask.starts_anywhere or key.shape[2] < MIN_KEYS:
+        return 0
+    return (site.config.sink_size + BLOCK - 1) // BLOCK
+
+
+def _folded_mask(
+    site: Site, captures: Captures, kv_heads: int, groups: int, *, has_map: bool, sinks: int
+) -> Callable[..., Tensor]:
     """The site's mask over (batch x KV head, head of the group, query, key), captures trailing."""
 
     def omnisparse_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
         load = captures.loader(arguments)
-        batch, kv_head = b // kv_heads, b % kv_heads
+        batch, kv_head, kv = b // kv_heads, b % kv_heads, original(kv, sinks=sinks, block=BLOCK)
         allowed = site.mask.at(load, batch, kv_head * groups + h, q, kv)
         if has_map:
             allowed = allowed & load(len(site.mask.buffers), (batch, kv_head, q // BLOCK, kv // BLOCK))
@@ -173,12 +192,13 @@ def _folded_mask(site: Site, captures: Captures, kv_heads: int, groups: int, *, 
     return omnisparse_mask
 
 
-def _folded_score(site: Site, captures: Captures, kv_heads: int, groups: int) -> Callable[..., Tensor]:
+def _folded_score(site: Site, captures: Captures, kv_heads: int, groups: int, *, sinks: int) -> Callable[..., Tensor]:
     """The site's score change over the folded heads, captures trailing."""
     own = len(site.score_buffers)
 
     def omnisparse_score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
         load = captures.loader(arguments[own:])
+        kv = original(kv, sinks=sinks, block=BLOCK)
         return site.score(load, score, b // kv_heads, (b % kv_heads) * groups + h, q, kv, *arguments[:own])
 
     return omnisparse_score

@@ -14,13 +14,13 @@ from torch.fx import GraphModule
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.kernel_choice import KERNELS, has_flash
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
 from omnisparse_flex.passes.cacheable import cacheable_functions
 from omnisparse_flex.passes.rewrite import Site, shape_of
 from omnisparse_flex.report import RewriteReport, SiteReport
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
-KERNELS = ("auto", "triton", "flash")
 
 #: Queries from which sparse prefill wins against the fastest dense kernel, by device type.
 #: Conservative until measured on the device at hand. Source: benchmarks/bench_prefill_cpu.py for
@@ -103,7 +103,7 @@ class Backend:
             config=self.config,
             min_seq_len=self.threshold(device),
             lists=inner == "inductor",
-            kernel_options=(("BACKEND", "FLASH"),) if self.kernel == "flash" else (),
+            kernel=self.kernel,
         )
         rewrite = run_pipeline(graph_module, settings)
         around = self.log.on_graph(self.log.graphs) if self.log.on_graph else contextlib.nullcontext()
@@ -139,6 +139,12 @@ class Backend:
         self.last = rewrite
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
+        if self.kernel == "flash":
+            self.log.notes.update(
+                (f"layer {s.layer} runs the Triton kernel, FLASH does not take {s.flash_refused}", None)
+                for s in rewrite.sites
+                if s.flash_refused
+            )
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
         self.log.inners.add(name)
         if inner != "inductor":
@@ -231,9 +237,5 @@ def _needs_grad(inputs: Sequence[Any]) -> bool:
 
 
 def _check_flash(kernel: str) -> None:
-    if kernel != "flash":
-        return
-    import importlib.util
-
-    if importlib.util.find_spec("flash_attn") is None:
+    if kernel == "flash" and not has_flash():
         raise ConfigError('kernel must be "auto" or "triton" unless flash-attn-4 is installed, got \'flash\'')

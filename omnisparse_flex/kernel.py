@@ -26,6 +26,7 @@ def call_flex(
     score_mod: Callable[..., Tensor],
     score_buffers: tuple[Tensor, ...],
     scale: float,
+    needs_grad: bool,
     options: dict[str, Any],
 ) -> Tensor:
     """Attend over the kept blocks.
@@ -41,12 +42,12 @@ def call_flex(
         score_mod: ``(score, z, g, q, kv, *score_buffers) -> score``.
         score_buffers: Its trailing arguments; they may require gradients.
         scale: Logit scale.
+        needs_grad: A backward will follow.
         options: Kernel options.
 
     Returns:
         (Z, G, L, Dv).
     """
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *score_buffers))
     block_mask = block_mask_from_maps(
         keep,
         full,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from omnisparse_flex.attention import attend, autocast_dtype, scalar
+from omnisparse_flex.kernel_choice import Options, kernel_options
 from omnisparse_flex.masks.expr import Const, Expr, Load
 from omnisparse_flex.masks.layout import Layout, block_layout
 from omnisparse_flex.masks.program import MaskProgram
@@ -109,6 +110,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
     count, scores = len(site.leaves), len(site.leaves) + len(site.bias_leaves)
     config = settings.config
     dense = config.recall_of(site.layer) == 1.0
+    options, site.flash_refused = _kernel_options(site, settings)
     fixed: dict[str, Any] = {
         "config": None if dense else config,
         "score_mod": site.mods[0] if site.mods is not None else None,
@@ -116,7 +118,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
         "bias": site.bias,
         "scale": site.scale,
         "lists": settings.lists,
-        "kernel_options": settings.kernel_options,
+        "kernel_options": options,
     }
     expr, offset, layer, target = site.expr, site.offset, site.layer, config.recall_of(site.layer)
     if config.granularity == "token" and not dense:
@@ -153,6 +155,13 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
     if site.mods is not None:
         return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
     return importable(function, autocast_dtype(value_of(site.query).device.type))
+
+
+def _kernel_options(site: Site, settings: Settings) -> tuple[Options, str]:
+    query, value = value_of(site.query), value_of(site.value)
+    dtype = autocast_dtype(query.device.type) or query.dtype
+    plain = site.mods is None and site.bias is None and site.softcap == 0
+    return kernel_options(settings.kernel, query, value, dtype, plain_scores=plain)
 
 
 def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:

@@ -108,6 +108,7 @@ class Site:
         offset: Expression of query 0's position.
         skip: Set by the first pass that refuses the site.
         rewritten: Set when ``lower`` has replaced the site.
+        flash_refused: Why a wanted FLASH kernel does not run it, "" otherwise.
     """
 
     kind: str
@@ -133,6 +134,7 @@ class Site:
     offset: Expr | None = None
     skip: Skip | None = None
     rewritten: bool = False
+    flash_refused: str = ""
 
     def refuse(self, reason: str) -> None:
         """Leave the site dense; the first reason stands."""
@@ -148,13 +150,13 @@ class Settings:
         config: Selection rules.
         min_seq_len: Queries below which a graph stays dense; 0 switches every fallback off.
         lists: The inner compiler honours block lists (Inductor).
-        kernel_options: Passed to every flex call.
+        kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
     """
 
     config: OmniSparseConfig
     min_seq_len: int = 0
     lists: bool = True
-    kernel_options: tuple[tuple[str, Any], ...] = ()
+    kernel: str = "triton"
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,0 +1,76 @@
+"""Copies of the sink blocks, so that the backward of a block that every query keeps is not one long loop.
+
+The backward walks the query blocks of one key block in one program. A sink is kept by all of them,
+so its program alone would take several times as long as all the others side by side. Here the sink
+blocks are repeated in front of the keys and query block ``i`` keeps copy ``i % COPIES``; nothing
+else changes, and the gradients of the copies add up because the copies are made by differentiable
+operators. Source: our choice; FACTS measured what one sink column costs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+
+#: Copies of each sink block. A copy's loop is then as long as that of a key block kept by 1/16 of the queries.
+COPIES = 16
+#: Keys from which the copies pay.
+MIN_KEYS = 4096
+
+
+class Spread(NamedTuple):
+    """Keys, values and maps with the copies in front.
+
+    Attributes:
+        key: (Z, 1, added + S, D).
+        value: (Z, 1, added + S, Dv).
+        keep: bool (Z, 1, NQ, added / block + NK).
+        full: The same for blocks without a mask.
+    """
+
+    key: Tensor
+    value: Tensor
+    keep: Tensor
+    full: Tensor
+
+
+def spread(key: Tensor, value: Tensor, keep: Tensor, full: Tensor, *, sinks: int, block: int) -> Spread:
+    """Repeat the first ``sinks`` blocks, and let the query blocks share the copies out.
+
+    Args:
+        key: (Z, 1, S, D), S at least ``sinks * block``.
+        value: (Z, 1, S, Dv).
+        keep: bool (Z, 1, NQ, NK).
+        full: bool, of keep's shape.
+        sinks: Blocks to repeat, at least 1.
+        block: Block side, in tokens.
+
+    Returns:
+        The same attention over ``COPIES * sinks * block`` more keys; ``original`` finds what a copy is of.
+    """
+    # Realized: Inductor fails to bound what computes the maps once a concatenation has shifted its index.
+    keep, full = (torch.ops.omnisparse.realize(x) for x in (keep, full))
+    rows = torch.arange(keep.shape[2], device=keep.device)
+    mine = rows[:, None] % COPIES == torch.arange(COPIES, device=keep.device)  # (NQ, COPIES)
+    mine = mine.repeat_interleave(sinks, 1)
+    copied = [x[..., :sinks].repeat(1, 1, 1, COPIES) & mine for x in (keep, full)]
+    later = torch.arange(keep.shape[3], device=keep.device) >= sinks
+    tokens = sinks * block
+    return Spread(
+        torch.cat([key[:, :, :tokens].repeat(1, 1, COPIES, 1), key], 2),
+        torch.cat([value[:, :, :tokens].repeat(1, 1, COPIES, 1), value], 2),
+        torch.cat([copied[0], keep & later], 3),
+        torch.cat([copied[1], full & later], 3),
+    )
+
+
+def original(kv: Tensor, *, sinks: int, block: int) -> Tensor:
+    """The position that a key had before ``spread``; ``sinks`` = 0: its own."""
+    if sinks == 0:
+        return kv
+    tokens = sinks * block
+    return torch.where(kv < COPIES * tokens, kv % tokens, kv - COPIES * tokens)
