@@ -25,13 +25,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_timing import (  # beside this file
-    Function,
-    Timing,
     attention_share,
     captured,
     dense_attention,
     kernel_milliseconds,
-    milliseconds,
 )
 from torch import Tensor
 
@@ -41,6 +38,7 @@ from omnisparse_flex.kernel_choice import has_flash
 from omnisparse_flex.masks.expr import causal
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import select_blocks
+from omnisparse_flex.timing import Function, Timing, milliseconds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "prefill.json"
 HEADS, KV_HEADS, DIM = 28, 4, 128

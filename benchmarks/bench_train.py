@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from bench_prefill import KV_HEADS, SCALE, K, inputs, kept_share, sparse  # beside this file
-from gpu_timing import dense_attention, kernel_milliseconds, milliseconds
+from gpu_timing import dense_attention, kernel_milliseconds
 from torch import Tensor
 
 import omnisparse_flex.attention as attention_module
 from omnisparse_flex.kernel_choice import has_flash
 from omnisparse_flex.masks.blocks import block_lists
+from omnisparse_flex.timing import milliseconds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train.json"
 #: In K tokens, the one that figures are about first.

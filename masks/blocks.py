@@ -43,16 +43,30 @@ def block_mask_from_maps(
     Returns:
         A ``BlockMask`` with full and partial blocks in separate lists.
     """
-    maps = (keep & ~full, keep & full)
-    rows = [_own_buffers(block_lists(x)) for x in maps]
-    columns = [_own_buffers(block_lists(x.transpose(-1, -2))) if transposed else (None, None) for x in maps]
+    partial, complete = keep & ~full, keep & full
+    partial_num, partial_idx = _own_lists(partial)
+    full_num, full_idx = _own_lists(complete)
+    q_num, q_idx = _own_lists(partial.transpose(-1, -2)) if transposed else (None, None)
+    full_q_num, full_q_idx = _own_lists(complete.transpose(-1, -2)) if transposed else (None, None)
     return BlockMask(
-        lengths, *rows[0], *rows[1], *columns[0], *columns[1], BLOCK_SIZE=(block, block), mask_mod=mask_mod
+        lengths,
+        kv_num_blocks=partial_num,
+        kv_indices=partial_idx,
+        full_kv_num_blocks=full_num,
+        full_kv_indices=full_idx,
+        q_num_blocks=q_num,
+        q_indices=q_idx,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q_idx,
+        BLOCK_SIZE=(block, block),
+        mask_mod=mask_mod,
     )
 
 
-def _own_buffers(lists: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _own_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """``block_lists`` in buffers of their own."""
     # The kernels find a batch row at H * stride(H), which holds for contiguous lists only; Inductor
-    # gives an axis of size 1 any stride it likes, unless the list is a buffer of its own.
+    # gives an axis of size 1 any stride it likes, unless the list is realized.
     realize = torch.ops.omnisparse.realize
-    return realize(lists[0]), realize(lists[1])
+    number, indices = block_lists(keep)
+    return realize(number), realize(indices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.cost import Shape, costs_of, expected_share
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.kernel_choice import KERNELS, has_flash
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
@@ -22,14 +24,8 @@ from omnisparse_flex.report import RewriteReport, SiteReport
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
 
-#: Queries from which sparse prefill wins against the fastest dense kernel, by device type.
-#: Conservative until measured on the device at hand. Source: benchmarks/bench_prefill_cpu.py for
-#: "cpu"; for "cuda" the FACTS table (selection + sparse kernel against cuDNN).
-BREAK_EVEN: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
-
-#: GPUs behind the "cuda" break-even; any other gets ``UNMEASURED`` and a note in the report.
-MEASURED_GPUS = ("NVIDIA H200",)
-UNMEASURED = 2 * BREAK_EVEN["cuda"]
+#: Queries below which a device that was never measured stays dense. Our choice: twice what an H200 needs.
+UNMEASURED = 16384
 
 CompiledFn = Callable[..., Any]
 
@@ -101,7 +97,7 @@ class Backend:
         inner = self.inner_for(device, needs_grad)
         settings = Settings(
             config=self.config,
-            min_seq_len=self.threshold(device),
+            least=functools.partial(self.threshold, device),
             lists=inner == "inductor",
             kernel=self.kernel,
         )
@@ -125,15 +121,27 @@ class Backend:
             return self.inner
         return "aot_eager" if device.type == "cpu" and needs_grad else "inductor"
 
-    def threshold(self, device: torch.device) -> int:
-        """Queries below which a graph stays dense."""
+    def threshold(self, device: torch.device, shape: Shape | None = None) -> int:
+        """Queries below which a graph stays dense.
+
+        Args:
+            device: Where it runs.
+            shape: Heads of its attention; None: those of a 7B model.
+
+        Returns:
+            ``min_seq_len``, or the device's break-even for the rules at hand; noted for the report.
+        """
         if isinstance(self.min_seq_len, int):
             return self.min_seq_len
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        if device.type == "cpu" or name in MEASURED_GPUS:
-            return BREAK_EVEN[device.type]
-        self.log.notes[f"{name} was never measured: dense below {UNMEASURED} queries"] = None
-        return UNMEASURED
+        costs = costs_of(name)
+        if costs is None:
+            self.log.notes[f"{name} was never measured: dense below {UNMEASURED} queries"] = None
+            return UNMEASURED
+        least = costs.break_even(shape or Shape(), self.config)
+        share = expected_share(least, self.config)
+        self.log.notes[f"{name}: sparse from {least} queries on, if at most {share:.0%} of the pairs are kept"] = None
+        return least
 
     def _record(self, rewrite: Rewrite, inner: str | CompiledFn) -> None:
         self.last = rewrite

@@ -15,11 +15,13 @@ from omnisparse_flex import check
 from omnisparse_flex.api import apply_omnisparse
 from omnisparse_flex.calibration import run_calibration
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.cost import LAST, Costs, shape_of_config, user_file, write
 from omnisparse_flex.entry import entry_of
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.loading import auto_class, load_model, tokenizer_of
 from omnisparse_flex.probing import probed_rules
 from omnisparse_flex.progress import Progress
+from omnisparse_flex.refit import measure_costs
 
 #: What a video is asked where the user says nothing: its text is a few tokens beside thousands.
 PROMPT = "Describe the video."
@@ -88,6 +90,34 @@ def run_calibrate(
     out.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(f"\n{result}\n\nrules: {out}")
     return result.config
+
+
+def run_speed(model_dir: Path, rules: OmniSparseConfig) -> Costs:
+    """Measure this machine with the model's head shape, and remember it for all later runs.
+
+    Args:
+        model_dir: Holds ``config.json``; no weights are read.
+        rules: What the break-even is printed for.
+
+    Returns:
+        The costs that were written to ``cost.user_file()``.
+
+    Raises:
+        ConfigError: If the directory holds no model config.
+    """
+    progress = Progress()
+    config = auto_class(model_dir)[1].get_text_config()
+    shape = shape_of_config(config)
+    require(shape is not None, "model", "state its attention heads", type(config).__name__)
+    assert shape is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    costs = measure_costs(shape, device, progress)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    write(name, costs, user_file())
+    least = costs.break_even(shape, rules)
+    verdict = f"sparse from {least} queries on" if least < LAST else "sparse never pays with these rules"
+    print(f"\n{name}, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim}: {verdict}\ncosts: {user_file()}")
+    return costs
 
 
 def build_batches(

@@ -14,7 +14,7 @@ from omnisparse_flex.calibration_result import Calibration, LayerTarget
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.entry import DISABLE_VARIABLE, Entry, entry_of, is_disabled
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.probing import Batch, Probe, device_of, longer, prepared, require_length, run_batch
+from omnisparse_flex.probing import Batch, Probe, least_length, longer, prepared, require_length, run_batch
 from omnisparse_flex.stats import collect_stats
 
 #: Share of the allowed loss that stays in reserve: for 0.9, every head must reach 0.915 on the batches. Two texts
@@ -128,7 +128,7 @@ def _search(probe: Probe, wanted: float) -> Calibration:
     best, _ = probe(_target(torch.full((probe.layers,), HIGHEST, dtype=torch.float64)))
     if not probe.sparse.any():
         reasons = {site.reason for site in probe.entry.backend.log.sites if site.reason}
-        least = probe.entry.backend.threshold(device_of(probe.entry))
+        least = least_length(probe.entry)
         raise ConfigError(f"batches must {longer(least)}, got no layer that ran sparsely: {'; '.join(sorted(reasons))}")
     # NaN is no recall: such layers stay dense.
     able = probe.sparse & (best >= reserve)

@@ -64,13 +64,14 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Find per-layer targets whose true recall meets the wanted one on data like yours; saves JSON."
     parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="directory with config.json and weights")
+    parser.add_argument("--target-recall", type=float, metavar="R", help="wanted of every head, in (0, 1)")
     parser.add_argument(
-        "--target-recall", type=float, required=True, metavar="R", help="wanted of every head, in (0, 1)"
+        "--speed", action="store_true", help="measure from which length sparse pays on this machine; needs nothing else"
     )
-    material = parser.add_mutually_exclusive_group(required=True)
+    material = parser.add_mutually_exclusive_group()
     material.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text like yours, the longer the better")
     material.add_argument("--video", type=Path, metavar="F", help="a video file (Qwen2-VL and Qwen2.5-VL models)")
-    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the rules go")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="where the rules go")
     parser.add_argument("--config", metavar="JSON", help="the other rules: JSON text or a file with it")
     parser.add_argument(
         "--tokens", type=_positive, default=8192, metavar="N", help="of a window of text (default 8192)"
@@ -123,10 +124,23 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     _need("transformers", extra="hf")
     from omnisparse_flex import calibrate_command, check
 
+    config = check.config_from(arguments.config)
+    wanted = (arguments.target_recall, arguments.text or arguments.video, arguments.out)
+    require(
+        arguments.speed or None not in wanted,
+        "calibrate",
+        "be given --target-recall, --out, and --text or --video, or else --speed",
+        " ".join(name for name, x in zip(("--target-recall", "--text", "--out"), wanted, strict=True) if x is not None)
+        or "none of them",
+    )
+    if arguments.speed:
+        calibrate_command.run_speed(arguments.model_dir, config)
+    if None in wanted:
+        return 0
     _writable("out", arguments.out)
     calibrate_command.run_calibrate(
         arguments.model_dir,
-        check.config_from(arguments.config),
+        config,
         arguments.target_recall,
         calibrate_command.Material(
             arguments.text, arguments.video, arguments.tokens, arguments.windows, arguments.max_frames

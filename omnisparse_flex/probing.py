@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.cost import shape_of_config
 from omnisparse_flex.entry import Entry, entry_of
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.stats import Stats
@@ -49,16 +50,20 @@ def probed_rules(rules: OmniSparseConfig, target: float) -> OmniSparseConfig:
 
 def require_length(entry: Entry, batches: list[Batch]) -> None:
     """Refuse, before anything is compiled, batches that are known to be too short to run sparsely."""
-    device = device_of(entry)
     lengths = [
         max((batch[name].shape[1] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), default=0)
         for batch in batches
         if isinstance(batch, Mapping)
     ]
     known = len(lengths) == len(batches) and all(lengths)
-    least = entry.backend.threshold(device)
+    least = least_length(entry)
     if known and max(lengths) < least:
         raise ConfigError(f"batches must {longer(least)}, got at most {max(lengths)}")
+
+
+def least_length(entry: Entry) -> int:
+    """Queries below which the module stays dense."""
+    return entry.backend.threshold(device_of(entry), shape_of_config(getattr(entry.module, "config", None)))
 
 
 def longer(least: int) -> str:

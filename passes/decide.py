@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from omnisparse_flex.attention import DTYPES, HEAD_DIMS, autocast_dtype
+from omnisparse_flex.cost import Shape
 from omnisparse_flex.masks.expr import TRUE, Const, causal
 from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site, shape_of, value_of
 
@@ -41,13 +42,15 @@ def _unprofitable(site: Site, settings: Settings) -> str | None:
     q_len = shape_of(site.query)[2]
     if settings.config.recall_of(site.layer) == 1.0 and _has_fast_dense(site):
         return "dense by target_recall = 1.0"
-    if settings.min_seq_len == 0:
+    query, key = shape_of(site.query), shape_of(site.key)
+    least = settings.least(Shape(int(query[1]), int(key[1]), int(query[3])))
+    if least == 0:
         return None
     if isinstance(q_len, int) and q_len == 1:
         return "one query: decoding stays dense"
     # A length guard: Dynamo compiles one graph for each side of the threshold.
-    if q_len < settings.min_seq_len:
-        return f"fewer than min_seq_len = {settings.min_seq_len} queries"
+    if q_len < least:
+        return f"fewer than min_seq_len = {least} queries"
     return None
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.cost import Shape
 from omnisparse_flex.errors import PassError
 from omnisparse_flex.masks.expr import TRUE, Expr
 
@@ -148,13 +150,13 @@ class Settings:
 
     Attributes:
         config: Selection rules.
-        min_seq_len: Queries below which a graph stays dense; 0 switches every fallback off.
+        least: Queries below which a site with these heads stays dense; 0 switches every fallback off.
         lists: The inner compiler honours block lists (Inductor).
         kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
     """
 
     config: OmniSparseConfig
-    min_seq_len: int = 0
+    least: Callable[[Shape], int] = lambda shape: 0
     lists: bool = True
     kernel: str = "triton"
 

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from test_api import GPT
-from tiny import batch, build
+from tiny import Paying, batch, build
 
 from omnisparse_flex import (
     ConfigError,
@@ -127,7 +127,7 @@ def test_the_result_prints_and_survives_json(calibrated):
 
 
 def test_an_unchanged_model_is_unchanged_afterwards(device, monkeypatch):
-    monkeypatch.setattr("omnisparse_flex.backend.BREAK_EVEN", {"cpu": 256, "cuda": 256})
+    monkeypatch.setattr("omnisparse_flex.backend.costs_of", lambda device: Paying(256))
     monkeypatch.setattr("omnisparse_flex.backend.Backend.inner_for", lambda *_: "eager")  # no wait for Inductor
     monkeypatch.setattr(calibration_module, "MAX_DENSITY", 1.0)  # few blocks: most are kept
     model = sharpened(build("llama", device))
@@ -146,7 +146,7 @@ def test_an_unchanged_model_is_unchanged_afterwards(device, monkeypatch):
 
 def test_a_failure_restores_everything(device, monkeypatch):
     model = build("llama", device).train()
-    monkeypatch.setattr("omnisparse_flex.backend.BREAK_EVEN", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr("omnisparse_flex.backend.costs_of", lambda device: Paying(64))
     monkeypatch.setattr("omnisparse_flex.backend.Backend.inner_for", lambda *_: "eager")
     hook = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

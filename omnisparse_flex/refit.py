@@ -1,0 +1,106 @@
+"""Measure a device's costs: short prefills, dense and sparse, of the user's own head shape."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from omnisparse_flex.backend import Backend
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.cost import Costs, Sample, Shape, fit
+from omnisparse_flex.masks.expr import causal
+from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.select import select_blocks
+from omnisparse_flex.progress import Progress
+from omnisparse_flex.timing import milliseconds
+
+#: Prefill lengths by device type.
+LENGTHS = {"cuda": (2048, 4096, 8192, 16384, 32768), "cpu": (1024, 2048, 4096)}
+#: On random data every block has the same mass: a target keeps its own share of the blocks.
+SHARES = (0.2, 0.5)
+DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def measure_costs(shape: Shape, device: torch.device, progress: Progress) -> Costs:
+    """Time dense and sparse prefill at a few lengths and fit the cost model; minutes, most of them compiling.
+
+    Args:
+        shape: Heads.
+        device: CPU or CUDA; bfloat16 on CUDA, float32 on the CPU.
+        progress: Prints a line per step.
+
+    Returns:
+        The costs.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    samples = []
+    dense: dict[int, float] = {}
+    for share in SHARES:
+        config = OmniSparseConfig(target_recall=share)
+        attend = _sparse(config, progress)
+        for tokens in LENGTHS[device.type]:
+            inputs = _inputs(tokens, shape, device, dtype)
+            if tokens not in dense:
+                with progress.step(f"dense attention, {tokens} tokens"):
+                    dense[tokens] = min(_dense_times(inputs))
+            with torch.no_grad(), progress.step(f"sparse attention, {tokens} tokens, {share:.0%} of the blocks"):
+                ours = milliseconds(attend, [inputs]).median
+            samples.append(Sample(tokens, shape, _kept(config, share, inputs), ours, dense[tokens]))
+    return fit(samples)
+
+
+def _inputs(tokens: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    query, key, value = (torch.randn(1, h, tokens, shape.head_dim, device=device, dtype=dtype) for h in heads)
+    return query, key, value
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def _sparse(config: OmniSparseConfig, progress: Progress) -> Callable[..., Tensor]:
+    """Our attention as a compiled model runs it, one graph for all lengths."""
+    backend = Backend(config, min_seq_len=0, inner="inductor")
+    backend.log.on_graph = progress.on_graph("sparse attention")
+
+    def own(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _attention(query, key, value)
+
+    torch._dynamo.reset()  # the code object is the same each time
+    compiled = torch.compile(own, backend=backend)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for x in (query, key, value):
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        return compiled(query, key, value)
+
+    return attend
+
+
+def _dense_times(inputs: tuple[Tensor, Tensor, Tensor]) -> list[float]:
+    """Milliseconds of every SDPA kernel that takes these inputs; at least one does."""
+
+    def time_of(choice: contextlib.AbstractContextManager[Any]) -> float:
+        with torch.no_grad(), choice:
+            return milliseconds(_attention, [inputs]).median
+
+    found = [time_of(contextlib.nullcontext())]
+    for kind in DENSE if inputs[0].is_cuda else ():
+        with contextlib.suppress(RuntimeError):  # this kernel does not take them
+            found.append(time_of(sdpa_kernel(kind)))
+    return found
+
+
+def _kept(config: OmniSparseConfig, share: float, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Kept blocks over causal blocks."""
+    query, key, _ = inputs
+    mask = MaskProgram(causal())
+    chosen = select_blocks(query, key, mask, config, target=share, scale=query.shape[3] ** -0.5)
+    return float(chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum())

@@ -1,0 +1,122 @@
+"""The cost model: fitted to what was measured, and honest about what was not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omnisparse_flex import ConfigError, OmniSparseConfig
+from omnisparse_flex.backend import Backend
+from omnisparse_flex.cost import (
+    EXPECTED_SHARE,
+    FILE_VARIABLE,
+    LAST,
+    PACKAGED,
+    STEP,
+    Costs,
+    Sample,
+    Shape,
+    costs_of,
+    expected_share,
+    fit,
+    write,
+)
+from omnisparse_flex.masks.expr import causal
+from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.select import select_blocks
+
+SHAPE = Shape(8, 2, 64)
+TRUE = Costs(dense=2e-11, dense_call=0.05, sparse=3e-11, token=1e-9, block=1e-5, call=0.2)
+positive = st.floats(1e-3, 1e3)
+
+
+def samples(costs, lengths=(1024, 2048, 4096, 8192, 16384), shares=(0.1, 0.3, 0.5)):
+    return [
+        Sample(n, SHAPE, share, costs.sparse_ms(n, SHAPE, share), costs.dense_ms(n, SHAPE))
+        for n in lengths
+        for share in shares
+    ]
+
+
+@given(positive, positive, positive, positive)
+def test_a_fit_finds_what_made_the_times(dense, sparse, token, call):
+    costs = Costs(dense * 1e-11, 0.1, sparse * 1e-11, token * 1e-9, 1e-6, call)
+    found = fit(samples(costs))
+    for sample in samples(costs, lengths=(1500, 6000)):
+        assert found.dense_ms(sample.tokens, SHAPE) == pytest.approx(sample.dense, rel=1e-4)
+        assert found.sparse_ms(sample.tokens, SHAPE, sample.share) == pytest.approx(sample.ours, rel=1e-3)
+
+
+def test_no_coefficient_is_negative_whatever_the_noise():
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        shaken = [
+            Sample(s.tokens, s.shape, s.share, *(x * (0.7 + 0.6 * torch.rand((), generator=noise).item()) for x in t))
+            for s in samples(TRUE)
+            for t in [(s.ours, s.dense)]
+        ]
+        found = fit(shaken)
+        assert min(found.dense, found.dense_call, found.sparse, found.token, found.block, found.call) >= 0
+    with pytest.raises(ValueError, match="three samples"):
+        fit(samples(TRUE)[:2])
+
+
+def test_from_the_break_even_on_it_pays_and_just_below_it_does_not():
+    config = OmniSparseConfig()
+    least = TRUE.break_even(SHAPE, config)
+    assert STEP < least < LAST
+    for tokens in (least, 2 * least, LAST):
+        assert TRUE.sparse_ms(tokens, SHAPE, EXPECTED_SHARE) <= TRUE.dense_ms(tokens, SHAPE)
+    below = least - STEP
+    assert TRUE.sparse_ms(below, SHAPE, EXPECTED_SHARE) > TRUE.dense_ms(below, SHAPE)
+    slow = Costs(dense=1e-11, dense_call=0, sparse=3e-11, token=0, block=0, call=0)
+    assert slow.break_even(SHAPE, config) == LAST, "a kernel three times as slow never pays at half of the pairs"
+    known = Costs(dense=1e-11, dense_call=0, sparse=1e-12, token=0, block=0, call=0, shortest=2000)
+    assert known.break_even(SHAPE, config) >= 2000, "nothing is claimed below what was measured"
+
+
+@given(st.integers(1, 6), st.integers(0, 400), st.integers(1, 300))
+def test_a_fixed_budget_keeps_no_more_than_expected(blocks, budget, window):
+    """Against the selection itself."""
+    tokens = 128 * blocks + 50
+    config = OmniSparseConfig(budget=budget, lazy_threshold=None, sink_size=64, window_size=window)
+    query = torch.randn(1, 1, tokens, 8)
+    chosen = select_blocks(query, query, MaskProgram(causal()), config, target=0.5, scale=0.3)
+    kept = chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum()
+    assert kept <= expected_share(tokens, config) + 1e-6
+
+
+def test_a_bound_expects_no_more_than_no_bound():
+    for tokens in (1024, 8192, 1 << 17):
+        bounded = expected_share(tokens, OmniSparseConfig(max_kv_budget=1024))
+        assert bounded <= expected_share(tokens, OmniSparseConfig()) == EXPECTED_SHARE
+    assert expected_share(1 << 17, OmniSparseConfig(max_kv_budget=1024)) < 0.03
+
+
+def test_the_users_own_costs_come_first(tmp_path, monkeypatch):
+    path = tmp_path / "own" / "costs.json"
+    monkeypatch.setenv(FILE_VARIABLE, str(path))
+    packaged = costs_of("cpu")
+    assert packaged is not None and costs_of("a GPU nobody has") is None
+    write("cpu", TRUE, path)
+    write("a GPU nobody has", TRUE, path)
+    assert costs_of("cpu") == TRUE == costs_of("a GPU nobody has")
+    backend = Backend(OmniSparseConfig())
+    least = backend.threshold(torch.device("cpu"), SHAPE)
+    assert least == TRUE.break_even(SHAPE, backend.config)
+    assert f"cpu: sparse from {least} queries on, if at most 50% of the pairs are kept" in backend.log.notes
+    path.write_text("{broken")
+    with pytest.raises(ConfigError, match="delete it to start over"):
+        costs_of("cpu")
+
+
+def test_the_packaged_costs_are_those_of_measured_devices():
+    known = json.loads(PACKAGED.read_text())
+    assert set(known) == {"cpu", "NVIDIA H200"}
+    for name in known:
+        least = costs_of(name).break_even(Shape(), OmniSparseConfig())
+        assert costs_of(name).shortest <= least < 1 << 15
