@@ -68,10 +68,14 @@ def place(x: Tensor) -> tuple[int, ...]:
 
 
 def baked(layer: SlimLayer) -> tuple[Any, ...]:
-    """What the kernels of a layer are launched with."""
-    tensors = [x for part in layer.rectangles for x in (part.keys, part.values)]
-    tensors += [x for x in (layer.tail_keys, layer.tail_values, layer.counter, *(layer.table or ())) if x is not None]
-    return layer.prefix, *(place(x) for x in tensors)
+    """What the kernels of a layer are launched with; what a table or a counter says is read on the device."""
+    found: list[Any] = [layer.prefix]
+    for part in layer.rectangles:
+        found += (part.keys.data_ptr(), part.values.data_ptr(), part.keys.shape)
+    if layer.tail_keys is not None and layer.tail_values is not None:
+        found += (layer.tail_keys.data_ptr(), layer.tail_values.data_ptr(), layer.tail_keys.shape)
+    found += [None if x is None else x.data_ptr() for x in (layer.counter, *(layer.table or (None, None)))]
+    return tuple(found)
 
 
 def remembered(x: Any, leaves: list[Any]) -> Any:
@@ -90,9 +94,9 @@ def alike(before: list[Any], now: list[Any]) -> bool:
     return len(before) == len(now) and all(_same(a, b) for a, b in zip(before, now, strict=True))
 
 
-def others(inputs: list[Any]) -> list[tuple[weakref.ref[Tensor], int]]:
-    """The tensors among a graph's inputs that are no arguments, above all weights, and where they lie."""
-    return [(x, tensor.data_ptr()) for x in inputs if isinstance(x, weakref.ref) and (tensor := x()) is not None]
+def others(inputs: list[Any]) -> list[weakref.ref[Tensor]]:
+    """The tensors among a graph's inputs that are no arguments: above all weights."""
+    return [x for x in inputs if isinstance(x, weakref.ref)]
 
 
 def _same(a: Any, b: Any) -> bool:

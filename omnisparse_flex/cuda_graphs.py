@@ -67,13 +67,28 @@ class CudaGraphs:
                 result = step()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # says only that the recording is void
-                    graph.capture_end()
+                    _end(graph, pool)
                 raise
-            graph.capture_end()
+            _end(graph, pool)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._latest = graph
         self.bytes += torch.cuda.memory_reserved(device) - before
         return graph, result
+
+
+#: Recordings that failed. The allocators may go on asking them whether they record.
+_VOID: list[torch.cuda.CUDAGraph] = []
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        _VOID.append(graph)
+        # Before torch 2.12 the allocator was not told, and failed later (pytorch/pytorch#180395).
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
 
 
 @functools.cache

@@ -57,7 +57,8 @@ class Recorded:
         results: The leaves of its result.
         form: The result's structure.
         queries: Each layer's queries (B, Hq, 1, D), by layer.
-        weights: The other tensors that its graph reads, and where they lay.
+        weights: The other tensors that its graph reads.
+        addresses: Where they lay.
     """
 
     key: tuple[Any, ...]
@@ -65,11 +66,15 @@ class Recorded:
     results: list[Any]
     form: pytree.TreeSpec
     queries: dict[int, Tensor]
-    weights: list[tuple[weakref.ref[Tensor], int]]
+    weights: list[weakref.ref[Tensor]]
+    addresses: list[int]
 
     def holds(self) -> bool:
         """Whether its weights are where they were."""
-        return all((x := ref()) is not None and x.data_ptr() == address for ref, address in self.weights)
+        try:
+            return [ref().data_ptr() for ref in self.weights] == self.addresses  # type: ignore[union-attr]
+        except AttributeError:  # one of them is gone
+            return False
 
 
 class Replay:
@@ -185,7 +190,7 @@ class Replay:
             self._before = key, inputs
             if before is not None and before[0] == key:
                 reason = "" if alike(before[1], inputs) else "the graph computes with a number or tensor that changes"
-                if any(x.device != self.store.device for ref, _ in others(inputs) if (x := ref()) is not None):
+                if any(x.device != self.store.device for ref in others(inputs) if (x := ref()) is not None):
                     reason = "the decoder lies on several devices"
                 self._steady = not reason
                 if reason:
@@ -215,7 +220,9 @@ class Replay:
         leaves, form = pytree.tree_flatten(result)
         results = [CACHE if x is call.cache else x for x in leaves]
         self.count += 1
-        return Recorded(key, step, results, form, queries, others(inputs))
+        weights = others(inputs)
+        addresses = [x.data_ptr() for ref in weights if (x := ref()) is not None]
+        return Recorded(key, step, results, form, queries, weights, addresses)
 
     def _replay(self, recorded: Recorded, call: Call) -> Any:
         recorded.step.replay()
