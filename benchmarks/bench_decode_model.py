@@ -228,8 +228,9 @@ def measure(layers: int, lengths: tuple[int, ...], device: str, shape: str) -> d
             say(
                 started,
                 f"{visual} visual tokens, {ratio}x: {text(row['replayed'])}, from Python {text(row['python'])}, "
-                f"recording {row['until_replay_ms'][-1]:.0f} ms, {row['memory_ratio']:.2f}x less memory; {row['speedup_ms']:.2f}x of the fastest dense "
-                f"({row['speedup_stream_ms']:.2f}x back to back), {row['speedup_dynamic']:.2f}x of a DynamicCache",
+                f"recording {row['until_replay_ms'][-1]:.0f} ms, {row['memory_ratio']:.2f}x less memory; "
+                f"{row['speedup_ms']:.2f}x of the fastest dense ({row['speedup_stream_ms']:.2f}x back to back), "
+                f"{row['speedup_dynamic']:.2f}x of a DynamicCache",
             )
     results["seconds"] = time.perf_counter() - started
     return results
@@ -254,7 +255,8 @@ def keep(results: dict[str, Any]) -> None:
     for visual, name in (("32768", "32k"), ("131072", "128k")):
         baseline = (
             "a whole decoder step, fastest of: compiled over a full cache, as one CUDA graph with flash or cuDNN SDPA; "
-            f"DynamicCache and SDPA; k* for 4x less memory, 28 layers, 7B shape, bfloat16, {name.upper()} visual tokens, B=1"
+            "DynamicCache and SDPA; k* for 4x less memory, 28 layers, 7B shape, bfloat16, "
+            f"{name.upper()} visual tokens, B=1"
         )
         value = round(results[visual]["4.0"]["speedup_ms"], 3)
         summary.record(f"decode.model_step_speedup.{name}", value, unit="x", baseline=baseline, script=__file__)
