@@ -268,7 +268,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="a short cache of few thin layers; records nothing")
     options = parser.parse_args()
-    layers, lengths, shape = (2, (512,), "7b_thin") if options.quick else (28, (32768, 131072), "7b")
+    layers, lengths, shape = (2, (2048,), "7b_thin") if options.quick else (28, (32768, 131072), "7b")
     with torch.no_grad():
         results = measure(layers, lengths, options.device, shape)
     if options.quick or options.device != "cuda":
