@@ -22,7 +22,11 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compile.json"
 #: hidden size, intermediate size, query heads, KV heads, M-RoPE sections.
-SHAPES = {"7b": (3584, 18944, 28, 4, (16, 24, 24)), "small": (64, 128, 4, 2, (2, 3, 3))}
+SHAPES = {
+    "7b": (3584, 18944, 28, 4, (16, 24, 24)),
+    "7b_thin": (3584, 64, 28, 4, (16, 24, 24)),  # the attention of the one above, for a quick look
+    "small": (64, 128, 4, 2, (2, 3, 3)),
+}
 AIMS = {"cold": 90.0, "warm": 15.0}
 HEARTBEAT_S = 15.0
 

@@ -71,10 +71,14 @@ class Sizes:
 
 
 def fill(sizes: Sizes, offload: bool) -> tuple[SlimStore, dict[str, float]]:
-    """A slim cache after a prompt, layer by layer as a prefill hands them over; and what that took."""
+    """A slim cache after a prompt, and what that took."""
     store = SlimStore([SlimLayer(i) for i in range(sizes.layers)], sizes.chooser, offload, SINKS, WINDOW)
-    visual = torch.zeros(1, sizes.length, dtype=torch.bool, device=sizes.device)
-    visual[:, TEXT : TEXT + sizes.visual] = True
+    return store, fill_store(store, sizes)
+
+
+def fill_store(store: SlimStore, sizes: Sizes) -> dict[str, float]:
+    """A prompt, layer by layer as a prefill hands them over."""
+    visual = visual_tokens(sizes)
     before = settle(sizes.device)
     store.begin(torch.zeros(1, sizes.length, device=sizes.device), None, visual)
     seconds = 0.0
@@ -92,7 +96,14 @@ def fill(sizes: Sizes, offload: bool) -> tuple[SlimStore, dict[str, float]]:
         store.copies.drain()
     store.end(sizes.length)
     peak, resident = used(sizes.device)
-    return store, {"peak": peak - before, "resident": resident - before, "slim_ms": seconds * 1e3}
+    return {"peak": peak - before, "resident": resident - before, "slim_ms": seconds * 1e3}
+
+
+def visual_tokens(sizes: Sizes) -> Tensor:
+    """bool (1, length)."""
+    visual = torch.zeros(1, sizes.length, dtype=torch.bool, device=sizes.device)
+    visual[:, TEXT : TEXT + sizes.visual] = True
+    return visual
 
 
 def slim(store: SlimStore, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:

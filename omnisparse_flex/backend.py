@@ -40,6 +40,7 @@ class Log:
         runs: Number of compiled graphs that ran.
         inners: Inner compilers used.
         notes: Remarks for the report.
+        watched: While it is a list, what each graph that runs reads of its inputs is added to it.
         on_graph: Makes the context that surrounds each inner compile, given the graph's
             number: where a command prints its progress; or None.
     """
@@ -49,6 +50,7 @@ class Log:
     runs: int = 0
     inners: set[str] = dataclasses.field(default_factory=set)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
+    watched: list[list[Any]] | None = None
     on_graph: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
 
     def report(self) -> RewriteReport:
@@ -102,6 +104,7 @@ class Backend:
             kernel=self.kernel,
         )
         rewrite = run_pipeline(graph_module, settings)
+        read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]
         around = self.log.on_graph(self.log.graphs) if self.log.on_graph else contextlib.nullcontext()
         with around:
             compiled = _compile(graph_module, inputs, inner, device, **kwargs)
@@ -111,6 +114,8 @@ class Backend:
 
         def run(*args: Any) -> Any:
             log.runs += 1
+            if log.watched is not None:
+                log.watched.append([args[i] for i in read])
             return compiled(*args)
 
         return run

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnisparse_flex.cuda_graphs import CudaGraphs
 from omnisparse_flex.entry import Entry, entry_of
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.memory import MemoryReport, memory_report
+from omnisparse_flex.replay import Replay
 from omnisparse_flex.slim import choose
 from omnisparse_flex.slim_layer import SlimLayer
 from omnisparse_flex.slim_store import TURN, SlimStore
@@ -40,6 +42,10 @@ class OmniSparseCache:
             question over the whole conversation and chooses anew. False drops them for good: a
             later question about something else is answered from what the first one kept, and
             new visual tokens of later turns are kept whole.
+        cuda_graphs: On a GPU, record a decode step of the decoder as a CUDA graph and replay it for
+            the next tokens. Costs the memory of one step's intermediate results (``memory_report``).
+            Steps that cannot be recorded (padded batches, no ``position_ids``) run as before, and
+            ``rewrite_report`` says why. Weights, hooks and modules must not change within an answer.
 
     Raises:
         ConfigError: If the model was not changed by ``apply_omnisparse``, has layers without full
@@ -58,20 +64,24 @@ class OmniSparseCache:
         """Make an instance that is a transformers ``Cache`` too, which is imported only now."""
         return object.__new__(_with_base() if cls is OmniSparseCache else cls)
 
-    def __init__(self, model: nn.Module, *, visual_recall: float = 0.95, offload: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, visual_recall: float = 0.95, offload: bool = True, cuda_graphs: bool = True
+    ) -> None:
         """Check the arguments; nothing is allocated before the first call."""
         require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
         entry = entry_of(model)
         require(entry is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
         real = isinstance(visual_recall, (int, float)) and not isinstance(visual_recall, bool)
         require(real and 0 < visual_recall <= 1, "visual_recall", "be in (0, 1]", visual_recall)
-        require(isinstance(offload, bool), "offload", "be True or False", offload)
+        for name, value in (("offload", offload), ("cuda_graphs", cuda_graphs)):
+            require(isinstance(value, bool), name, "be True or False", value)
         assert entry is not None
         layers = [SlimLayer(i) for i in range(_full_layers(entry.module))]
         super().__init__(layers=layers)  # type: ignore[call-arg]
         config = entry.backend.config
         rule = functools.partial(choose, recall=visual_recall, most=config.max_kv_budget)
         self.store = SlimStore(layers, lambda mass, layer: rule(mass), offload, config.sink_size, config.window_size)
+        self.replay = Replay(self.store, CudaGraphs()) if cuda_graphs else None
         self.owner = -1
         self._decoder = weakref.ref(entry.module)
         self.reset()
@@ -100,6 +110,14 @@ class OmniSparseCache:
             self.mode = self.store.mode = entry.owner.cache = None
         self.store.end(tokens.shape[1])
         self._measure()
+
+    def omnisparse_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the decoder within ``omnisparse_call``, or replay a recorded step of it."""
+        store = self.store
+        if store.is_step and not store.padded and isinstance(kwargs.get("position_ids"), Tensor):
+            # All ones, or ``store.marks`` knows better: without it the decode graph knows no length.
+            kwargs.update({"attention_mask": None} if "attention_mask" in kwargs else {})
+        return entry.run(args, kwargs) if self.replay is None else self.replay.run(entry, self, args, kwargs)
 
     def _measure(self) -> None:
         """Give the ruler the cache's length."""
@@ -198,6 +216,8 @@ class OmniSparseCache:
     def reset(self) -> None:
         """Forget everything and free it; the cache can be used anew."""
         self.store.clear()
+        if self.replay is not None:
+            self.replay.drop()
         self.mode = None
         self._omnisparse_visual = None
         self._measure()
@@ -243,7 +263,8 @@ class OmniSparseCache:
 
     def memory_report(self) -> MemoryReport:
         """Bytes of each layer and head on the device and the host, against a full cache."""
-        return memory_report(self.layers, self.store.batch, self.store.length)
+        recorded = self.replay.recorder.bytes if self.replay is not None else 0
+        return memory_report(self.layers, self.store.batch, self.store.length, recorded)
 
 
 @functools.cache

@@ -77,6 +77,7 @@ class Entry:
         self.visual_mask: VisualMask | None = None
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
+        self.records = True  # decode steps, until one could not be recorded
         self.compiled = self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,12 +92,13 @@ class Entry:
             self.state.visual = self.visual_mask(args, kwargs)
         cache: Any = kwargs.get("past_key_values")
         if not hasattr(cache, "omnisparse_call"):
-            return self._run(args, kwargs)
+            return self.run(args, kwargs)
         # A keyword argument of ours reaches every layer's attention.
         with cache.omnisparse_call(self, kwargs):
-            return self._run(args, {**kwargs, "omnisparse_cache": cache})
+            return cache.omnisparse_run(self, args, {**kwargs, "omnisparse_cache": cache})
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module once its state is prepared."""
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
         runs = self.backend.log.runs
@@ -110,6 +112,11 @@ class Entry:
         elif not self.checked:
             self._check_rewritten()
         return result
+
+    def stop_recording(self, reason: str) -> None:
+        """Record no decode step of this module any more, and say why."""
+        self.records = False
+        self._note_once(f"no CUDA graph of a decode step, decoding runs without: {reason}")
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parameter = next(self.module.parameters(), None)

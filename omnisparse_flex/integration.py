@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -248,7 +249,9 @@ class VisualMaskHook:
             return check_visual(mask, *size)
         ids = named.get("input_ids")
         if ids is not None and self.token_ids:
-            return torch.isin(ids, torch.tensor(self.token_ids, device=ids.device))
+            # Numbers, not a tensor of them: that would be copied to the device, and waited for, with every token.
+            visual: Tensor = functools.reduce(torch.logical_or, [ids == token for token in self.token_ids])
+            return visual
         kinds = named.get("mm_token_type_ids")
         if kinds is not None and size is not None and tuple(kinds.shape) == size:
             return kinds > 0  # type: ignore[no-any-return]

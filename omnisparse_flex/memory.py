@@ -41,16 +41,18 @@ class MemoryReport:
         layers: One entry per layer.
         length: Tokens in the cache.
         batch: Rows.
+        recorded: Device bytes that a recorded decode step took for its intermediate results.
     """
 
     layers: tuple[LayerMemory, ...]
     length: int
     batch: int
+    recorded: int = 0
 
     @property
     def device(self) -> int:
-        """Device bytes of all layers."""
-        return sum(layer.device for layer in self.layers)
+        """Device bytes of all layers, and of the recorded step."""
+        return sum(layer.device for layer in self.layers) + self.recorded
 
     @property
     def host(self) -> int:
@@ -69,7 +71,8 @@ class MemoryReport:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        totals = {name: getattr(self, name) for name in ("length", "batch", "device", "host", "full", "ratio")}
+        names = ("length", "batch", "recorded", "device", "host", "full", "ratio")
+        totals = {name: getattr(self, name) for name in names}
         return totals | {"layers": [dataclasses.asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
@@ -80,13 +83,16 @@ class MemoryReport:
             tokens = " ".join(str(n) for n in layer.tokens)
             lazy = f"{len(layer.lazy)} of {len(layer.heads)}"
             rows.append([str(layer.layer), lazy, tokens, *(_mib(n) for n in (layer.device, layer.host, layer.full))])
+        if self.recorded:
+            rows.append(["recorded step", "", "", _mib(self.recorded), _mib(0), _mib(0)])
         rows.append(["all", "", "", *(_mib(n) for n in (self.device, self.host, self.full))])
         return "\n".join([head, *table(rows)])
 
 
-def memory_report(layers: Sequence[SlimLayer], batch: int, length: int) -> MemoryReport:
-    """Measure the layers of a cache."""
-    return MemoryReport(tuple(_measure(layer) for layer in layers if layer.rectangles), length, max(batch, 0))
+def memory_report(layers: Sequence[SlimLayer], batch: int, length: int, recorded: int = 0) -> MemoryReport:
+    """Measure the layers of a cache; ``recorded``: bytes of its recorded step."""
+    measured = tuple(_measure(layer) for layer in layers if layer.rectangles)
+    return MemoryReport(measured, length, max(batch, 0), recorded)
 
 
 def _measure(layer: SlimLayer) -> LayerMemory:

@@ -22,8 +22,9 @@ from omnisparse_flex.slim import (
     kept_positions,
 )
 
-#: Tokens by which the memory for new tokens grows.
-TAIL_STEP = 64
+#: Tokens that the memory for new tokens grows by at least and at most: it doubles in between. Our choice: a short
+#: answer wastes little, and a long one seldom moves what a recorded step reads.
+TAIL_STEP, TAIL_STEP_MOST = 64, 512
 
 
 class SlimLayer:
@@ -38,6 +39,7 @@ class SlimLayer:
         whole: Nothing is ever dropped here: the host had no memory for it.
         lossy: Something was dropped for good.
         limit: Length of the tail at which the pattern is read anew.
+        room: Tokens that a new tail has memory for, at least.
     """
 
     is_sliding = False
@@ -52,7 +54,7 @@ class SlimLayer:
 
     def clear(self) -> None:
         """Forget everything, and free it."""
-        self.prefix = self.tail = self.limit = 0
+        self.prefix = self.tail = self.limit = self.room = 0
         self.rectangles: list[Rectangle] = []
         self.lazy: tuple[int, ...] = ()
         self.host: list[HostSpan] = []
@@ -68,6 +70,11 @@ class SlimLayer:
     def length(self) -> int:
         """Tokens in the layer."""
         return self.prefix + self.tail
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next token needs new memory."""
+        return self.tail_keys is None or self.tail == self.tail_keys.shape[2]
 
     @property
     def is_initialized(self) -> bool:
@@ -170,7 +177,8 @@ class SlimLayer:
         """The tail's tensors, with room for these tokens."""
         stop = self.tail + key.shape[2]
         if self.tail_keys is None or self.tail_values is None or self.tail_keys.shape[2] < stop:
-            room = -(-stop // TAIL_STEP) * TAIL_STEP
+            step = min(max(TAIL_STEP, self.tail), TAIL_STEP_MOST)
+            room = max(-(-stop // step) * step, self.room)
             grown = [x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in (key, value)]
             if self.tail_keys is not None and self.tail_values is not None:
                 grown[0][:, :, : self.tail] = self.tail_keys[:, :, : self.tail]

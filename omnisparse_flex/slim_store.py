@@ -15,6 +15,8 @@ from omnisparse_flex.slim_layer import SlimLayer
 #: Decoded tokens after which a layer reads its pattern anew. Our choice: rare enough that the
 #: copies cost less than the tokens between them.
 REFRESH = 512
+#: Tokens by which the memory for the marks of masked tokens grows.
+MARKS = 4096
 #: How a call uses the cache: first prompt, later prompt over everything, new tokens over what is kept.
 PREFILL, TURN, DECODE = "prefill", "turn", "decode"
 
@@ -28,6 +30,10 @@ class SlimStore:
         mode: How the call in progress uses the cache, None between calls.
         recording: Assisted decoding runs: several tokens after a crop are a draft.
         cropped: ``crop`` was the last thing that happened.
+        is_step: The call in progress decodes one token.
+        padded: The mask forbids a token of the last turn, or of a later call of several tokens.
+        marks: bool (B, room), which tokens exist, by position; None: all. Of caches that are not ``padded``.
+        recorded: Each layer's queries in the step that is being recorded, or None: none is.
     """
 
     def __init__(self, layers: list[SlimLayer], chooser: Chooser, offload: bool, sinks: int, window: int) -> None:
@@ -49,13 +55,15 @@ class SlimStore:
         for layer in self.layers:
             layer.clear()
         self.mode: str | None = None
-        self.broken = self.recording = self.cropped = False
+        self.broken = self.recording = self.cropped = self.is_step = False
         self.length, self.batch = 0, -1
         self.device: torch.device | None = None
         self.copies: Copies | None = None
         self.plan: Plan | None = None
         self.real = self.droppable = self.hosted = None  # bool (B, length of the last turn)
-        self.has_droppable = False
+        self.has_droppable = self.padded = False
+        self.marks: Tensor | None = None
+        self.recorded: dict[int, Tensor] | None = None
 
     real: Tensor | None
     droppable: Tensor | None
@@ -92,7 +100,9 @@ class SlimStore:
         mode = self._mode(count)
         if mode != DECODE:
             self._plan(count, attention_mask, visual)
-        self.mode = mode
+        elif not self.padded:
+            self._mark(count, attention_mask)
+        self.mode, self.is_step = mode, mode == DECODE and count == 1
 
     def end(self, added: int) -> None:
         """Finish a call that added tokens.
@@ -117,6 +127,25 @@ class SlimStore:
         draft = self.recording and self.cropped
         return DECODE if count == 1 or draft or self.lossy else TURN
 
+    def _mark(self, count: int, attention_mask: Tensor | None) -> None:
+        """Note which of the new tokens exist; a single one is noted on the device, without a wait for it."""
+        if attention_mask is None and self.marks is None:
+            return
+        stop = self.length + count
+        new = None
+        if attention_mask is not None:
+            require(attention_mask.shape[1] >= stop, "attention_mask", f"cover {stop} tokens", attention_mask.shape)
+            new = attention_mask[:, self.length : stop]
+        if count > 1 and new is not None and not bool(new.all()):
+            self.padded, self.marks = True, None
+            return
+        if self.marks is None or self.marks.shape[1] < stop:
+            grown = torch.ones(self.batch, stop + MARKS, dtype=torch.bool, device=self.device)
+            if self.marks is not None:
+                grown[:, : self.length] = self.marks[:, : self.length]
+            self.marks = grown
+        self.marks[:, self.length : stop] = True if new is None else new
+
     def _plan(self, count: int, attention_mask: Tensor | None, visual: Tensor | None) -> None:
         """Sort the tokens of the whole conversation into kept and droppable ones."""
         if visual is None:
@@ -139,6 +168,7 @@ class SlimStore:
         self.plan = make_plan(droppable, hosted, real, text[:, self.length :], self.length)
         self.real, self.droppable, self.hosted = real, droppable, droppable.clone()
         self.has_droppable = self.plan.drop.shape[1] > 0
+        self.padded, self.marks = not bool(real.all()), None
 
     def _real_tokens(self, length: int, attention_mask: Tensor | None) -> Tensor:
         assert self.device is not None
@@ -161,8 +191,8 @@ class SlimStore:
             query.gather(2, chosen), key, value, self.plan, scale,
             first=first, chooser=self.chooser, copies=self.copies,
         )  # fmt: skip
-        # Layers take turns at reading their pattern anew: no single token pays for all of them.
-        own.limit = REFRESH + layer * REFRESH // len(self.layers)
+        # Layers read their pattern anew at one token each: none pays for all, and then it is quiet for long.
+        own.limit = REFRESH - layer % REFRESH
 
     def restore_layer(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Full keys and values, those of the call included; the next layer's copies start."""
@@ -181,9 +211,28 @@ class SlimStore:
         own = self.layers[layer]
         if own.tail >= own.limit:
             self._refresh(own, key, value, scale)
-        if own.tail > own.limit - PATTERN_QUERIES:  # those that the next reading will ask
+        if self.recorded is not None:
+            if not own.lossy and self.has_droppable:
+                self.recorded[layer] = query.clone()
+        elif own.tail > own.limit - PATTERN_QUERIES:  # those that the next reading will ask
             own.queries.extend(query[:, :, i : i + 1].clone() for i in range(query.shape[2]))
-        return own.attend(query, key, value, padding, scale)
+        return own.attend(query, key, value, self.marks if padding is None else padding, scale)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the next token makes a layer read its pattern anew, or grow."""
+        return any(own.tail >= own.limit or own.is_full for own in self.layers)
+
+    def replayed(self, queries: dict[int, Tensor]) -> None:
+        """Note what a replay of one recorded step did on the device.
+
+        Args:
+            queries: The layers' queries of this step, (B, Hq, 1, D), by layer; what a refresh will not ask may lack.
+        """
+        for own in self.layers:
+            if own.tail > own.limit - PATTERN_QUERIES and own.index in queries:
+                own.queries.append(queries[own.index].clone())
+            own.tail += 1
 
     def _refresh(self, own: SlimLayer, key: Tensor, value: Tensor, scale: float) -> None:
         """Move the tail into the rectangles, and choose anew by what the latest tokens look at."""
@@ -199,7 +248,7 @@ class SlimStore:
         first = own.length - recent.shape[2]
         plan = make_plan(droppable, droppable, real, real[:, first:], first)
         own.store(recent, full_key, full_value, plan, scale, first=first, chooser=self.chooser, copies=self.copies)
-        own.limit = REFRESH
+        own.limit = own.room = REFRESH  # a long answer: room for all of the tail that comes now
 
     def crop(self, length: int) -> None:
         """Forget tokens from position ``length`` on."""
@@ -217,6 +266,7 @@ class SlimStore:
         for layer in self.layers:
             layer.select(rows, listed)
         self.batch = len(listed)
+        self.marks = None if self.marks is None else self.marks[rows]
         self.real, self.droppable, self.hosted = (
             None if x is None else x[rows] for x in (self.real, self.droppable, self.hosted)
         )

@@ -1,0 +1,105 @@
+"""What a recorded decode step takes for granted: addresses, sizes and numbers, and how two steps are compared."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from omnisparse_flex.entry import Entry
+    from omnisparse_flex.slim_layer import SlimLayer
+
+#: Stands for the cache among arguments and results: what held the cache itself would keep it alive.
+CACHE = "the cache"
+
+
+class Call:
+    """One call of the decoder, as a flat list.
+
+    Attributes:
+        leaves: Arguments, tensors and others.
+        form: Their structure.
+        facts: What must be equal in a call that replays this one: all but the tensors' contents.
+    """
+
+    def __init__(self, entry: Entry, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Flatten the arguments.
+
+        Args:
+            entry: The decoder's entry.
+            cache: What stands for the cache in the arguments.
+            args: Of the decoder.
+            kwargs: Of the decoder.
+        """
+        self.entry, self.cache = entry, cache
+        self.leaves, self.form = pytree.tree_flatten((args, kwargs))
+        own = [
+            (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else CACHE if x is cache else x for x in self.leaves
+        ]
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        modes = entry.module.training, torch.is_inference_mode_enabled(), autocast
+        self.facts: tuple[Any, ...] = (modes, self.form, *own)
+
+    def run(self) -> tuple[Any, list[Any] | None]:
+        """Run the decoder on the leaves.
+
+        Returns:
+            The result, and what the compiled graph read (``remembered``); None unless it was one graph
+            that had been compiled earlier.
+        """
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.form)
+        log = self.entry.backend.log
+        graphs, log.watched = log.graphs, []
+        try:
+            result = self.entry.run(args, kwargs)
+        finally:
+            watched, log.watched = log.watched, None
+        one = len(watched) == 1 and log.graphs == graphs
+        return result, [remembered(x, self.leaves) for x in watched[0]] if one else None
+
+
+def place(x: Tensor) -> tuple[int, ...]:
+    """A tensor's address and sizes: whoever owns the memory, a kernel launched with them finds it."""
+    return x.data_ptr(), *x.shape
+
+
+def baked(layer: SlimLayer) -> tuple[Any, ...]:
+    """What the kernels of a layer are launched with; what a table or a counter says is read on the device."""
+    found: list[Any] = [layer.prefix]
+    for part in layer.rectangles:
+        found += (part.keys.data_ptr(), part.values.data_ptr(), part.keys.shape)
+    if layer.tail_keys is not None and layer.tail_values is not None:
+        found += (layer.tail_keys.data_ptr(), layer.tail_values.data_ptr(), layer.tail_keys.shape)
+    found += [None if x is None else x.data_ptr() for x in (layer.counter, *(layer.table or (None, None)))]
+    return tuple(found)
+
+
+def remembered(x: Any, leaves: list[Any]) -> Any:
+    """What to compare an input of a graph by: the number of an argument, an object's identity, or a value."""
+    if not isinstance(x, Tensor):
+        return x
+    for number, leaf in enumerate(leaves):
+        if leaf is x:
+            return "argument", number
+    # Dynamo wraps the Python floats of a module anew for each call.
+    return ("number", x.item()) if x.dim() == 0 and x.device.type == "cpu" else weakref.ref(x)
+
+
+def alike(before: list[Any], now: list[Any]) -> bool:
+    """Whether the graphs of two steps read the same: arguments, the same tensors, equal numbers."""
+    return len(before) == len(now) and all(_same(a, b) for a, b in zip(before, now, strict=True))
+
+
+def others(inputs: list[Any]) -> list[weakref.ref[Tensor]]:
+    """The tensors among a graph's inputs that are no arguments: above all weights."""
+    return [x for x in inputs if isinstance(x, weakref.ref)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, weakref.ref) and isinstance(b, weakref.ref):
+        return a() is not None and a() is b()
+    return type(a) is type(b) and bool(a == b)
