@@ -33,7 +33,7 @@ class TokenSelection(NamedTuple):
         lazy: bool (B, Hq, L), queries that look near and repeat their neighbours.
         rows: int64 (B, Hkv, M, R), a segment's rows, active ones first.
         row_count: int64 (B, Hkv, M), number of active ones.
-        keys: int64 (B, Hkv, M, K), key positions, heaviest first; K is the capacity.
+        keys: int (B, Hkv, M, K), key positions, those that are kept first; K is the capacity.
         key_count: int64 (B, Hkv, M), how many of them are kept.
         needs: int64 (B, Hkv, M), how many each head would need.
         mass: float32 (B, Hkv, M), estimated share of the allowed mass that is kept, mean over active rows.
@@ -168,7 +168,10 @@ def kept_pairs(selection: TokenSelection, places: Tensor, kv_len: int, config: O
     segment = places // config.segment_size
     keys, count = selection.keys.index_select(2, segment), selection.key_count.index_select(2, segment)
     chosen = torch.arange(keys.shape[-1], device=keys.device) < count.unsqueeze(-1)
-    fetched = torch.zeros((*keys.shape[:3], kv_len), dtype=torch.bool, device=keys.device).scatter(-1, keys, chosen)
+    # What is not chosen may be any number: one place past the end takes it.
+    keys = torch.where(chosen, keys, kv_len).long()
+    fetched = torch.zeros((*keys.shape[:3], kv_len + 1), dtype=torch.bool, device=keys.device)
+    fetched = fetched.scatter(-1, keys, chosen)[..., :kv_len]
     near = tokens_of_blocks(selection.segments.near.index_select(2, places // block), block, kv_len).expand_as(fetched)
     fetched, near = (x.repeat_interleave(heads // kv_heads, 1) for x in (fetched, near))
     active, lazy = (x.index_select(2, places).unsqueeze(-1) for x in (selection.active, selection.lazy))

@@ -44,10 +44,10 @@ def run(shape, tensors, config, mask, *, target=None, offset=None, **fields):
         q_offset=shape.kv_len - shape.q_len if offset is None else offset,
         **fields,
     )
-    selections, choose = [], token_attention.choose
-    with mock.patch.object(token_attention, "choose", lambda *a: selections.append(choose(*a)) or selections[-1]):
+    found, attending = [], token_attention.attend_and_select
+    with mock.patch.object(token_attention, "attend_and_select", lambda *a: found.append(attending(*a)) or found[-1]):
         out = attend(*tensors, site)
-    (selection,) = selections
+    ((_, selection),) = found
     places = torch.arange(shape.q_len, device=tensors[0].device)
     kept = kept_pairs(selection, places, shape.kv_len, config, BLOCK)
     own = materialize_mask(mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, tensors[0].device)
