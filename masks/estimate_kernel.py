@@ -12,8 +12,8 @@ from torch import Tensor
 
 from omnisparse_flex.masks.rectangle_kernel import LOG2_E, listed_rows
 
-#: Keys of a program of the mass kernel: a block. Rows that it takes at a time.
-KEYS, ROWS = 128, 64
+#: Keys of a program of the mass kernel, and rows that it takes at a time.
+KEYS, ROWS = 256, 64
 #: Largest float8_e4m3 number.
 FLOAT8_MAX = 448.0
 #: What a key's mass means: nobody sees it; it counts; it is not finite, so that every row takes it.
@@ -107,22 +107,25 @@ def _pack(
     tl.store(guesses + stored, tl.where(says, normal * 1.4426950408889634, float("inf")))
 
 
-@triton.jit(do_not_specialize=["kv_len", "first_segment", "segments", "e_b", "e_h", "e_m"])
+@triton.jit(do_not_specialize=["kv_len", "first_segment", "segments", "blocks", "e_b", "e_h", "e_m"])
 def _mass(
-    packed, gains, guesses, row_count, keys, state, eligible, mass, e_b, e_h, e_m, kv_len, first_segment, segments,
+    packed, gains, guesses, row_count, keys, state, eligible, mass, e_b, e_h, e_m, blocks, kv_len, first_segment,
+    segments, BLOCK: tl.constexpr,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Mass of one block of keys for one segment: the program owns its keys, so nothing is added across programs."""
-    block, chunk_m, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Mass of some keys for one segment: the program owns its keys, so nothing is added across programs."""
+    tile, chunk_m, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + chunk_m
     chunk_part = (row * tl.num_programs(1) + chunk_m).to(tl.int64)
-    places, dims = block * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
+    places, dims = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
     target = mass + chunk_part * tl.num_programs(0) * KEYS + places
-    if tl.load(eligible + batch * e_b + head * e_h + m * e_m + block) == 0:
+    own = places // BLOCK
+    may = tl.load(eligible + batch * e_b + head * e_h + m * e_m + own, mask=own < blocks, other=0)
+    if tl.max(may, 0) == 0:
         tl.store(target, tl.full((KEYS,), -1.0, tl.float32))
     else:
-        exists = places < kv_len
+        exists = (places < kv_len) & (may != 0)
         k = tl.load(keys + (row.to(tl.int64) * kv_len + places)[:, None] * DIM + dims, mask=exists[:, None], other=0.0)
         kind = tl.load(state + row.to(tl.int64) * kv_len + places, mask=exists, other=0)
         count = tl.load(row_count + row * segments + m).to(tl.int32)
@@ -168,7 +171,7 @@ def packed_keys(key: Tensor, finite: Tensor, real: Tensor | None, dtype: torch.d
 
 def column_masses(
     query: Tensor, keys: Tensor, key_gain: Tensor, state: Tensor, guess: Tensor, eligible: Tensor, rows: Tensor,
-    row_count: Tensor, part: slice, segment: int, scale: float,
+    row_count: Tensor, part: slice, segment: int, block: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Sums over the active rows of exp(logit - guess), cut at 1, for some segments.
 
@@ -183,10 +186,11 @@ def column_masses(
         row_count: int64 (B, Hkv, M) contiguous.
         part: The segments.
         segment: Queries per segment.
+        block: Keys per block of ``eligible``.
         scale: Logit scale.
 
     Returns:
-        float32 (B, Hkv, segments of the part, NK * 128); -1 for what is no key to choose.
+        float32 (B, Hkv, segments of the part, S rounded up to ``KEYS``); -1 for what is no key to choose.
     """
     batch, heads, q_len, dim = query.shape
     kv_heads, kv_len = keys.shape[1:3]
@@ -198,10 +202,11 @@ def column_masses(
         part.start, segments, KV_HEADS=kv_heads, GROUP=heads // kv_heads, SEGMENT=segment, DIM=dim,
         TOP=FLOAT8_MAX if keys.dtype.itemsize == 1 else 1.0, ROWS=ROWS,
     )  # fmt: skip
-    mass = torch.empty((batch, kv_heads, count, eligible.shape[3] * KEYS), dtype=torch.float32, device=query.device)
-    _mass[(eligible.shape[3], count, batch * kv_heads)](
-        packed, gains, guesses, row_count, keys, state, eligible, mass, *eligible.stride()[:3], kv_len, part.start,
-        segments, KV_HEADS=kv_heads, WIDTH=width, DIM=dim, ROWS=ROWS, KEYS=KEYS,
-        PRECISION="ieee" if keys.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+    tiles = triton.cdiv(kv_len, KEYS)
+    mass = torch.empty((batch, kv_heads, count, tiles * KEYS), dtype=torch.float32, device=query.device)
+    _mass[(tiles, count, batch * kv_heads)](
+        packed, gains, guesses, row_count, keys, state, eligible, mass, *eligible.stride()[:3], eligible.shape[3],
+        kv_len, part.start, segments, BLOCK=block, KV_HEADS=kv_heads, WIDTH=width, DIM=dim, ROWS=ROWS, KEYS=KEYS,
+        PRECISION="ieee" if keys.dtype == torch.float32 else "tf32", num_warps=8, num_stages=3,
     )  # fmt: skip
     return mass

@@ -61,7 +61,7 @@ def select_quickly(
     """
     finite = key.isfinite().all(-1)
     whole = torch.where(finite.unsqueeze(-1), key, 0.0)
-    eligible = segments.eligible.expand(key.shape[0], key.shape[1], -1, -1)
+    eligible = segments.eligible
     every = torch.ones(query.shape[:3], dtype=torch.bool, device=query.device)
     if config.lazy_threshold is None:
         active, lazy = every, ~every
@@ -95,9 +95,11 @@ def _choose(
     """Keys, their number, needs, estimated mass and overflow of every segment, a few segments at a time."""
     kv_len, row_count, device = packed[0].shape[2], rows[1], query.device
     goal = torch.full((1,), target, device=device) if isinstance(target, (int, float)) else target.float().reshape(1)
+    size = (packed[0].shape[0], packed[0].shape[1], -1)
     flags = eligible.to(torch.uint8)
     ends = (torch.arange(flags.shape[-1], device=device, dtype=torch.int32) + 1) * block
-    stops = (ends * flags).amax(-1)
+    stops = (ends * flags).amax(-1).clamp(max=kv_len).expand(size)
+    flags = flags.expand(*size, -1)
     most = kv_len if config.max_kv_budget is None else min(config.max_kv_budget, kv_len)
     keys = torch.empty((*row_count.shape, max(1, most)), dtype=torch.int32, device=device)
     step = max(1, CHUNK_MASSES // (row_count.shape[0] * row_count.shape[1] * flags.shape[-1] * block))
@@ -105,7 +107,7 @@ def _choose(
     for start in range(0, row_count.shape[2], step):
         part = slice(start, min(start + step, row_count.shape[2]))
         asked, anyway, ends = row_count[:, :, part] > 0, kept[:, :, part].contiguous(), stops[:, :, part].contiguous()
-        mass = column_masses(query, *packed, guess, flags, *rows, part, config.segment_size, scale)
+        mass = column_masses(query, *packed, guess, flags, *rows, part, config.segment_size, block, scale)
         needs, there, total = masses_needed(mass, ends, anyway, goal)
         budget = shared_budget(needs.clamp(max=most), asked, config.budget)
         # A head may be asked for more keys than it can see.
@@ -129,7 +131,8 @@ def _pooled(
     """``pooled_lse`` of the listed rows (None: all), -inf elsewhere."""
     count, listed = block_lists(eligible)
     own, own_count = (None, None) if rows is None else rows
-    lists = Lists(own, own_count, listed, count, block // pool, segment)
+    size = (key.shape[0], key.shape[1], -1)
+    lists = Lists(own, own_count, listed.expand(*size, -1), count.expand(size), block // pool, segment)
     lse = torch.full(query.shape[:3], -torch.inf, device=query.device)
     attend_lists(query, block_mean(key, pool), None, None, lse, lists, scale)
     return lse.add_(math.log(pool))

@@ -44,9 +44,7 @@ class Lists(NamedTuple):
 def tiles(dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and keys of a tile, warps and stages; fixed, because tuning at run time would cost more than it gains."""
     if dtype == torch.float32:
-        return {"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}
-    if dim <= 64:
-        return {"M": 128, "N": 64, "num_warps": 4, "num_stages": 3}
+        return {"M": 16, "N": 32, "num_warps": 8, "num_stages": 1}
     if dim <= 128:
         return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3}
     return {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2}

@@ -18,13 +18,8 @@ from omnisparse_flex.masks.rectangle_kernel import VARYING, Lists, constants, li
 def tiles(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
     """Rows and keys of a tile, warps and stages: for the query's gradient, and for the keys'."""
     if dtype == torch.float32:
-        small = {"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}
+        small = {"M": 16, "N": 16, "num_warps": 8, "num_stages": 1}
         return small, small
-    if dim <= 64:
-        return (
-            {"M": 128, "N": 64, "num_warps": 4, "num_stages": 2},
-            {"M": 64, "N": 128, "num_warps": 4, "num_stages": 2},
-        )
     if dim <= 128:
         return (
             {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2},

@@ -47,7 +47,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
 
 def attend_and_select(query: Tensor, key: Tensor, value: Tensor, site: Site) -> tuple[Tensor, TokenSelection]:
     """The output with lazy queries local, and the selection: in kernels where there are some, else in tensor code."""
-    segments = _segments(query, key, site)
+    segments = segments_of_site(query, key, site)
     text = _text_queries(site.visual, query.shape[2], key.shape[2], site.q_offset, query.device)
     kernels = quick_attention() if takes_kernels(query, value, site) else None
     plain = None if kernels is None else plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
@@ -136,7 +136,8 @@ def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
     return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
 
 
-def _segments(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
+def segments_of_site(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
+    """What the site keeps whatever its queries and keys hold: query (B, Hq, L, D), key (B, Hkv, S, D)."""
     assert site.config is not None
     layout = site.layout
     if layout is None:

@@ -61,7 +61,7 @@ def run(inputs, site):
 
     query, key, value = inputs
     plain = plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
-    segments = token_attention._segments(query, key, site)
+    segments = token_attention.segments_of_site(query, key, site)
     text = torch.zeros((1, query.shape[2]), dtype=torch.bool, device=query.device)
     return attend_quickly(query, key, value, site, plain, segments, text)
 
@@ -84,7 +84,7 @@ def check_selection(shape, device, config, dtype=torch.float32):
     inputs = [x.detach() for x in tensors(shape, device, dtype)]
     site = site_of(shape, device, config)
     _, quick = run(inputs, site)
-    segments = token_attention._segments(*inputs[:2], site)
+    segments = token_attention.segments_of_site(*inputs[:2], site)
     near_lse = token_attention.attend_near(*inputs, segments, site)[1]
     text = torch.zeros((1, shape.q_len), dtype=torch.bool, device=device)
     plain = token_attention.choose(*inputs[:2], near_lse, segments, text, site)
