@@ -141,8 +141,11 @@ def _mass(
 
 
 def packed_type(query: Tensor) -> torch.dtype:
-    """What products of the estimate are computed in: float8 where the device multiplies it, else the query's own."""
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0):
+    """What products of the estimate are computed in: float8 where the device multiplies it, else the query's own.
+
+    Rows of less than 32 numbers are too short for a float8 product.
+    """
+    if query.is_cuda and query.shape[3] >= 32 and torch.cuda.get_device_capability(query.device) >= (9, 0):
         return torch.float8_e4m3fn
     return query.dtype
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
@@ -17,16 +18,18 @@ from omnisparse_flex import token_attention
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.budget import need, rank
 from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
+from omnisparse_flex.masks.layout import block_layout
 from omnisparse_flex.masks.one_pass import one_pass
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.plain import plain_mask
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.segments import segments_of, tokens_of_blocks
-from omnisparse_flex.masks.select import BLOCK
+from omnisparse_flex.masks.select import BLOCK, grid_of
 from omnisparse_flex.masks.tokens import kept_pairs
 from omnisparse_flex.reference import materialize_mask
 from omnisparse_flex.site import Site
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle
+from omnisparse_flex.token_op import call_token_op, register
 
 CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
 SMALL = [AttentionShape(1, 1, 2, 520, 520, 16), AttentionShape(2, 2, 1, 140, 520, 16)]
@@ -150,6 +153,10 @@ def check_interpreted():
         check_attention(shape, "cpu", padded=shape.batch > 1)
     check_selection(SMALL[0], "cpu", CONFIG)
     check_selection(SMALL[1], "cpu", dataclasses.replace(CONFIG, budget="per_head", lazy_threshold=None))
+    check_selection(SMALL[0], "cpu", dataclasses.replace(CONFIG, max_kv_budget=20))
+    takes = mock.patch.object(token_attention, "takes_kernels", lambda *_: True)
+    with takes, mock.patch.object(token_attention, "attend_gathered", None):
+        check_operator(SMALL[1], "cpu")
 
 
 @pytest.mark.gpu
@@ -206,6 +213,24 @@ def test_a_site_runs_in_the_kernels_and_its_gradients_too(monkeypatch):
     assert all(x.grad.isfinite().all() and x.grad.any() for x in inputs)
 
 
+def check_operator(shape, device, dtype=torch.float32):
+    """The operator of a model's graph, whose backward selects again: the gradients are those of the direct call."""
+    inputs, site = tensors(shape, device, dtype), site_of(shape, device)
+    site = dataclasses.replace(site, rules=register(site))
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
+    direct, through = token_attention.attend_tokens(*inputs, site), call_token_op(*inputs, site)
+    assert torch.equal(direct, through)
+    wanted, got = (torch.autograd.grad(x, inputs, grad) for x in (direct, through))
+    for one, other in zip(wanted, got, strict=True):  # keys' gradients are summed in no fixed order
+        torch.testing.assert_close(one, other, atol=8 * torch.finfo(dtype).eps * float(one.abs().max()), rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_on_the_gpu(dtype):
+    check_operator(SHAPES[1], "cuda", dtype)
+
+
 @pytest.mark.gpu
 def test_kernels_that_fail_leave_tensor_code(monkeypatch):
     from omnisparse_flex.masks import rectangle_kernel
@@ -223,8 +248,10 @@ def test_kernels_that_fail_leave_tensor_code(monkeypatch):
 @pytest.mark.gpu
 def test_a_captured_call_replays():
     """No wait for the device, no shape that depends on data: one graph serves other numbers."""
-    site = site_of(SHAPES[1], "cuda")
     inputs = [x.detach() for x in tensors(SHAPES[1], "cuda", torch.bfloat16)]
+    site = site_of(SHAPES[1], "cuda")
+    layout = block_layout(site.mask, grid_of(*inputs[:2]), SHAPES[1].kv_heads, site.config)
+    site = dataclasses.replace(site, layout=layout)
     token_attention.attend_tokens(*inputs, site)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
