@@ -27,6 +27,7 @@ def column_mass(
     scale: float,
     pairs: MaskMod | None,
     score: ScoreMod | None,
+    guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax mass that the active rows of each segment give to each key, and to the always-kept ones.
 
@@ -44,6 +45,7 @@ def column_mass(
         scale: Logit scale.
         pairs: The model's own mask; None: it allows every pair of an eligible block.
         score: The model's own change of the logits, or None.
+        guess: float32 (B, Hq, L), normalisers to take instead of the rows' own; see ``one_pass``.
 
     Returns:
         float32 (B, Hkv, M, S) and (B, Hkv, M): means over the active rows that see any key;
@@ -58,7 +60,8 @@ def column_mass(
     whole = query.isfinite().all(-1, keepdim=True) & (near_lse < torch.inf).unsqueeze(-1)
     broken = ~key.isfinite().all(-1)
     queries = segments_of(torch.where(whole, query, 0.0).to(wide) * scale, kv_heads, segment)
-    near = segments_of(torch.where(whole, near_lse.unsqueeze(-1), -torch.inf), kv_heads, segment)
+    lses = near_lse.unsqueeze(-1) if guess is None else torch.stack([near_lse, guess], -1)
+    near = segments_of(torch.where(whole, lses, -torch.inf), kv_heads, segment)
     says = segments_of(whole, kv_heads, segment)
     keys = torch.where(broken.unsqueeze(-1), 0.0, key).to(wide)
     tile = max(1, min(segment, CHUNK_LOGITS // max(1, keys.shape[0] * kv_heads * kv_len)))
@@ -74,8 +77,10 @@ def column_mass(
             places = row_places(part, m, query.shape[1] // kv_heads, segment, query.shape[2])
             at = _indices(places[0].squeeze(2), places[1].squeeze(2), low, high)
             logits = _logits(q, keys[:, :, low:high], own[..., None, low:high], at, pairs, score)
-            total += _weigh(logits, lse.squeeze(-1), used & says_so.squeeze(-1))
-        mean = total[..., :-1] / total[..., -1:].clamp(min=1)
+            total += _weigh(logits, lse, used & says_so.squeeze(-1))
+        # Guessed normalisers do not make the shares of a row sum to 1.
+        whole_mass = total[..., -1:] if guess is None else total[..., :-1].sum(-1, keepdim=True)
+        mean = total[..., :-1] / whole_mass.clamp(min=torch.finfo(total.dtype).tiny)
         mass = F.pad(mean[..., :-1], (low, kv_len - high))
         masses.append(torch.where(broken & own, 1.0, mass))
         kepts.append(mean[..., -1])
@@ -96,11 +101,19 @@ def _logits(
     return logits.masked_fill(~allowed, -torch.inf)
 
 
-def _weigh(logits: Tensor, local: Tensor, used: Tensor) -> Tensor:
+def _weigh(logits: Tensor, lses: Tensor, used: Tensor) -> Tensor:
     """Sums over the used rows: each key's softmax weight, the local share, and 1 for a row that sees any key.
 
-    One exponential a pair: the rows' own normalisers come in as weights of a product.
+    One exponential a pair: the rows' own normalisers come in as weights of a product. Where
+    ``lses`` (B, Hkv, T, 1 or 2) hold guesses of them, no weight is above 1, however far they are off.
     """
+    local = lses[..., 0]
+    if lses.shape[-1] == 2:
+        used = used & lses[..., 1].isfinite()
+        guess = lses[..., 1].masked_fill(~used, torch.inf)
+        weights = (logits - guess.unsqueeze(-1)).exp_().clamp_(max=1.0)
+        parts = (weights.sum(-2), torch.exp(local - guess).sum(-1, keepdim=True), used.sum(-1, keepdim=True))
+        return torch.cat([x.float() for x in parts], -1)
     top = logits.amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)
     heavy = (logits - top).exp_()

@@ -147,7 +147,8 @@ def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
     near = selection.segments.near[0].expand(selection.keys.shape[1], -1, -1)
     chosen = torch.arange(selection.keys.shape[-1], device=near.device) < selection.key_count[0].unsqueeze(-1)
     hits = torch.zeros((*chosen.shape[:2], near.shape[-1]), device=near.device)
-    hits = hits.scatter_add(-1, selection.keys[0] // BLOCK, chosen.to(hits.dtype))
+    blocks = torch.where(chosen, selection.keys[0], 0) // BLOCK
+    hits = hits.scatter_add(-1, blocks.long(), chosen.to(hits.dtype))
     cells = (hits > 0).repeat_interleave(config.segment_size // BLOCK, 1)[:, : near.shape[1]].to(torch.uint8) * SELECTED
     return torch.where(near, FORCED, cells).to(torch.uint8)
 

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.budget import need, rank, shared_budget
-from omnisparse_flex.masks.column_mass import CHUNK_LOGITS, column_mass
-from omnisparse_flex.masks.mean_pool import block_mean
+from omnisparse_flex.masks.column_mass import column_mass
+from omnisparse_flex.masks.one_pass import one_pass
+from omnisparse_flex.masks.pooled_lse import pooled_lse
 from omnisparse_flex.masks.queries import LAZY_STRIDE, REDUNDANCY_THRESHOLD
 from omnisparse_flex.masks.segments import SegmentLayout, pack_rows, tokens_of_blocks, wide_dtype
 from omnisparse_flex.types import MaskMod, ScoreMod
+
+#: Estimators by name; each one's products for a pair, as a share of attention's own, is a half.
+ESTIMATORS = {"one_pass": one_pass, "column_mass": column_mass}
 
 
 class TokenSelection(NamedTuple):
@@ -29,7 +33,7 @@ class TokenSelection(NamedTuple):
         lazy: bool (B, Hq, L), queries that look near and repeat their neighbours.
         rows: int64 (B, Hkv, M, R), a segment's rows, active ones first.
         row_count: int64 (B, Hkv, M), number of active ones.
-        keys: int64 (B, Hkv, M, K), key positions, heaviest first; K is the capacity.
+        keys: int (B, Hkv, M, K), key positions, those that are kept first; K is the capacity.
         key_count: int64 (B, Hkv, M), how many of them are kept.
         needs: int64 (B, Hkv, M), how many each head would need.
         mass: float32 (B, Hkv, M), estimated share of the allowed mass that is kept, mean over active rows.
@@ -87,7 +91,7 @@ def select_tokens(
     eligible = segments.eligible
     active, lazy = active_tokens(query, key, near_lse, eligible, text, config, block=block, scale=scale, score=score)
     rows, row_count = pack_rows(active, key.shape[1], config.segment_size)
-    mass, kept = column_mass(
+    mass, kept = ESTIMATORS[config.scorer](
         query, key, near_lse, eligible, rows, row_count, config, block=block, scale=scale, pairs=pairs, score=score
     )
     tokens = tokens_of_blocks(eligible, block, key.shape[2]).expand_as(mass)
@@ -137,7 +141,7 @@ def active_tokens(
     if config.lazy_threshold is None:
         lazy = torch.zeros((batch, heads, q_len), dtype=torch.bool, device=query.device)
         return ~lazy, lazy
-    far = _pooled_lse(query, key, eligible, config.segment_size, block=block, scale=scale, score=score)
+    far = pooled_lse(query, key, eligible, config.segment_size, block=block, pool=block, scale=scale, score=score)
     breadth = torch.where(far == -torch.inf, 0.0, torch.sigmoid(far - near_lse))
     places = torch.arange(q_len, device=query.device)
     leader = places - places % LAZY_STRIDE
@@ -145,28 +149,6 @@ def active_tokens(
     redundancy = (direction * direction.index_select(2, leader)).sum(-1)
     lazy = (breadth < config.lazy_threshold) & (redundancy >= REDUNDANCY_THRESHOLD) & ~text[:, None]
     return ~lazy | (places == leader), lazy
-
-
-def _pooled_lse(
-    query: Tensor, key: Tensor, eligible: Tensor, segment: int, *, block: int, scale: float, score: ScoreMod | None
-) -> Tensor:
-    """Log-sum-exp over the eligible blocks' means, each counted as ``block`` keys; float32 (B, Hq, L)."""
-    batch, heads, q_len, _ = query.shape
-    kv_heads, blocks = key.shape[1], eligible.shape[-1]
-    pooled = block_mean(key, block).to(wide_dtype(query))
-    centres = (torch.arange(blocks, device=key.device) * block + block // 2).clamp(max=key.shape[2] - 1)
-    result = []
-    step = max(1, CHUNK_LOGITS // (batch * heads * segment * blocks)) * segment
-    for start in range(0, q_len, step):
-        part = query[:, :, start : start + step].to(pooled.dtype).unflatten(1, (kv_heads, -1))
-        logits = (part @ pooled.unsqueeze(2).transpose(-1, -2) * scale).flatten(1, 2)
-        places = torch.arange(start, start + part.shape[3], device=key.device)
-        if score is not None:
-            logits = score(logits, *_axes(batch, heads, places, centres))
-        own = eligible.index_select(2, places // segment)
-        own = own if own.shape[1] == 1 else own.repeat_interleave(heads // kv_heads, 1)
-        result.append(logits.masked_fill(~own, -torch.inf).logsumexp(-1))
-    return torch.cat(result, 2) + torch.log(torch.tensor(float(block), device=key.device))
 
 
 def kept_pairs(selection: TokenSelection, places: Tensor, kv_len: int, config: OmniSparseConfig, block: int) -> Tensor:
@@ -186,14 +168,12 @@ def kept_pairs(selection: TokenSelection, places: Tensor, kv_len: int, config: O
     segment = places // config.segment_size
     keys, count = selection.keys.index_select(2, segment), selection.key_count.index_select(2, segment)
     chosen = torch.arange(keys.shape[-1], device=keys.device) < count.unsqueeze(-1)
-    fetched = torch.zeros((*keys.shape[:3], kv_len), dtype=torch.bool, device=keys.device).scatter(-1, keys, chosen)
+    # What is not chosen may be any number: one place past the end takes it.
+    keys = torch.where(chosen, keys, kv_len).long()
+    fetched = torch.zeros((*keys.shape[:3], kv_len + 1), dtype=torch.bool, device=keys.device)
+    fetched = fetched.scatter(-1, keys, chosen)[..., :kv_len]
     near = tokens_of_blocks(selection.segments.near.index_select(2, places // block), block, kv_len).expand_as(fetched)
     fetched, near = (x.repeat_interleave(heads // kv_heads, 1) for x in (fetched, near))
     active, lazy = (x.index_select(2, places).unsqueeze(-1) for x in (selection.active, selection.lazy))
     kept = near | (fetched & active)
     return kept & (active | ~lazy) if config.lazy_mode == "skip" else kept
-
-
-def _axes(batch: int, heads: int, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
-    return b, torch.arange(heads, device=q.device).view(1, -1, 1, 1), q.view(1, 1, -1, 1), kv.view(1, 1, 1, -1)

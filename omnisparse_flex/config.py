@@ -12,7 +12,7 @@ from omnisparse_flex.errors import ConfigError, require
 Budget = Literal["flattest_head", "per_head"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
-SCORINGS = {"block": ("mean_pool", "antidiagonal", "probe"), "token": ("column_mass",)}
+SCORINGS = {"block": ("mean_pool", "antidiagonal", "probe"), "token": ("one_pass", "column_mass")}
 LAZY_MODES = ("local", "skip")
 #: Queries of a block: a segment is a whole number of them.
 SEGMENT_UNIT = 128
@@ -32,7 +32,8 @@ class OmniSparseConfig:
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
             cheapest), ``"antidiagonal"`` (strided sums) or ``"probe"`` (exact rows of sampled
-            queries); for tokens ``"column_mass"`` (exact); ``"auto"``: the granularity's own.
+            queries); for tokens ``"one_pass"`` (rows' normalisers guessed) or ``"column_mass"``
+            (exact); ``"auto"``: the granularity's first.
         budget: ``"flattest_head"`` gives every head of a layer the budget that its
             flattest head needs; ``"per_head"`` gives each its own; an int is a fixed
             number of tokens.

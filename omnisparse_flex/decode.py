@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from omnisparse_flex.guard import guarded
 from omnisparse_flex.rectangle import Rectangle
 
 #: Logits held at once by the plain path.
@@ -123,21 +122,7 @@ def token_kernel() -> Callable[..., Tensor | None] | None:
         return None
     from omnisparse_flex.decode_kernel import attend_token
 
-    working = [True]
-
-    def guarded(*args: Any) -> Tensor | None:
-        if not working[0]:
-            return None
-        try:
-            return attend_token(*args)
-        except Exception as error:  # a Triton that cannot compile it: dense kernels give the same numbers
-            working[0] = False
-            warnings.warn(
-                f"omnisparse: the decode kernel failed, decoding runs on dense kernels: {error}", stacklevel=2
-            )
-            return None
-
-    return guarded
+    return guarded(attend_token, "the decode kernel failed, decoding runs on dense kernels")
 
 
 def takes_token(query: Tensor, value: Tensor) -> bool:

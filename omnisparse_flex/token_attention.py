@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from omnisparse_flex.gathered import attend_gathered
+from omnisparse_flex.guard import guarded
 from omnisparse_flex.masks.layout import block_layout
+from omnisparse_flex.masks.plain import plain_mask
 from omnisparse_flex.masks.segments import SegmentLayout, segment_layout, tokens_of_blocks
 from omnisparse_flex.masks.select import BLOCK, grid_of
 from omnisparse_flex.masks.tokens import TokenSelection, select_tokens
@@ -31,20 +37,54 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
     is the same for all queries of a segment (``segment_layout``).
     """
     assert site.config is not None
-    segments = _segments(query, key, site)
-    near, near_lse = attend_near(query, key, value, segments, site)
-    selection = choose(query, key, near_lse, segments, site)
+    out, selection = attend_and_select(query, key, value, site)
     if site.write is not None:
         site.write(site.measured(selection, query.detach(), key.detach()))
-    chosen = (selection.rows, selection.row_count, selection.keys, selection.key_count)
-    far, far_lse = attend_gathered(query, key, value, *chosen, site)
-    out = merge(near, near_lse, far, far_lse).to(value.dtype)
     if site.config.lazy_mode == "skip":
         out = out.masked_fill((selection.lazy & ~selection.active).unsqueeze(-1), 0.0)
     return out
 
 
-def choose(query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout, site: Site) -> TokenSelection:
+def attend_and_select(query: Tensor, key: Tensor, value: Tensor, site: Site) -> tuple[Tensor, TokenSelection]:
+    """The output with lazy queries local, and the selection: in kernels where there are some, else in tensor code."""
+    segments = segments_of_site(query, key, site)
+    text = _text_queries(site.visual, query.shape[2], key.shape[2], site.q_offset, query.device)
+    kernels = quick_attention() if takes_kernels(query, value, site) else None
+    plain = None if kernels is None else plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
+    if kernels is not None and plain is not None:
+        found = kernels(query, key, value, site, plain, segments, text)
+        if found is not None:
+            return found
+    near, near_lse = attend_near(query, key, value, segments, site)
+    selection = choose(query, key, near_lse, segments, text, site)
+    chosen = (selection.rows, selection.row_count, selection.keys, selection.key_count)
+    far, far_lse = attend_gathered(query, key, value, *chosen, site)
+    return merge(near, near_lse, far, far_lse).to(value.dtype), selection
+
+
+def takes_kernels(query: Tensor, value: Tensor, site: Site) -> bool:
+    """Whether the kernels can run, its mask aside: query (B, Hq, L, D), value (B, Hkv, S, Dv)."""
+    assert site.config is not None
+    dim = query.shape[3]
+    fits = 16 <= dim <= 256 and dim & (dim - 1) == 0 and value.shape[3] == dim and query.dtype != torch.float64
+    # Keys' gradients are summed in no fixed order.
+    ours = site.config.scorer == "one_pass" and not site.changes_scores
+    return query.is_cuda and fits and ours and not torch.are_deterministic_algorithms_enabled()
+
+
+@functools.cache
+def quick_attention() -> Callable[..., tuple[Tensor, TokenSelection] | None] | None:
+    """``quick_tokens.attend_quickly`` where Triton is installed, guarded: None once it failed to compile."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from omnisparse_flex.quick_tokens import attend_quickly
+
+    return guarded(attend_quickly, "the token kernels failed, token attention runs in tensor code")
+
+
+def choose(
+    query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout, text: Tensor, site: Site
+) -> TokenSelection:
     """What the site fetches beyond the always-kept keys; no gradients."""
     assert site.config is not None
     return select_tokens(
@@ -52,7 +92,7 @@ def choose(query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout
         key.detach(),
         near_lse.detach().float(),
         segments,
-        _text_queries(site.visual, query.shape[2], key.shape[2], site.q_offset, query.device),
+        text,
         site.config,
         block=BLOCK,
         target=site.target,
@@ -96,7 +136,8 @@ def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
     return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
 
 
-def _segments(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
+def segments_of_site(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
+    """What the site keeps whatever its queries and keys hold: query (B, Hq, L, D), key (B, Hkv, S, D)."""
     assert site.config is not None
     layout = site.layout
     if layout is None:

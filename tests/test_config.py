@@ -46,7 +46,7 @@ INVALID = [
     ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, antidiagonal, probe, got 'oracle'"),
     (
         {"granularity": "token", "scoring": "mean_pool"},
-        "scoring must be one of auto, column_mass, got 'mean_pool'",
+        "scoring must be one of auto, one_pass, column_mass, got 'mean_pool'",
     ),
     ({"segment_size": 100}, "segment_size must be an int of at least 128, got 100"),
     ({"segment_size": 200}, "segment_size must be a multiple of 128, got 200"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import token_attention
 from omnisparse_flex.attention import attend, sparse_attention
-from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.config import SCORINGS, OmniSparseConfig
 from omnisparse_flex.masks.expr import TRUE, Const
 from omnisparse_flex.masks.expr import causal as causal_expr
 from omnisparse_flex.masks.program import MaskProgram
@@ -44,10 +44,10 @@ def run(shape, tensors, config, mask, *, target=None, offset=None, **fields):
         q_offset=shape.kv_len - shape.q_len if offset is None else offset,
         **fields,
     )
-    selections, choose = [], token_attention.choose
-    with mock.patch.object(token_attention, "choose", lambda *a: selections.append(choose(*a)) or selections[-1]):
+    found, attending = [], token_attention.attend_and_select
+    with mock.patch.object(token_attention, "attend_and_select", lambda *a: found.append(attending(*a)) or found[-1]):
         out = attend(*tensors, site)
-    (selection,) = selections
+    ((_, selection),) = found
     places = torch.arange(shape.q_len, device=tensors[0].device)
     kept = kept_pairs(selection, places, shape.kv_len, config, BLOCK)
     own = materialize_mask(mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, tensors[0].device)
@@ -105,6 +105,7 @@ def token_configs(draw):
         target_recall=draw(st.floats(0.05, 1.0)),
         granularity="token",
         segment_size=draw(st.sampled_from((128, 256, 384))),
+        scoring=draw(st.sampled_from(("auto", *SCORINGS["token"]))),
         budget=draw(st.sampled_from(("flattest_head", "per_head")) | fixed),
         max_kv_budget=cap,
         lazy_threshold=draw(st.none() | st.floats(0.0, 1.0)),
@@ -168,7 +169,7 @@ def test_a_small_bound_is_kept(most):
 @given(small_shapes(), st.integers(0, 2**16))
 def test_the_estimate_is_the_true_mass(shape, seed):
     """``column_mass`` is exact: the recall it states is the recall of its active rows."""
-    config = dataclasses.replace(TOKENS, segment_size=128)
+    config = dataclasses.replace(TOKENS, scoring="column_mass")
     query, key, value = shape.inputs(seed=seed)
     mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
     _, selection, kept, own = run(shape, (query, key, value), config, mask)

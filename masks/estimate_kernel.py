@@ -1,0 +1,215 @@
+"""Lazy queries and one-pass column mass in Triton: what decides which queries and keys count.
+
+Importing this module needs Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from omnisparse_flex.masks.rectangle_kernel import LOG2_E, listed_rows
+
+#: Keys of a program of the mass kernel, and rows that it takes at a time.
+KEYS, ROWS = 256, 64
+#: Largest float8_e4m3 number.
+FLOAT8_MAX = 448.0
+#: What a key's mass means: nobody sees it; it counts; it is not finite, so that every row takes it.
+ABSENT, WHOLE, BROKEN = 0, 1, 2
+
+
+@triton.jit(do_not_specialize=["q_len", "threshold"])
+def _classify(
+    query, near, far, text, active, lazy, q_b, q_h, q_n, t_b, q_len, threshold, redundancy,
+    HEADS: tl.constexpr, DIM: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Lazy and active queries of one tile."""
+    row = tl.program_id(1)
+    batch, head = row // HEADS, row % HEADS
+    places, dims = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, DIM)
+    mine = places < q_len
+    leaders = places - places % STRIDE
+    base = query + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h
+    own = tl.load(base + places.to(tl.int64)[:, None] * q_n + dims, mask=mine[:, None], other=0.0).to(tl.float32)
+    led = tl.load(base + leaders.to(tl.int64)[:, None] * q_n + dims, mask=mine[:, None], other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(own * own, 1)), 1e-12) * tl.maximum(tl.sqrt(tl.sum(led * led, 1)), 1e-12)
+    alike = tl.sum(own * led, 1) / length
+    slot = row.to(tl.int64) * q_len + places
+    near_lse = tl.load(near + slot, mask=mine, other=0.0)
+    far_lse = tl.load(far + slot, mask=mine, other=0.0)
+    breadth = tl.where(far_lse == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp(near_lse - far_lse)))
+    worded = tl.load(text + batch * t_b + places, mask=mine, other=0) != 0
+    near_sighted = (breadth < threshold) & (alike >= redundancy) & (worded == 0)
+    tl.store(lazy + slot, near_sighted.to(tl.uint8), mask=mine)
+    tl.store(active + slot, ((near_sighted == 0) | (places == leaders)).to(tl.uint8), mask=mine)
+
+
+def classify(
+    query: Tensor, near: Tensor, far: Tensor, text: Tensor, threshold: float, redundancy: float, stride: int
+) -> tuple[Tensor, Tensor]:
+    """``tokens.active_tokens`` where both log-sum-exps are known.
+
+    Args:
+        query: (B, Hq, L, D), last dimension contiguous.
+        near: float32 (B, Hq, L) contiguous, of the always-kept keys.
+        far: float32 (B, Hq, L) contiguous, of the others.
+        text: bool (B or 1, L), last dimension contiguous.
+        threshold: Breadth under which a query is lazy.
+        redundancy: Cosine with its leader from which a query is redundant.
+        stride: Queries that share a leader.
+
+    Returns:
+        ``(active, lazy)``, bool (B, Hq, L).
+    """
+    batch, heads, q_len, dim = query.shape
+    active, lazy = (torch.empty((batch, heads, q_len), dtype=torch.uint8, device=query.device) for _ in range(2))
+    _classify[(triton.cdiv(q_len, 64), batch * heads)](
+        query, near, far, text.view(torch.uint8), active, lazy, *query.stride()[:3],
+        text.stride(0) if text.shape[0] > 1 else 0, q_len, threshold, redundancy,
+        HEADS=heads, DIM=dim, STRIDE=stride, M=64,
+    )  # fmt: skip
+    return active.view(torch.bool), lazy.view(torch.bool)
+
+
+@triton.jit(do_not_specialize=["q_len", "scale", "first_segment", "segments"])
+def _pack(
+    query, guess, rows, row_count, key_gain, packed, gains, guesses, q_b, q_h, q_n, q_len, scale, first_segment,
+    segments,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, DIM: tl.constexpr, TOP: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gather one tile of active rows, each scaled to the packed type's range; what is no row weighs nothing."""
+    first, chunk_m, row = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
+    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + chunk_m
+    part = row * segments + m
+    if first >= tl.load(row_count + part):
+        return
+    member, place, mine = listed_rows(rows, row_count, part, first, m, q_len, ROWS, GROUP * SEGMENT, SEGMENT, True)
+    own, dims = head * GROUP + member, tl.arange(0, DIM)
+    q = tl.load(
+        query + batch.to(tl.int64) * q_b + own.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + dims,
+        mask=mine[:, None], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    normal = tl.load(
+        guess + (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place, mask=mine, other=float("inf")
+    )
+    # What is not finite has no say in the choice.
+    broken = tl.max(tl.where(tl.abs(q) < float("inf"), 0, 1), 1) > 0
+    says = mine & (broken == 0) & (tl.abs(normal) < float("inf"))
+    q = tl.where(says[:, None], q, 0.0)
+    peak = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
+    stored = (row * tl.num_programs(1) + chunk_m).to(tl.int64) * GROUP * SEGMENT + first + tl.arange(0, ROWS)
+    tl.store(packed + stored[:, None] * DIM + dims, (q * (TOP / peak)[:, None]).to(packed.dtype.element_ty))
+    gain = peak / TOP * tl.load(key_gain + row) * scale
+    tl.store(gains + stored, tl.where(says, gain, 0.0))
+    tl.store(guesses + stored, tl.where(says, normal * 1.4426950408889634, float("inf")))
+
+
+@triton.jit(do_not_specialize=["kv_len", "first_segment", "segments", "blocks", "e_b", "e_h", "e_m"])
+def _mass(
+    packed, gains, guesses, row_count, keys, state, eligible, mass, e_b, e_h, e_m, blocks, kv_len, first_segment,
+    segments, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Mass of some keys for one segment: the program owns its keys, so nothing is added across programs."""
+    tile, chunk_m, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + chunk_m
+    chunk_part = (row * tl.num_programs(1) + chunk_m).to(tl.int64)
+    places, dims = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
+    target = mass + chunk_part * tl.num_programs(0) * KEYS + places
+    own = places // BLOCK
+    may = tl.load(eligible + batch * e_b + head * e_h + m * e_m + own, mask=own < blocks, other=0)
+    if tl.max(may, 0) == 0:
+        tl.store(target, tl.full((KEYS,), -1.0, tl.float32))
+    else:
+        exists = (places < kv_len) & (may != 0)
+        k = tl.load(keys + (row.to(tl.int64) * kv_len + places)[:, None] * DIM + dims, mask=exists[:, None], other=0.0)
+        kind = tl.load(state + row.to(tl.int64) * kv_len + places, mask=exists, other=0)
+        count = tl.load(row_count + row * segments + m).to(tl.int32)
+        total = tl.zeros((KEYS,), tl.float32)
+        for first in range(0, count, ROWS):
+            stored = chunk_part * WIDTH + first + tl.arange(0, ROWS)
+            q = tl.load(packed + stored[:, None] * DIM + dims)
+            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            share = logits * tl.load(gains + stored)[None, :] - tl.load(guesses + stored)[None, :]
+            total += tl.sum(tl.exp2(tl.minimum(share, 0.0)), 1)
+        total = tl.where(kind == 2, count.to(tl.float32), total)
+        tl.store(target, tl.where(kind == 0, -1.0, total))
+
+
+def packed_type(query: Tensor) -> torch.dtype:
+    """What products of the estimate are computed in: float8 where the device multiplies it, else the query's own.
+
+    Rows of less than 32 numbers are too short for a float8 product.
+    """
+    if query.is_cuda and query.shape[3] >= 32 and torch.cuda.get_device_capability(query.device) >= (9, 0):
+        return torch.float8_e4m3fn
+    return query.dtype
+
+
+def packed_keys(key: Tensor, finite: Tensor, real: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys for the mass kernel.
+
+    Args:
+        key: (B, Hkv, S, D), all finite.
+        finite: bool (B, Hkv, S), keys that were so from the start.
+        real: uint8 (B, S), 0 = nobody sees the key; or None.
+        dtype: Of the result.
+
+    Returns:
+        (B, Hkv, S, D) contiguous in ``dtype``, scaled by head; float32 (B, Hkv), what undoes the scaling; uint8
+        (B, Hkv, S), what each key's mass means.
+    """
+    peak = torch.maximum(key.amax((2, 3)), -key.amin((2, 3))).float()
+    top = FLOAT8_MAX if dtype.itemsize == 1 else 1.0
+    # As it is rounded, and finite in float16.
+    factor = (top / peak).clamp(max=6e4).to(key.dtype)
+    scaled = (key * factor[..., None, None]).clamp(-top, top).to(dtype).contiguous()
+    state = torch.where(finite, WHOLE, BROKEN).to(torch.uint8)
+    return scaled, 1.0 / factor.float(), state if real is None else state * real[:, None]
+
+
+def column_masses(
+    query: Tensor, keys: Tensor, key_gain: Tensor, state: Tensor, guess: Tensor, eligible: Tensor, rows: Tensor,
+    row_count: Tensor, part: slice, segment: int, block: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Sums over the active rows of exp(logit - guess), cut at 1, for some segments.
+
+    Args:
+        query: (B, Hq, L, D), last dimension contiguous.
+        keys: (B, Hkv, S, D) of ``packed_keys``.
+        key_gain: float32 (B, Hkv).
+        state: uint8 (B, Hkv, S).
+        guess: float32 (B, Hq, L) contiguous.
+        eligible: uint8 (B, Hkv, M, NK), strides may be 0 but the last is 1.
+        rows: int64 (B, Hkv, M, R) contiguous.
+        row_count: int64 (B, Hkv, M) contiguous.
+        part: The segments.
+        segment: Queries per segment.
+        block: Keys per block of ``eligible``.
+        scale: Logit scale.
+
+    Returns:
+        float32 (B, Hkv, segments of the part, S rounded up to ``KEYS``); -1 for what is no key to choose.
+    """
+    batch, heads, q_len, dim = query.shape
+    kv_heads, kv_len = keys.shape[1:3]
+    width, count, segments = rows.shape[3], part.stop - part.start, rows.shape[2]
+    packed = torch.empty((batch, kv_heads, count, width, dim), dtype=keys.dtype, device=query.device)
+    gains, guesses = (torch.empty(packed.shape[:4], dtype=torch.float32, device=query.device) for _ in range(2))
+    _pack[(width // ROWS, count, batch * kv_heads)](
+        query, guess, rows, row_count, key_gain, packed, gains, guesses, *query.stride()[:3], q_len, scale * LOG2_E,
+        part.start, segments, KV_HEADS=kv_heads, GROUP=heads // kv_heads, SEGMENT=segment, DIM=dim,
+        TOP=FLOAT8_MAX if keys.dtype.itemsize == 1 else 1.0, ROWS=ROWS,
+    )  # fmt: skip
+    tiles = triton.cdiv(kv_len, KEYS)
+    mass = torch.empty((batch, kv_heads, count, tiles * KEYS), dtype=torch.float32, device=query.device)
+    _mass[(tiles, count, batch * kv_heads)](
+        packed, gains, guesses, row_count, keys, state, eligible, mass, *eligible.stride()[:3], eligible.shape[3],
+        kv_len, part.start, segments, BLOCK=block, KV_HEADS=kv_heads, WIDTH=width, DIM=dim, ROWS=ROWS, KEYS=KEYS,
+        PRECISION="ieee" if keys.dtype == torch.float32 else "tf32", num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return mass

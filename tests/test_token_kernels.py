@@ -1,0 +1,303 @@
+"""The token kernels: on the GPU if there is one, else in Triton's interpreter, else not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+
+from omnisparse_flex import token_attention
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.budget import need, rank
+from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
+from omnisparse_flex.masks.layout import block_layout
+from omnisparse_flex.masks.one_pass import one_pass
+from omnisparse_flex.masks.opaque import OpaqueMask
+from omnisparse_flex.masks.plain import plain_mask
+from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.segments import segments_of, tokens_of_blocks
+from omnisparse_flex.masks.select import BLOCK, grid_of
+from omnisparse_flex.masks.tokens import kept_pairs
+from omnisparse_flex.reference import materialize_mask
+from omnisparse_flex.site import Site
+from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle
+from omnisparse_flex.token_op import call_token_op, register
+
+CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
+SMALL = [AttentionShape(1, 1, 2, 520, 520, 16), AttentionShape(2, 2, 1, 140, 520, 16)]
+SHAPES = [AttentionShape(1, 2, group, 1000, 1000, dim) for group, dim in ((1, 64), (2, 128), (7, 64))]
+SHAPES += [
+    AttentionShape(2, 2, 7, 300, 1111, 128),
+    AttentionShape(1, 1, 1, 300, 200, 16),
+    AttentionShape(3, 1, 2, 7, 900, 32),
+]
+
+
+def tensors(shape, device, dtype=torch.float32):
+    """Query, key and value with a few keys that many queries like."""
+    query, key, value = shape.inputs()
+    liked = torch.rand(shape.kv_len, generator=torch.Generator().manual_seed(3)) < 0.05
+    key = torch.where(liked[:, None], key + 2, key)
+    return [x.to(device, dtype).requires_grad_() for x in (query + 1, key, value)]
+
+
+def site_of(shape, device, config=CONFIG, padded=False, order=True):
+    offset = shape.kv_len - shape.q_len if order else 0
+    mask = MaskProgram(causal(Const(offset)) if order else TRUE)
+    if padded:
+        real = torch.arange(shape.kv_len, device=device) >= 37 * torch.arange(shape.batch, device=device)[:, None]
+        mask = mask.joined(MaskProgram(Load(0, (B, KV)), (real,)))
+    return Site(config=config, target=config.recall_of(0), mask=mask, q_offset=offset)
+
+
+def run(inputs, site):
+    """Output and selection of the kernels."""
+    from omnisparse_flex.quick_tokens import attend_quickly
+
+    query, key, value = inputs
+    plain = plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
+    segments = token_attention.segments_of_site(query, key, site)
+    text = torch.zeros((1, query.shape[2]), dtype=torch.bool, device=query.device)
+    return attend_quickly(query, key, value, site, plain, segments, text)
+
+
+def check_attention(shape, device, dtype=torch.float32, **fields):
+    """Output and gradients are those of dense attention under what the selection denotes."""
+    site, inputs = site_of(shape, device, **fields), tensors(shape, device, dtype)
+    out, selection = run(inputs, site)
+    places = torch.arange(shape.q_len, device=device)
+    own = materialize_mask(site.mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, torch.device(device))
+    kept = kept_pairs(selection, places, shape.kv_len, site.config, BLOCK) & own
+    assert shape.kv_len < 500 or kept.sum() < own.sum(), "a test of nothing"
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    assert_close_to_oracle(out, *inputs, kept, grad_output=grad)
+    return selection
+
+
+def check_selection(shape, device, config, dtype=torch.float32):
+    """The kernels' choice against the tensor code's, on the same inputs."""
+    inputs = [x.detach() for x in tensors(shape, device, dtype)]
+    site = site_of(shape, device, config)
+    _, quick = run(inputs, site)
+    segments = token_attention.segments_of_site(*inputs[:2], site)
+    near_lse = token_attention.attend_near(*inputs, segments, site)[1]
+    text = torch.zeros((1, shape.q_len), dtype=torch.bool, device=device)
+    plain = token_attention.choose(*inputs[:2], near_lse, segments, text, site)
+    assert (quick.active == plain.active).float().mean() > 0.98
+    packed = segments_of(quick.active.unsqueeze(-1), shape.kv_heads, config.segment_size)
+    assert torch.equal(quick.row_count, packed.sum((3, 4)))
+    places = torch.arange(quick.keys.shape[-1], device=device)
+    for m in range(quick.keys.shape[2]):  # no key twice, each one eligible
+        eligible = tokens_of_blocks(segments.eligible[:, :, m], BLOCK, shape.kv_len).expand(*quick.keys.shape[:2], -1)
+        for b in range(shape.batch):
+            for h in range(shape.kv_heads):
+                keys = quick.keys[b, h, m, : int(quick.key_count[b, h, m])].long()
+                assert keys.unique().numel() == keys.numel() and eligible[b, h, keys].all()
+    if config.budget == "per_head" and config.max_kv_budget is None:
+        target = config.recall_of(0)
+        assert (quick.mass[quick.row_count > 0] >= target - 2e-3).all()
+    # As good as the tensor code's: by the unrounded estimate, its keys hold as much mass as the best of that number.
+    given = {"block": BLOCK, "scale": shape.head_dim**-0.5, "pairs": None, "score": None}
+    mass, _ = one_pass(*inputs[:2], near_lse, segments.eligible, quick.rows, quick.row_count, config, **given)
+    taken = places < quick.key_count.unsqueeze(-1)
+    got = (mass.gather(-1, torch.where(taken, quick.keys, 0).long()) * taken).sum()
+    best = (mass.sort(-1, descending=True).values[..., : places.numel()] * taken).sum()
+    assert got >= (0.97 if device == "cuda" else 0.9999) * best > 0
+    if device != "cuda":  # float32 throughout: the same choice
+        assert torch.equal(quick.key_count, plain.key_count) and torch.equal(quick.overflow, plain.overflow)
+
+
+def check_pick(device, size=3000):
+    """Need and choice against a sort: masses a factor of 1.01 apart, some places no keys, some segments empty."""
+    from omnisparse_flex.masks.pick_kernel import masses_needed, pick
+
+    generator = torch.Generator().manual_seed(0)
+    mass = torch.stack([1.01 ** -torch.randperm(size, generator=generator).float() for _ in range(6)]).view(1, 2, 3, -1)
+    absent = torch.rand(mass.shape, generator=generator) < 0.3
+    absent[0, 1, 2] = True
+    mass = mass.masked_fill(absent, -1.0)
+    kept, target = torch.rand(1, 2, 3, generator=generator) * 20, torch.full((1,), 0.9)
+    ranked, order = rank(mass, mass >= 0)
+    wanted = need(ranked, kept, (mass >= 0).sum(-1), target)
+    mass, kept, target = (x.to(device) for x in (mass, kept, target))
+    stops = torch.full((1, 2, 3), size, dtype=torch.int32, device=device)
+    needs, there, totals = masses_needed(mass, stops, kept, target)
+    assert torch.equal(there.cpu(), (~absent).sum(-1)) and (needs.cpu() - wanted).abs().max() <= 1 and wanted.max() > 20
+    torch.testing.assert_close(totals, mass.clamp(min=0).sum(-1))
+    assert torch.equal(masses_needed(mass, stops, kept, torch.ones_like(target))[0], there)
+    keys = torch.full((1, 2, 5, size), -7, dtype=torch.int32, device=device)
+    budget = torch.tensor([[[0, 1, 57], [size // 4, size // 2, 0]]], device=device)
+    chosen = pick(mass, stops, budget, keys, 2)
+    assert (keys[:, :, :2] == -7).all()
+    for h in range(2):
+        for m in range(3):
+            count = int(budget[0, h, m])
+            expected = order[0, h, m, :count].sort().values
+            assert torch.equal(keys[0, h, 2 + m, :count].cpu().long().sort().values, expected)
+            assert (keys[0, h, 2 + m, count:] == -7).all()
+            torch.testing.assert_close(chosen[0, h, m].cpu(), ranked[0, h, m, :count].sum())
+
+
+def check_interpreted():
+    """What fits into an interpreter's patience."""
+    check_pick("cpu", 500)
+    for shape in SMALL:
+        check_attention(shape, "cpu", padded=shape.batch > 1)
+    check_selection(SMALL[0], "cpu", CONFIG)
+    check_selection(SMALL[1], "cpu", dataclasses.replace(CONFIG, budget="per_head", lazy_threshold=None))
+    check_selection(SMALL[0], "cpu", dataclasses.replace(CONFIG, max_kv_budget=20))
+    takes = mock.patch.object(token_attention, "takes_kernels", lambda *_: True)
+    with takes, mock.patch.object(token_attention, "attend_gathered", None):
+        check_operator(SMALL[1], "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_attention_on_the_gpu(shape, dtype, padded):
+    check_attention(shape, "cuda", dtype, padded=padded)
+
+
+@pytest.mark.gpu
+def test_attention_without_an_order_on_the_gpu():
+    check_attention(SHAPES[1], "cuda", torch.bfloat16, order=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"budget": "per_head", "lazy_threshold": None}, {"budget": 40}, {"max_kv_budget": 20}], ids=str
+)
+def test_selection_on_the_gpu(fields, dtype):
+    check_selection(SHAPES[2], "cuda", dataclasses.replace(CONFIG, **fields), dtype)
+
+
+@pytest.mark.gpu
+def test_pick_on_the_gpu():
+    check_pick("cuda")
+    check_pick("cuda", 20000)
+
+
+def _interprets() -> bool:
+    """From 2.4 on, numpy refuses what the interpreter of Triton 3.6 does with scalars."""
+    new = tuple(int(x) for x in numpy.__version__.split(".")[:2]) >= (2, 4)
+    return importlib.util.find_spec("triton") is not None and not new
+
+
+@pytest.mark.skipif(not _interprets(), reason="needs Triton, and a numpy that its interpreter can use")
+def test_in_the_interpreter():
+    """A process of its own: Triton decides when it is imported."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    code = "import test_token_kernels; test_token_kernels.check_interpreted()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_a_site_runs_in_the_kernels_and_its_gradients_too(monkeypatch):
+    """Through ``attend_tokens``: nobody calls the tensor code."""
+    monkeypatch.setattr(token_attention, "attend_gathered", None)
+    inputs = tensors(SHAPES[1], "cuda", torch.bfloat16)
+    token_attention.attend_tokens(*inputs, site_of(SHAPES[1], "cuda")).sum().backward()
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in inputs)
+
+
+def check_operator(shape, device, dtype=torch.float32):
+    """The operator of a model's graph, whose backward selects again: the gradients are those of the direct call."""
+    inputs, site = tensors(shape, device, dtype), site_of(shape, device)
+    site = dataclasses.replace(site, rules=register(site))
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
+    direct, through = token_attention.attend_tokens(*inputs, site), call_token_op(*inputs, site)
+    assert torch.equal(direct, through)
+    wanted, got = (torch.autograd.grad(x, inputs, grad) for x in (direct, through))
+    for one, other in zip(wanted, got, strict=True):  # keys' gradients are summed in no fixed order
+        torch.testing.assert_close(one, other, atol=8 * torch.finfo(dtype).eps * float(one.abs().max()), rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_on_the_gpu(dtype):
+    check_operator(SHAPES[1], "cuda", dtype)
+
+
+@pytest.mark.gpu
+def test_kernels_that_fail_leave_tensor_code(monkeypatch):
+    from omnisparse_flex.masks import rectangle_kernel
+
+    inputs, site = tensors(SHAPES[0], "cuda"), site_of(SHAPES[0], "cuda")
+    monkeypatch.setattr(rectangle_kernel, "_attend", None)
+    token_attention.quick_attention.cache_clear()
+    with pytest.warns(UserWarning, match="the token kernels failed, token attention runs in tensor code"):
+        out = token_attention.attend_tokens(*inputs, site)
+    monkeypatch.undo()
+    token_attention.quick_attention.cache_clear()
+    assert out.isfinite().all() and out.requires_grad
+
+
+@pytest.mark.gpu
+def test_a_captured_call_replays():
+    """No wait for the device, no shape that depends on data: one graph serves other numbers."""
+    inputs = [x.detach() for x in tensors(SHAPES[1], "cuda", torch.bfloat16)]
+    site = site_of(SHAPES[1], "cuda")
+    layout = block_layout(site.mask, grid_of(*inputs[:2]), SHAPES[1].kv_heads, site.config)
+    site = dataclasses.replace(site, layout=layout)
+    token_attention.attend_tokens(*inputs, site)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = token_attention.attend_tokens(*inputs, site)
+    for x in inputs:
+        x.copy_(torch.randn_like(x) + 0.5)
+    graph.replay()
+    assert torch.equal(captured, token_attention.attend_tokens(*inputs, site))
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "meta"])
+def test_only_what_they_can_do_goes_to_the_kernels(device_type):
+    query, value = (torch.empty(1, 2, 300, 64, device=device_type) for _ in range(2))
+    assert not token_attention.takes_kernels(query, value, site_of(SMALL[0], "cpu"))
+
+
+PADDED = torch.tensor([[True, True, False], [True, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("expr", "buffers", "offset", "real"),
+    [
+        (TRUE, (), None, None),
+        (causal(), (), 0, None),
+        (causal(Const(5)), (), 5, None),
+        (causal(Load(0, ())), (torch.tensor(3),), 3, None),
+        (conjunction(causal(), Load(0, (B, KV))), (PADDED,), 0, PADDED),
+        (Apply("lt", (KV, Const(2))), (), None, torch.tensor([[True, True, False]] * 2)),
+    ],
+)
+def test_a_plain_mask_is_read(expr, buffers, offset, real):
+    found = plain_mask(MaskProgram(expr, buffers), 2, 3, torch.device("cpu"))
+    assert found is not None
+    assert (found.offset is None) == (offset is None) and (found.real is None) == (real is None)
+    assert offset is None or found.offset.item() == offset
+    assert real is None or torch.equal(found.real, real)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        MaskProgram(conjunction(causal(), Apply("gt", (KV, Apply("sub", (Q, Const(4))))))),  # a window
+        MaskProgram(conjunction(causal(), causal(Const(2)))),
+        MaskProgram(Apply("lt", (KV, Q))),
+        OpaqueMask(MaskProgram(causal()), lambda b, h, q, kv: q >= 0),
+    ],
+)
+def test_any_other_mask_is_not(mask):
+    assert plain_mask(mask, 2, 3, torch.device("cpu")) is None
