@@ -159,7 +159,7 @@ def captured(step: Callable[[], Any], device: str) -> Callable[[], Any]:
 def slim(model: Any, sizes: Sizes) -> dict[str, Any]:
     """Our decode step: run from Python, recorded, replayed."""
     before = settle(sizes.device)
-    cache = OmniSparseCache(model, offload=False)
+    cache = OmniSparseCache(model, offload=False, cuda_graphs=True)
     cache.store.chooser = sizes.chooser
     cache._omnisparse_visual = visual_tokens(sizes)
     memory = fill_store(cache.store, sizes)

@@ -4,8 +4,8 @@
     PYTHONPATH=$PWD python3 benchmarks/bench_train.py --quick --device cpu
 
 28 query heads, 4 KV heads, D = 128, bfloat16, causal, batch 1, random data, 10 % of the blocks (see
-``bench_prefill.py``), sinks included, selection included. ``--no-copies`` leaves the sink blocks
-unrepeated (``sink_copies.py``), to show what that is worth.
+``bench_prefill.py``), sinks included, selection included. ``--copies`` repeats the sink blocks
+(``sink_copies.py``), which is off by default.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench_prefill import KV_HEADS, SCALE, K, inputs, kept_share, sparse  # besi
 from gpu_timing import dense_attention, kernel_milliseconds
 from torch import Tensor
 
-import omnisparse_flex.attention as attention_module
+from omnisparse_flex import sink_copies
 from omnisparse_flex.kernel_choice import has_flash
 from omnisparse_flex.masks.blocks import block_lists
 from omnisparse_flex.timing import milliseconds
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             row["speedup"] = min(dense.values()) / took.median
             row["kernels"] = dict(sorted(kernel_milliseconds(step(attend), sets[0]).items(), key=lambda x: -x[1])[:12])
             rows.append(row)
-            if not options.no_copies:
+            if not options.copies:
                 keep(rows)  # a later length may fail, or run out of time
             print(
                 f"  {tokens:7d} {kernel}: kept {row['kept']:.3f}, {took.median:.3f} ms, {row['speedup']:.2f}x, "
@@ -121,12 +121,11 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--kernels", nargs="+", default=None, help="triton, flash; default: what is installed")
     parser.add_argument("--seconds", type=float, default=120.0, help="start no case after so long")
-    parser.add_argument("--no-copies", action="store_true", help="sink blocks are not repeated; records nothing")
+    parser.add_argument("--copies", action="store_true", help="repeat the sink blocks; records nothing")
     parser.add_argument("--quick", action="store_true", help="one short case; records nothing")
     options = parser.parse_args()
     torch.manual_seed(0)
-    if options.no_copies:
-        attention_module.MIN_KEYS = 1 << 40
+    sink_copies.ENABLED = options.copies
     measure(options)
     return 0
 

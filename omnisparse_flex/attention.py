@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from omnisparse_flex import sink_copies
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
@@ -15,7 +16,7 @@ from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.masks.select import BLOCK, at_centres, dense_selection, grid_of, select_blocks
-from omnisparse_flex.sink_copies import MIN_KEYS, original, spread
+from omnisparse_flex.sink_copies import original, spread
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import attend_tokens
 from omnisparse_flex.token_op import call_token_op
@@ -171,7 +172,9 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 def _sinks_to_copy(key: Tensor, site: Site) -> int:
     """Sink blocks that ``spread`` shall repeat; 0 where sinks need not be the first blocks, or it does not pay."""
-    if site.config is None or not site.lists or site.mask.starts_anywhere or key.shape[2] < MIN_KEYS:
+    if not sink_copies.ENABLED or site.config is None or not site.lists or site.mask.starts_anywhere:
+        return 0
+    if key.shape[2] < sink_copies.MIN_KEYS:
         return 0
     return (site.config.sink_size + BLOCK - 1) // BLOCK
 

@@ -45,7 +45,8 @@ class OmniSparseCache:
         cuda_graphs: On a GPU, record a decode step of the decoder as a CUDA graph and replay it for
             the next tokens. Costs the memory of one step's intermediate results (``memory_report``).
             Steps that cannot be recorded (padded batches, no ``position_ids``) run as before, and
-            ``rewrite_report`` says why. Weights, hooks and modules must not change within an answer.
+            ``rewrite_report`` says why. Weights, hooks and modules must not change within an answer. Off
+            by default until its tests have passed on a GPU.
 
     Raises:
         ConfigError: If the model was not changed by ``apply_omnisparse``, has layers without full
@@ -65,7 +66,7 @@ class OmniSparseCache:
         return object.__new__(_with_base() if cls is OmniSparseCache else cls)
 
     def __init__(
-        self, model: nn.Module, *, visual_recall: float = 0.95, offload: bool = True, cuda_graphs: bool = True
+        self, model: nn.Module, *, visual_recall: float = 0.95, offload: bool = True, cuda_graphs: bool = False
     ) -> None:
         """Check the arguments; nothing is allocated before the first call."""
         require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)

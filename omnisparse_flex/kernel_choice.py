@@ -32,7 +32,7 @@ def has_flash() -> bool:
 
 
 def kernel_options(
-    kernel: str, query: Tensor, value: Tensor, dtype: torch.dtype, *, plain_scores: bool
+    kernel: str, query: Tensor, value: Tensor, dtype: torch.dtype, *, plain_scores: bool, needs_grad: bool
 ) -> tuple[Options, str]:
     """Options of one site's kernel.
 
@@ -42,6 +42,7 @@ def kernel_options(
         value: (B, Hkv, S, Dv).
         dtype: What attention computes in, autocast considered.
         plain_scores: Logits are scaled dot products: no bias, soft cap or score_mod.
+        needs_grad: A backward will follow; ``"auto"`` then stays with Triton, whose backward is tested.
 
     Returns:
         The options, and why a wanted FLASH kernel is not taken ("" if it is, or was not wanted).
@@ -49,7 +50,7 @@ def kernel_options(
     if query.device.type != "cuda":
         return (), ""
     capability = torch.cuda.get_device_capability(query.device)[0]
-    if kernel != "triton" and (kernel == "flash" or has_flash()):
+    if kernel == "flash" or (kernel == "auto" and not needs_grad and has_flash()):
         reason = _flash_refuses(query, value, dtype, capability, plain_scores)
         if not reason:
             return FLASH, ""

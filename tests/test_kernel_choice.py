@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omnisparse_flex import OmniSparseConfig, apply_omnisparse, kernel_choice, rewrite_report
+from omnisparse_flex import OmniSparseConfig, apply_omnisparse, kernel_choice, rewrite_report, sink_copies
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.kernel_choice import FLASH, has_flash, kernel_options
 from omnisparse_flex.masks.expr import causal
@@ -29,13 +29,16 @@ class Fake:
         self.shape, self.device = (1, 8, 512, head_dim), torch.device(device)
 
 
-def choose(kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None):
-    return kernel_options(kernel, Fake(dim, device), Fake(value_dim or dim, device), dtype, plain_scores=plain)
+def choose(kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None, grad=False):
+    tensors = Fake(dim, device), Fake(value_dim or dim, device)
+    return kernel_options(kernel, *tensors, dtype, plain_scores=plain, needs_grad=grad)
 
 
 def test_flash_where_it_is_installed_and_legal(hopper, monkeypatch):
     assert choose() == (FLASH, "") and choose("flash") == (FLASH, "")
     assert choose("triton") == (kernel_choice.TRITON_OPTIONS[9, 128], "")
+    assert choose("flash", grad=True) == (FLASH, "")
+    assert choose(grad=True) == (kernel_choice.TRITON_OPTIONS[9, 128], ""), "auto trains on Triton"
     monkeypatch.setattr(kernel_choice, "has_flash", lambda: False)
     assert choose() == (kernel_choice.TRITON_OPTIONS[9, 128], "")
 
@@ -81,8 +84,9 @@ def reference(query, key, value, config, target):
 @needs_flash
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [1000, 4096 + 300])
-def test_flash_equals_the_masked_reference_forward_and_backward(device, length):
+def test_flash_equals_the_masked_reference_forward_and_backward(device, length, monkeypatch):
     """4396 tokens: with copies of the sinks; 1000: without; neither is a whole number of blocks."""
+    monkeypatch.setattr(sink_copies, "ENABLED", True)
     config = OmniSparseConfig(target_recall=0.5, window_size=128)
     torch.manual_seed(0)
     heads = (8, 2, 2)

@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 
 
 def cache_of(model, **keywords):
-    cache = OmniSparseCache(model, **keywords)
+    cache = OmniSparseCache(model, **{"cuda_graphs": True, **keywords})
     cache.store.chooser = half_lazy
     return cache
 

@@ -72,6 +72,7 @@ def test_no_query_block_shares_a_copy_with_more_than_its_part():
 def test_compiled_gradients_equal_dense_with_copies(device, monkeypatch):
     """All keys kept: whatever path the sinks take, the gradients are those of dense attention."""
     spreads = []
+    monkeypatch.setattr(module, "ENABLED", True)
     monkeypatch.setattr("omnisparse_flex.attention.spread", lambda *a, **k: spreads.append(1) or spread(*a, **k))
     config = OmniSparseConfig(target_recall=0.9999, budget=1 << 20, lazy_threshold=None, sink_size=64)
     from omnisparse_flex.backend import Backend
@@ -96,6 +97,7 @@ def test_inference_makes_no_copies(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("copied")
 
+    monkeypatch.setattr(module, "ENABLED", True)
     monkeypatch.setattr("omnisparse_flex.attention.spread", refuse)
     x = torch.randn(1, 1, 256, 16)
     with torch.no_grad():
