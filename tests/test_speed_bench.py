@@ -1,0 +1,85 @@
+"""The speed benchmarks' own arithmetic, and that the packaged costs are what their results say."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from omnisparse_flex.backend import Backend
+from omnisparse_flex.cost import BLOCK, PACKAGED, expected_share, fit
+from omnisparse_flex.timing import milliseconds
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a script of the benchmarks' folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_the_packaged_costs_are_fitted_to_the_kept_results(bench):
+    fit_costs = bench("fit_costs")
+    known = json.loads(PACKAGED.read_text())
+    for name, read in (("prefill.json", fit_costs.gpu_samples), ("prefill_cpu.json", fit_costs.cpu_samples)):
+        content = json.loads((BENCHMARKS / "results" / name).read_text())
+        device = content["device"] if name == "prefill.json" else "cpu"
+        expected = dataclasses.asdict(fit(read(content)))
+        assert known[device] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [8192, 131072])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_a_budget_for_a_share_is_the_largest_that_fits(bench, tokens, share):
+    ttft = bench("bench_ttft")
+    config = ttft.rules(share, tokens, 28, 2)
+    assert config.recalls == (1.0,) * 2 + (0.95,) * 26
+    assert expected_share(tokens, config) <= share or config.budget == 0
+    more = dataclasses.replace(config, budget=config.budget + BLOCK)
+    assert expected_share(tokens, more) > share
+
+
+def test_random_data_keeps_the_share_that_is_asked_for(bench):
+    prefill = bench("bench_prefill")
+    query, key, _ = prefill.inputs(4096, "cpu", 1)[0]
+    assert prefill.kept_share(0.5, query, key) == pytest.approx(0.5, abs=0.05)
+
+
+def test_transposed_lists_are_timed(bench):
+    assert bench("bench_train").transpose_milliseconds(512, 0.5, "cpu") > 0
+
+
+def test_time_is_that_of_one_call():
+    calls = []
+    took = milliseconds(lambda x: calls.append(x), [(1,), (2,)], runs=4, warm_up=1, queued=3)
+    queued = 3 if torch.cuda.is_available() else 1
+    assert calls == ([1, 2] * 20)[: 1 + 4 * queued], "the inputs take turns"
+    assert 0 <= took.low <= took.median <= took.high < 1000
+
+
+def test_profiled_kernels_are_told_apart(bench):
+    timing = bench("gpu_timing")
+    kernels = {"triton_tem_fused_flex_attention_3": 2.0, "kernel_cutlass_flash_fwd": 3.0, "triton_red_fused_add": 0.5}
+    assert timing.attention_share(kernels) == 5.0
+
+
+def test_the_quick_decoder_runs(bench, capsys):
+    """Dense and sparse through the same compiler; an eager inner, so that nobody waits."""
+    ttft = bench("bench_ttft")
+    options = argparse.Namespace(
+        device="cpu", hidden="small", layers=2, dense_layers=1, shares=[0.5], hf=False, stats=False
+    )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backend, "inner_for", lambda *_: "eager")
+        row = ttft.Bench(options).length(512)
+    assert row["dense"]["rewritten"] == 0 and row["d0.5"]["rewritten"] == 1
+    assert row["d0.5"]["whole_model"] == pytest.approx(0.5 + 0.5 * row["d0.5"]["share"])
+    assert "512: d0.5" in capsys.readouterr().out
