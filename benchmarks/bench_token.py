@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import dense_attention, kernel_milliseconds  # beside this file
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
@@ -32,6 +32,7 @@ from omnisparse_flex.masks.expr import causal
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import BLOCK
 from omnisparse_flex.site import Site
+from omnisparse_flex.timing import milliseconds
 from omnisparse_flex.token_attention import (
     attend_and_select,
     attend_near,
@@ -118,46 +119,15 @@ def parts(query: Tensor, key: Tensor, value: Tensor, site: Site) -> dict[str, Ca
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Dense causal attention, by kernel; those that refuse the shape are left out."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def attend(kernel: SDPBackend | None) -> Tensor:
-        run = lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)  # noqa: E731
-        if kernel is None:
-            return run()
-        with sdpa_kernel(kernel):
-            return run()
-
-    if not query.is_cuda:
-        return {"cpu": lambda: attend(None)}
-    found = {}
-    for name, kernel in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-        try:
-            attend(kernel)
-            found[name] = lambda kernel=kernel: attend(kernel)
-        except RuntimeError as error:
-            print(f"  {name}: {str(error).splitlines()[0]}", flush=True)
-    return found
+    """Dense causal attention over these tensors, by kernel."""
+    kernels = dense_attention(query.shape[3] ** -0.5)
+    return {name: functools.partial(attend, query, key, value) for name, attend in kernels.items()}
 
 
-def milliseconds(run: Callable[[], Any], device: str, runs: int = RUNS) -> float:
-    """Median of ``runs`` runs after one that does not count; a CPU only shows that it runs."""
+def median_ms(run: Callable[[], Any], device: str, runs: int = RUNS) -> float:
+    """Milliseconds of one call; a CPU only shows that it runs."""
     runs = runs if device == "cuda" else 1
-    run()
-    times = []
-    for _ in range(runs):
-        if device == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop))
-        else:
-            begin = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
+    return milliseconds(run, [()], runs=runs, warm_up=1, queued=2).median
 
 
 def extra_bytes(run: Callable[[], Any], device: str) -> int:
@@ -175,16 +145,16 @@ def extra_bytes(run: Callable[[], Any], device: str) -> int:
 def forward(tokens: int, shares: tuple[float, ...], keys: tuple[float, ...], device: str) -> dict[str, Any]:
     """Every share at one length."""
     query, key, value = inputs(tokens, device)
-    result: dict[str, Any] = {name: milliseconds(run, device, 3) for name, run in dense(query, key, value).items()}
+    result: dict[str, Any] = {name: median_ms(run, device, 3) for name, run in dense(query, key, value).items()}
     result = {"dense_ms": result, "cases": {}}
     fastest = min(result["dense_ms"].values())
     for share in shares:
         threshold = threshold_for(share, query, key, value)
         for part in keys:
             site = site_of(int(part * tokens), threshold)
-            row = {name: milliseconds(run, device) for name, run in parts(query, key, value, site).items()}
+            row = {name: median_ms(run, device) for name, run in parts(query, key, value, site).items()}
             call = lambda site=site: attend_tokens(query, key, value, site)  # noqa: E731
-            row["total"] = milliseconds(call, device)
+            row["total"] = median_ms(call, device)
             row["speedup"] = fastest / row["total"]
             if "far" in row:
                 row["attention_speedup"] = fastest / (row["near"] + row["far"])
@@ -195,6 +165,9 @@ def forward(tokens: int, shares: tuple[float, ...], keys: tuple[float, ...], dev
             row["active"] = selection.active.float().mean().item()
             row["keys"] = selection.key_count.float().mean().item() / tokens
             name = f"a{round(share * 100)}.k{round(part * 100)}"
+            if name == "a25.k5" and device == "cuda":  # where the time of the case that figures are about goes
+                kernels = kernel_milliseconds(call, ())
+                result["kernels_ms"] = dict(sorted(kernels.items(), key=lambda item: -item[1])[:16])
             result["cases"][name] = row
             print(f"  {tokens} {name} " + " ".join(f"{k} {v:.3g}" for k, v in row.items()), flush=True)
     print(f"  {tokens} dense {result['dense_ms']}", flush=True)
@@ -213,11 +186,11 @@ def training(tokens: int, share: float, part: float, device: str) -> dict[str, A
     def step(attend: Callable[[], Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(attend(), (query, key, value), grad)
 
-    dense_ms = {name: milliseconds(step(run), device) for name, run in dense(query, key, value).items()}
+    dense_ms = {name: median_ms(step(run), device) for name, run in dense(query, key, value).items()}
     result = {
         "dense_ms": dense_ms,
-        "graph_ms": milliseconds(step(lambda: call_token_op(query, key, value, compiled)), device),
-        "eager_ms": milliseconds(step(lambda: attend_tokens(query, key, value, site)), device),
+        "graph_ms": median_ms(step(lambda: call_token_op(query, key, value, compiled)), device),
+        "eager_ms": median_ms(step(lambda: attend_tokens(query, key, value, site)), device),
     }
     result["speedup"] = min(dense_ms.values()) / result["graph_ms"]
     result["eager_speedup"] = min(dense_ms.values()) / result["eager_ms"]
@@ -231,9 +204,9 @@ def keep(results: dict[str, Any]) -> None:
 
     about = {"device": summary.device_name(), "torch": torch.__version__, "commit": summary.commit()}
     summary.write_json({**results, **about}, RESULTS / "token.json")
-    shape = (
-        "fastest of cuDNN and flash SDPA; 28/4 heads, D=128, bfloat16, causal; 25 % of queries active, k* = 5 % of N"
-    )
+    dense_ms = results["131072"]["dense_ms"]
+    fastest = min(dense_ms, key=lambda name: dense_ms[name])
+    shape = f"{fastest}, fastest dense of the run; 28/4 heads, D=128, bfloat16, causal; 25 % of queries active, k* = 5 % of N"
     row = results["131072"]["cases"]["a25.k5"]
     figures = {
         "token.speedup.128k.a25.k5": (row["speedup"], f"{shape}; selection included"),
