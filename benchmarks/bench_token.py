@@ -206,7 +206,8 @@ def keep(results: dict[str, Any]) -> None:
     summary.write_json({**results, **about}, RESULTS / "token.json")
     dense_ms = results["131072"]["dense_ms"]
     fastest = min(dense_ms, key=lambda name: dense_ms[name])
-    shape = f"{fastest}, fastest dense of the run; 28/4 heads, D=128, bfloat16, causal; 25 % of queries active, k* = 5 % of N"
+    shares = "25 % of queries active, k* = 5 % of N"
+    shape = f"{fastest}, fastest dense of the run; 28/4 heads, D=128, bfloat16, causal; {shares}"
     row = results["131072"]["cases"]["a25.k5"]
     figures = {
         "token.speedup.128k.a25.k5": (row["speedup"], f"{shape}; selection included"),
