@@ -22,10 +22,10 @@ from video_needle.controls import SCORERS, match_density, scoring
 from video_needle.data import IGNORE, batch_of, inputs, make_batch, position_ids
 from video_needle.evaluate import CHANCE, by_kind, evaluate
 from video_needle.intervals import interval
+from video_needle.losses import narration_loss
 from video_needle.model import count_parameters, make_config, make_model
 from video_needle.scene import CELLS, Distractor, Event, Scene, make_scene, scene_seed
 from video_needle.schedule import Schedule
-from video_needle.trainer import narration_loss
 
 from omnisparse_flex.errors import ConfigError
 
@@ -81,7 +81,7 @@ def test_questions_that_do_not_fit_the_scene_are_refused(text, message):
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("steps", [32, 128, 512])
+@pytest.mark.parametrize("steps", [8, 16, 32, 128, 512])
 def test_scenes_keep_their_rules(steps):
     for index in range(60):
         made = make_scene(scene_seed("val", index), steps)
@@ -335,8 +335,8 @@ def test_a_comparison_refuses_bad_input_before_any_work(tmp_path, capsys):
 
 
 def test_scenes_and_splits_refuse_bad_input():
-    for steps in (16, 33):
-        with pytest.raises(ConfigError, match="steps must be a multiple of 4 of at least 32"):
+    for steps in (4, 33):
+        with pytest.raises(ConfigError, match="steps must be a multiple of 4 of at least 8"):
             make_scene(0, steps)
     with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'dev'"):
         scene_seed("dev", 0)
@@ -356,6 +356,44 @@ def test_an_event_tells_all_of_itself_in_one_place():
         assert at(event.onset + 2, event.cell) == [colour, shape, direction, digit, tenth]
         if digit:
             assert at(event.onset, event.digit_cell)[3] == digit
+
+
+def test_names_tell_the_event_that_they_name():
+    (batch, (made,), (asked,)) = batch_of("train", 5, 1, 32, 3)
+    told = batch.narration[0, 2 + 32 * CELLS :]
+    ids = batch.input_ids[0, 2 + 32 * CELLS :].tolist()
+    words = [vocabulary.WORDS[i] for i in ids]
+    starts = [i for i, word in enumerate(words) if word in vocabulary.KINDS]
+    assert len(starts) == len(asked)
+    expected = set()
+    for start, question in zip(starts, asked, strict=True):
+        ends = {"count": [], "what": [1], "before": [2, 4]}.get(question.kind, [2])
+        for place in (start + end for end in ends):
+            expected.add(place)
+            names = words[place : place + 1] if question.kind == "what" else words[place - 1 : place + 1]
+            (event,) = [
+                e
+                for e in made.of_colour(vocabulary.COLOURS.index(names[0]))
+                if vocabulary.SHAPES[e.shape] in names or len(names) == 1
+            ]
+            found = [vocabulary.WORDS[i] if i >= 0 else "" for i in told[place].tolist()]
+            assert found == [
+                vocabulary.COLOURS[event.colour],
+                vocabulary.SHAPES[event.shape],
+                vocabulary.DIRECTIONS[event.direction],
+                vocabulary.DIGITS[event.digit] if event.digit >= 0 else "",
+                vocabulary.TENTHS[10 * event.onset // 32],
+            ]
+    assert set((told != IGNORE).any(1).nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("steps", [8, 16])
+def test_videos_to_begin_with_are_full_of_events_and_can_be_asked_everything(steps):
+    for index in range(30):
+        made = make_scene(scene_seed("train", index), steps)
+        assert len(made.events) == steps // scene.SLOT
+        kinds = {question.kind for question in questions.ask(made, np.random.default_rng(index), 1)}
+        assert kinds == set(vocabulary.KINDS)
 
 
 def test_the_narration_loss_asks_within_a_class():
