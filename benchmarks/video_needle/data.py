@@ -151,8 +151,8 @@ def _recall(scene: Scene, asked: list[Question]) -> np.ndarray:
     words = np.full((sum(len(q.text.split()) for q in asked), len(TOLD)), IGNORE, dtype=np.int64)
     start = 0
     for question in asked:
-        for place, event in named(scene, question.text):
-            words[start + place] = _facts(event, scene.steps)
+        for at, event in named(scene, question.text):
+            words[start + at] = _facts(event, scene.steps)
         start += len(question.text.split())
     return words
 
