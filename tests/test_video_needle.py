@@ -219,6 +219,25 @@ def test_resuming_is_exact(tmp_path):
     assert [h["answer_loss"] for h in whole.history] == [h["answer_loss"] for h in again.history]
 
 
+def test_muon_at_once_is_torch_s_muon_one_by_one():
+    from video_needle.optimizer import Muon
+
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((6, 10), (6, 10), (12, 4), (8, 8))]
+    one, two = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    ours = Muon(one, lr=0.02, weight_decay=0.1)
+    theirs = torch.optim.Muon(two, lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        for a, b in zip(one, two, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    for a, b, x in zip(one, two, start, strict=True):
+        # Both orthogonalise in bfloat16, in five rounds of a few products each.
+        assert (a - b).norm() < 10 * 2**-8 * (a - x).norm()
+
+
 def test_training_on_one_step_lowers_its_loss():
     run = trainer(stages="512:100", lr=3e-3, narration=0.0)
     from video_needle.trainer import StepData

@@ -86,8 +86,9 @@ def phases(trainer: Trainer, plan: Schedule, batch) -> dict[str, float]:
         loss.backward()
         now = note("backward", now)
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        for optimizer in trainer.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         note("optimizer", now)
     now = time.perf_counter()
     for _ in range(MEASURED):

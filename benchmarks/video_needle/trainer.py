@@ -16,6 +16,7 @@ from video_needle.backgrounds import load
 from video_needle.data import Batch, batch_of, inputs, position_ids
 from video_needle.losses import count_hits, task_losses
 from video_needle.model import count_parameters, make_model
+from video_needle.optimizer import make_optimizers, set_rate
 from video_needle.scene import CELLS, STEPS
 from video_needle.schedule import Schedule
 from video_needle.vocabulary import KINDS
@@ -44,7 +45,7 @@ class StepData(torch.utils.data.Dataset):
 
 
 class Trainer:
-    """One model, its optimizer and how far it is."""
+    """One model, its optimizers and how far it is."""
 
     def __init__(
         self,
@@ -71,13 +72,7 @@ class Trainer:
             apply_omnisparse(self.model, config, min_seq_len=0)
         for layer in self.model.model.language_model.layers if compile_layers else ():
             layer.compile(dynamic=True)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=schedule.lr,
-            betas=(0.9, 0.98),
-            weight_decay=0.01,
-            fused=device.type == "cuda",
-        )
+        self.optimizers = make_optimizers(self.model, schedule.lr, fused=device.type == "cuda")
         self.weights = torch.tensor([1.0, schedule.narration, schedule.recall], device=device)
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -102,13 +97,13 @@ class Trainer:
         Returns:
             float32 (3 + 2 * kinds): the losses, right answers and questions by kind; still on the device.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr_at(self.step)
+        set_rate(self.optimizers, self.schedule.lr_at(self.step))
         losses, hits = self.forward(batch.to(self.device))
         (losses @ self.weights).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return torch.cat([losses.detach(), hits.flatten()])
 
@@ -193,7 +188,7 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint and the picture of the curves."""
-        checkpoint.save(directory, self.model, self.optimizer, self.record())
+        checkpoint.save(directory, self.model, self.optimizers, self.record())
         plot.curves(self.history, directory / "loss.png")
 
     def resume(self, directory: Path) -> None:
@@ -209,7 +204,7 @@ class Trainer:
             ("sizes", self.sizes),
         ):
             require(record[name] == own, name, f"be the checkpoint's {record[name]}", own)
-        checkpoint.load(directory, self.model, self.optimizer)
+        checkpoint.load(directory, self.model, self.optimizers)
         self.step, self.seconds = record["step"], record["seconds"]
         self.history, self.held_out = record["history"], record["held_out"]
 
