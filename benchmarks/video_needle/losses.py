@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,12 +30,13 @@ def narration_loss(logits: Tensor, narration: Tensor) -> Tensor:
     return torch.stack(losses).nan_to_num(0.0).mean()
 
 
-def task_losses(logits: Tensor, batch: Batch) -> Tensor:
+def task_losses(logits: Tensor, batch: Batch, early: Sequence[Tensor] = ()) -> Tensor:
     """Losses of the answers, of narration at visual tokens and of narration at names.
 
     Args:
         logits: float32 (B, N, vocabulary).
         batch: Where they are from, on the same device.
+        early: Logits read between layers; visual tokens have to narrate there, too.
 
     Returns:
         float32 (3,).
@@ -44,7 +47,9 @@ def task_losses(logits: Tensor, batch: Batch) -> Tensor:
         narration_loss(logits[:, part].flatten(0, 1), batch.narration[:, part].flatten(0, 1))
         for part in (slice(0, text), slice(text, None))
     )
-    return torch.stack([answer, seen, named])
+    for state in early:
+        seen = seen + narration_loss(state[:, :text].flatten(0, 1), batch.narration[:, :text].flatten(0, 1))
+    return torch.stack([answer, seen / (1 + len(early)), named])
 
 
 def count_hits(logits: Tensor, batch: Batch) -> Tensor:

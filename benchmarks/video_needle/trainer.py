@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.errors import require
@@ -74,6 +74,11 @@ class Trainer:
             layer.compile(dynamic=True)
         self.optimizers = make_optimizers(self.model, schedule.lr, fused=device.type == "cuda")
         self.weights = torch.tensor([1.0, schedule.narration, schedule.recall], device=device)
+        self.tapped: list[Tensor] = []
+        layers = self.model.model.language_model.layers
+        require(schedule.early < len(layers), "early", f"be under {len(layers)}", schedule.early)
+        if schedule.early:
+            layers[schedule.early - 1].register_forward_hook(self._tap)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -89,7 +94,17 @@ class Trainer:
         given = inputs(batch, self.positions[batch.steps], self.clips, torch.bfloat16 if on_gpu else torch.float32)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
             logits = self.model(**given, use_cache=False).logits.float()
-        return task_losses(logits, batch), count_hits(logits, batch)
+            early = [self._read(state) for state in self.tapped]
+        self.tapped.clear()
+        return task_losses(logits, batch, early), count_hits(logits, batch)
+
+    def _tap(self, _module: nn.Module, _given: tuple[Any, ...], state: Tensor) -> None:
+        self.tapped.clear()  # an evaluation may have left one
+        self.tapped.append(state)
+
+    def _read(self, state: Tensor) -> Tensor:
+        """Logits of a state between layers: what could be told if it were the last."""
+        return self.model.lm_head(self.model.model.language_model.norm(state)).float()
 
     def train_step(self, batch: Batch) -> Tensor:
         """One optimizer step.
