@@ -29,7 +29,7 @@ from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.stats import Stats
 
 RESULTS = Path(__file__).resolve().parent / "results" / "finetune_smollm2.json"
-QUICK = {"tokens": 2048, "steps": 2, "rows": 1, "windows": 1, "densities": [0.8], "train_density": 0.8}
+QUICK = {"tokens": 1024, "steps": 2, "rows": 1, "windows": 1, "densities": [0.9], "train_density": 0.9}
 WORK = Path(__file__).resolve().parent / "scratch" / "finetune_smollm2"
 
 
@@ -218,7 +218,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scoring", nargs="+", choices=SCORINGS["block"], default=["mean_pool", "antidiagonal"])
     parser.add_argument("--plan", type=json.loads, default={}, help="fields of the plan as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="two layers, two steps, 2K tokens: figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="two layers, two steps, 1K tokens: figures mean nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the fine-tuned weights")
     return parser.parse_args(arguments)

@@ -347,10 +347,16 @@ def test_matching_a_density_finds_the_least_target_that_reaches_it():
 def test_a_comparison_refuses_bad_input_before_any_work(tmp_path, capsys):
     from video_needle.compare import main
 
-    for extra in (["--lengths", "100"], ["--recalls", "1.5"], ["--controls", "oracle"], ["--videos", "0"]):
+    for extra in (
+        ["--lengths", "100"],
+        ["--recalls", "1.5"],
+        ["--parts", "oracle"],
+        ["--videos", "0"],
+        ["--ratios", "1"],
+    ):
         assert main(["--checkpoint", f"x={tmp_path}", "--out", str(tmp_path), *extra]) == 2
     errors = [line.split(" must ")[0] for line in capsys.readouterr().err.splitlines()]
-    assert errors == [f"compare.py: {name}" for name in ("lengths", "target_recall", "controls", "videos")]
+    assert errors == [f"compare.py: {name}" for name in ("lengths", "recalls", "parts", "videos", "ratios")]
 
 
 def test_scenes_and_splits_refuse_bad_input():

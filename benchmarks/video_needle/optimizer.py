@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for everything else: look-ups form in about half of AdamW's steps (probe.json)."""
+"""Muon for the matrices, AdamW for the rest: look-ups form in half of AdamW's steps (results/video_probe.json)."""
 
 from __future__ import annotations
 
