@@ -137,3 +137,17 @@ def test_every_family_is_a_config_of_its_own():
     assert {config.granularity for config in configs} == {"block", "token"}
     assert FAMILIES["KV selection alone"].config({}, 4, 1).lazy_threshold is None
     assert FAMILIES["query selection alone"].recalls[0] > 0.999
+
+
+@pytest.mark.slow
+def test_step_times_are_of_the_same_batch_dense_and_sparse(tmp_path):
+    from video_needle import step_time
+
+    checkpoints(tmp_path, names=("small",))
+    line = ["--init", str(tmp_path / "small"), "--length", "512", "--repeats", "1", "--out", str(tmp_path)]
+    assert step_time.main([*line, "--omnisparse", '{"target_recall": 0.5}']) == 0
+    found = json.loads((tmp_path / "step_time.json").read_text())
+    assert found["query"] == [1, 2, 512 + 26, 32] and found["key"] == [1, 1, 512 + 26, 32]
+    assert 0 < found["density"] < 1
+    assert all(found[part][how] > 0 for part in ("step_ms", "attention_ms") for how in ("dense", "sparse"))
+    assert step_time.main([*line, "--omnisparse", '{"target_recall": 5}']) == 2

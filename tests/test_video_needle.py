@@ -1,6 +1,7 @@
 """The synthetic video task: its scene graph, its pixels, its training script."""
 
 import importlib.util
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -430,3 +431,23 @@ def test_the_narration_loss_asks_within_a_class():
     torch.testing.assert_close(narration_loss(logits, words), even)
     logits[0, vocabulary.IDS["red"]] = logits[0, vocabulary.IDS["7"]] = 50.0
     assert narration_loss(logits, words) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # torch: no accelerator here
+@pytest.mark.parametrize("omnisparse", [None, pytest.param({"target_recall": 0.5}, marks=pytest.mark.slow)])
+def test_the_example_with_transformers_trainer_goes_on_exactly(tmp_path, omnisparse):
+    from video_needle import trainer_example
+
+    def train(resume):
+        line = ["--out", str(tmp_path), "--steps", "2", "--batch", "1", "--length", "512", "--save-steps", "1"]
+        options = trainer_example.parse([*line, *(["--resume"] if resume else [])])
+        options.omnisparse = omnisparse
+        return trainer_example.train(options, SMALL)
+
+    whole = train(resume=False)
+    assert whole.state.global_step == 2 and whole.state.log_history[0]["grad_norm"] > 0
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    again = train(resume=True)
+    assert again.state.global_step == 2
+    for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
