@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from benchmarks import finetune_report as report
 from benchmarks.finetune_parts import FineTuning, perplexity_parts, set_targets, split, target_for, weights
+from benchmarks.finetune_plan import Plan
 from benchmarks.quality.prepare import load
 from benchmarks.quality.weights import load_model
-from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, remove_omnisparse
+from omnisparse_flex import apply_omnisparse, collect_stats, remove_omnisparse
 from omnisparse_flex.config import SCORINGS
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.stats import Stats
@@ -31,49 +32,6 @@ from omnisparse_flex.stats import Stats
 RESULTS = Path(__file__).resolve().parent / "results" / "finetune_smollm2.json"
 QUICK = {"tokens": 1024, "steps": 2, "rows": 1, "windows": 1, "densities": [0.9], "train_density": 0.9}
 WORK = Path(__file__).resolve().parent / "scratch" / "finetune_smollm2"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is fixed for a whole experiment; every row of one JSON has the same.
-
-    Attributes:
-        tokens: Length of a window, in training and inference.
-        steps: Optimizer steps of each run.
-        rows: Windows of an optimizer step.
-        windows: Most held-out windows of a text.
-        lr: Peak learning rate.
-        dense_layers: First layers that stay dense.
-        train_density: Whole-model density of the pretrained model on a training window; its target is trained with.
-        densities: Whole-model densities of sparse inference.
-        base: Further fields of the ``OmniSparseConfig``.
-    """
-
-    tokens: int = 8192
-    steps: int = 160
-    rows: int = 2
-    windows: int = 8
-    lr: float = 1e-4
-    dense_layers: int = 1
-    train_density: float = 0.19
-    densities: tuple[float, ...] = (0.15, 0.2, 0.3)
-    base: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"budget": "per_head", "lazy_threshold": None, "window_size": 128}
-    )
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        for name in ("tokens", "steps", "rows", "windows", "dense_layers"):
-            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        require(0 < self.lr < 1, "lr", "be in (0, 1)", self.lr)
-        for density in (self.train_density, *self.densities):
-            require(0 < density < 1, "densities", "be in (0, 1)", density)
-        self.config("mean_pool", self.dense_layers + 1)
-
-    def config(self, scoring: str, layers: int) -> OmniSparseConfig:
-        """The rules; the sparse layers' target is replaced at run time."""
-        recalls = [1.0] * self.dense_layers + [0.5] * (layers - self.dense_layers)
-        return OmniSparseConfig.from_dict({**self.base, "scoring": scoring, "target_recall": recalls})
 
 
 class Experiment:
@@ -101,7 +59,7 @@ class Experiment:
         self.training, self.windows, repeated = split(texts, plan.tokens, plan.windows)
         head = {"plan": json.loads(json.dumps(dataclasses.asdict(plan))), "layers": self.layers}
         head |= {"held_out_windows": len(self.windows), "held_out_runs_in_training": repeated}
-        self.content: dict[str, Any] = {**head, **report.versions(), "rows": [], "training": {}}
+        self.content: dict[str, Any] = {**head, **report.versions(), "rows": [], "training": {}, "targets": {}}
         if out.exists():
             self.content = json.loads(out.read_text())
             require(self.content["plan"] == head["plan"], "out", "hold rows of the same plan", str(out))
@@ -123,9 +81,7 @@ class Experiment:
         self.model.load_state_dict(self.pretrained)
         apply_omnisparse(self.model, self.plan.config(scoring, self.layers), min_seq_len=0)
         try:
-            with collect_stats(self.model) as stats:
-                first = self.training[min(self.training)][: self.plan.tokens]
-                target = target_for(self.model, stats, first, self.plan.train_density, self.plan.dense_layers)
+            target = self._train_target(scoring)
             print(f"{scoring}: trains at target recall {target:.3f}", flush=True)
             tuned = self.tune(scoring)
             dense = self.tuned("dense")
@@ -138,6 +94,17 @@ class Experiment:
         if tuned is not None:
             self.look("tuned sparse", tuned, "dense", trained_with=scoring)
 
+    def _train_target(self, scoring: str) -> float:
+        """Target recall of training: found once on the pretrained model, then kept with the rows."""
+        targets = self.content["targets"]
+        if scoring not in targets:
+            first = self.training[min(self.training)][: self.plan.tokens]
+            with collect_stats(self.model) as stats:
+                targets[scoring] = target_for(self.model, stats, first, self.plan.train_density, self.plan.dense_layers)
+            report.write(self.content, self.out)
+        set_targets(self.model, targets[scoring], self.plan.dense_layers)
+        return targets[scoring]
+
     def _sparse_rows(self, name: str, state: dict[str, Tensor], scoring: str, stats: Stats, trained: float) -> None:
         for density in self.plan.densities:
             self.look(name, state, scoring, density, stats)
@@ -146,10 +113,9 @@ class Experiment:
 
     def tune(self, how: str) -> dict[str, Tensor] | None:
         """Weights fine-tuned with the attention that the model has now; None if the time is up before the end."""
-        if how in self.content["training"]:
-            return self.tuned(how)
-        if self.late():
-            return None
+        found = self.tuned(how)
+        if found is not None or self.late():
+            return found
         path = self.work / f"{how}.pt"
         self.model.load_state_dict(self.pretrained)
         run = FineTuning(self.model, self.plan.steps, self.plan.lr, self.plan.rows)
