@@ -32,7 +32,7 @@ class Plan:
     lr: float = 1e-4
     dense_layers: int = 1
     train_density: float = 0.19
-    densities: tuple[float, ...] = (0.15, 0.2, 0.3)
+    densities: tuple[float, ...] = (0.16, 0.19, 0.3)
     base: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"budget": "per_head", "lazy_threshold": None, "window_size": 128}
     )

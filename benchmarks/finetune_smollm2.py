@@ -164,7 +164,11 @@ class Experiment:
             return
         self.model.load_state_dict(state)
         if stats is not None and density is not None:
-            target = target_for(self.model, stats, self.windows[0], density, self.plan.dense_layers)
+            try:
+                target = target_for(self.model, stats, self.windows[0], density, self.plan.dense_layers)
+            except ConfigError as error:  # this scorer's own cost leaves no room; the others may go on
+                print(f"{name}, {inference}: {error}", flush=True)
+                return
         elif stats is not None and target is not None:
             set_targets(self.model, target, self.plan.dense_layers)
         losses, kept = [], []

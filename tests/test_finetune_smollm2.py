@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import finetune_report as report
 from benchmarks import finetune_smollm2 as bench
 from benchmarks.finetune_parts import FineTuning, batch_of, loss_of, split
+from omnisparse_flex import apply_omnisparse, collect_stats
 from omnisparse_flex.errors import ConfigError
 
 NEVER = float("inf")
@@ -88,6 +89,11 @@ def test_the_experiment_measures_every_row_once(tmp_path):
     run(time.monotonic() - 1)
     assert not path.exists(), "nothing begins after the deadline"
     rows = run(NEVER)["rows"]
+    made = bench.Experiment(tiny(), texts(), bench.Plan(tokens=1024), tmp_path / "new.json", work, NEVER)
+    apply_omnisparse(made.model, made.plan.config("mean_pool", 2), min_seq_len=0)
+    with collect_stats(made.model) as stats:
+        made.look("pretrained", made.pretrained, "mean_pool", 0.5, stats)
+    assert made.content["rows"] == [], "half is less than the dense layer and what is always kept"
     kinds = [(row["weights"], row["inference"], row["wanted"]) for row in rows]
     sparse = [(name, "mean_pool", d) for name in ("pretrained", "tuned dense", "tuned sparse") for d in (0.9, None)]
     dense = [(name, "dense", None) for name in ("pretrained", "tuned dense", "tuned sparse")]
