@@ -451,3 +451,44 @@ def test_the_example_with_transformers_trainer_goes_on_exactly(tmp_path, omnispa
     assert again.state.global_step == 2
     for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_early_narration_is_trained_sparsely_too_in_one_graph():
+    from video_needle.trainer import StepData, Trainer
+
+    from omnisparse_flex import rewrite_report
+
+    plan = Schedule(stages="512:6", tokens=512, rounds=1, early=1)
+    sizes = SMALL | {"layers": 2}
+    losses = {}
+    for name, fields in (
+        ("dense", None),
+        ("everything", {"target_recall": 1 - 1e-6, "lazy_threshold": None}),
+        ("sparse", {"target_recall": 0.4}),
+    ):
+        run = Trainer(plan, torch.device("cpu"), fields, sizes)
+        losses[name] = torch.stack([run.train_step(StepData(plan)[step])[:3] for step in range(2)])
+        if fields is not None:
+            report = rewrite_report(run.model)
+            assert len(report.rewritten) == 2 and not report.skipped and report.compiled == 1
+    torch.testing.assert_close(losses["everything"], losses["dense"], rtol=1e-4, atol=0)
+    assert not torch.allclose(losses["sparse"], losses["dense"], rtol=1e-4, atol=0)
+
+
+def test_early_narration_counts_as_much_as_the_last():
+    from video_needle.trainer import Trainer
+
+    batch = batch_of("train", 0, 1, 32, 1)[0]
+    plan = Schedule(stages="512:6", tokens=512, rounds=1, early=1)
+    run = Trainer(plan, torch.device("cpu"), sizes=SMALL | {"layers": 2})
+    text = 2 + 32 * CELLS
+    with torch.no_grad():
+        both = run.forward(batch)[0][1]
+        states = run.model(**inputs(batch, position_ids(32, 1), run.clips, torch.float32), output_hidden_states=True)
+        tell = lambda state: narration_loss(state[0, :text], batch.narration[0, :text])  # noqa: E731
+        early, last = tell(run._read(states.hidden_states[1])), tell(states.logits)
+    torch.testing.assert_close(both, (early + last) / 2)
+    assert not torch.isclose(early, last)
+    with pytest.raises(ConfigError, match="early must be under 1"):
+        trainer(early=1)
