@@ -47,6 +47,12 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = "Dense against sparse prefill of a seeded Qwen2.5-VL on a real clip; saves a picture and JSON."
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the files go (default: here)")
     parser.add_argument("--quick", action="store_true", help="fewer frames and layers; figures mean little")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="only ask this trained model about a generated clip (default: models/video_needle, after the rest)",
+    )
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +98,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     _need("transformers", "av", "skvideo", "matplotlib", "numpy", extra="demo")
+    from omnisparse_flex import answers
     from omnisparse_flex.demo import run_demo
 
-    run_demo(arguments.out, quick=arguments.quick)
+    if arguments.weights is None:
+        run_demo(arguments.out, quick=arguments.quick)
+    weights = arguments.weights or answers.shipped()
+    if weights is not None:
+        answers.run_answers(weights, quick=arguments.quick)
     return 0
 
 

@@ -1,6 +1,7 @@
 """The synthetic video task: its scene graph, its pixels, its training script."""
 
 import importlib.util
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,10 +23,10 @@ from video_needle.controls import SCORERS, match_density, scoring
 from video_needle.data import IGNORE, batch_of, inputs, make_batch, position_ids
 from video_needle.evaluate import CHANCE, by_kind, evaluate
 from video_needle.intervals import interval
+from video_needle.losses import narration_loss
 from video_needle.model import count_parameters, make_config, make_model
 from video_needle.scene import CELLS, Distractor, Event, Scene, make_scene, scene_seed
 from video_needle.schedule import Schedule
-from video_needle.trainer import narration_loss
 
 from omnisparse_flex.errors import ConfigError
 
@@ -81,7 +82,7 @@ def test_questions_that_do_not_fit_the_scene_are_refused(text, message):
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("steps", [32, 128, 512])
+@pytest.mark.parametrize("steps", [8, 16, 32, 128, 512])
 def test_scenes_keep_their_rules(steps):
     for index in range(60):
         made = make_scene(scene_seed("val", index), steps)
@@ -219,6 +220,25 @@ def test_resuming_is_exact(tmp_path):
     assert [h["answer_loss"] for h in whole.history] == [h["answer_loss"] for h in again.history]
 
 
+def test_muon_at_once_is_torch_s_muon_one_by_one():
+    from video_needle.optimizer import Muon
+
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((6, 10), (6, 10), (12, 4), (8, 8))]
+    one, two = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    ours = Muon(one, lr=0.02, weight_decay=0.1)
+    theirs = torch.optim.Muon(two, lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        for a, b in zip(one, two, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    for a, b, x in zip(one, two, start, strict=True):
+        # Both orthogonalise in bfloat16, in five rounds of a few products each.
+        assert (a - b).norm() < 10 * 2**-8 * (a - x).norm()
+
+
 def test_training_on_one_step_lowers_its_loss():
     run = trainer(stages="512:100", lr=3e-3, narration=0.0)
     from video_needle.trainer import StepData
@@ -328,15 +348,21 @@ def test_matching_a_density_finds_the_least_target_that_reaches_it():
 def test_a_comparison_refuses_bad_input_before_any_work(tmp_path, capsys):
     from video_needle.compare import main
 
-    for extra in (["--lengths", "100"], ["--recalls", "1.5"], ["--controls", "oracle"], ["--videos", "0"]):
+    for extra in (
+        ["--lengths", "100"],
+        ["--recalls", "1.5"],
+        ["--parts", "oracle"],
+        ["--videos", "0"],
+        ["--ratios", "1"],
+    ):
         assert main(["--checkpoint", f"x={tmp_path}", "--out", str(tmp_path), *extra]) == 2
     errors = [line.split(" must ")[0] for line in capsys.readouterr().err.splitlines()]
-    assert errors == [f"compare.py: {name}" for name in ("lengths", "target_recall", "controls", "videos")]
+    assert errors == [f"compare.py: {name}" for name in ("lengths", "recalls", "parts", "videos", "ratios")]
 
 
 def test_scenes_and_splits_refuse_bad_input():
-    for steps in (16, 33):
-        with pytest.raises(ConfigError, match="steps must be a multiple of 4 of at least 32"):
+    for steps in (4, 33):
+        with pytest.raises(ConfigError, match="steps must be a multiple of 4 of at least 8"):
             make_scene(0, steps)
     with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'dev'"):
         scene_seed("dev", 0)
@@ -358,6 +384,44 @@ def test_an_event_tells_all_of_itself_in_one_place():
             assert at(event.onset, event.digit_cell)[3] == digit
 
 
+def test_names_tell_the_event_that_they_name():
+    (batch, (made,), (asked,)) = batch_of("train", 5, 1, 32, 3)
+    told = batch.narration[0, 2 + 32 * CELLS :]
+    ids = batch.input_ids[0, 2 + 32 * CELLS :].tolist()
+    words = [vocabulary.WORDS[i] for i in ids]
+    starts = [i for i, word in enumerate(words) if word in vocabulary.KINDS]
+    assert len(starts) == len(asked)
+    expected = set()
+    for start, question in zip(starts, asked, strict=True):
+        ends = {"count": [], "what": [1], "before": [2, 4]}.get(question.kind, [2])
+        for place in (start + end for end in ends):
+            expected.add(place)
+            names = words[place : place + 1] if question.kind == "what" else words[place - 1 : place + 1]
+            (event,) = [
+                e
+                for e in made.of_colour(vocabulary.COLOURS.index(names[0]))
+                if vocabulary.SHAPES[e.shape] in names or len(names) == 1
+            ]
+            found = [vocabulary.WORDS[i] if i >= 0 else "" for i in told[place].tolist()]
+            assert found == [
+                vocabulary.COLOURS[event.colour],
+                vocabulary.SHAPES[event.shape],
+                vocabulary.DIRECTIONS[event.direction],
+                vocabulary.DIGITS[event.digit] if event.digit >= 0 else "",
+                vocabulary.TENTHS[10 * event.onset // 32],
+            ]
+    assert set((told != IGNORE).any(1).nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("steps", [8, 16])
+def test_videos_to_begin_with_are_full_of_events_and_can_be_asked_everything(steps):
+    for index in range(30):
+        made = make_scene(scene_seed("train", index), steps)
+        assert len(made.events) == steps // scene.SLOT
+        kinds = {question.kind for question in questions.ask(made, np.random.default_rng(index), 1)}
+        assert kinds == set(vocabulary.KINDS)
+
+
 def test_the_narration_loss_asks_within_a_class():
     words = torch.tensor([[vocabulary.IDS["red"], IGNORE, IGNORE, vocabulary.IDS["7"], IGNORE]])
     logits = torch.zeros(1, vocabulary.SIZE)
@@ -367,3 +431,64 @@ def test_the_narration_loss_asks_within_a_class():
     torch.testing.assert_close(narration_loss(logits, words), even)
     logits[0, vocabulary.IDS["red"]] = logits[0, vocabulary.IDS["7"]] = 50.0
     assert narration_loss(logits, words) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # torch: no accelerator here
+@pytest.mark.parametrize("omnisparse", [None, pytest.param({"target_recall": 0.5}, marks=pytest.mark.slow)])
+def test_the_example_with_transformers_trainer_goes_on_exactly(tmp_path, omnisparse):
+    from video_needle import trainer_example
+
+    def train(resume):
+        line = ["--out", str(tmp_path), "--steps", "2", "--batch", "1", "--length", "512", "--save-steps", "1"]
+        options = trainer_example.parse([*line, *(["--resume"] if resume else [])])
+        options.omnisparse = omnisparse
+        return trainer_example.train(options, SMALL)
+
+    whole = train(resume=False)
+    assert whole.state.global_step == 2 and whole.state.log_history[0]["grad_norm"] > 0
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    again = train(resume=True)
+    assert again.state.global_step == 2
+    for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_early_narration_is_trained_sparsely_too_in_one_graph():
+    from video_needle.trainer import StepData, Trainer
+
+    from omnisparse_flex import rewrite_report
+
+    plan = Schedule(stages="512:6", tokens=512, rounds=1, early=1)
+    sizes = SMALL | {"layers": 2}
+    losses = {}
+    for name, fields in (
+        ("dense", None),
+        ("everything", {"target_recall": 1 - 1e-6, "lazy_threshold": None}),
+        ("sparse", {"target_recall": 0.4}),
+    ):
+        run = Trainer(plan, torch.device("cpu"), fields, sizes)
+        losses[name] = torch.stack([run.train_step(StepData(plan)[step])[:3] for step in range(2)])
+        if fields is not None:
+            report = rewrite_report(run.model)
+            assert len(report.rewritten) == 2 and not report.skipped and report.compiled == 1
+    torch.testing.assert_close(losses["everything"], losses["dense"], rtol=1e-4, atol=0)
+    assert not torch.allclose(losses["sparse"], losses["dense"], rtol=1e-4, atol=0)
+
+
+def test_early_narration_counts_as_much_as_the_last():
+    from video_needle.trainer import Trainer
+
+    batch = batch_of("train", 0, 1, 32, 1)[0]
+    plan = Schedule(stages="512:6", tokens=512, rounds=1, early=1)
+    run = Trainer(plan, torch.device("cpu"), sizes=SMALL | {"layers": 2})
+    text = 2 + 32 * CELLS
+    with torch.no_grad():
+        both = run.forward(batch)[0][1]
+        states = run.model(**inputs(batch, position_ids(32, 1), run.clips, torch.float32), output_hidden_states=True)
+        tell = lambda state: narration_loss(state[0, :text], batch.narration[0, :text])  # noqa: E731
+        early, last = tell(run._read(states.hidden_states[1])), tell(states.logits)
+    torch.testing.assert_close(both, (early + last) / 2)
+    assert not torch.isclose(early, last)
+    with pytest.raises(ConfigError, match="early must be under 1"):
+        trainer(early=1)

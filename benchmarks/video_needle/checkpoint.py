@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +15,40 @@ from omnisparse_flex.errors import ConfigError, require
 #: Largest shard; small files travel.
 SHARD_BYTES = 14 * 2**20
 STATE = "train.json"
-#: The optimizer's two moments are kept in half precision; see ``round_moments``.
-MOMENTS = ("exp_avg", "exp_avg_sq")
+#: The optimizers' moments (AdamW's two, Muon's one) are kept in half precision; see ``round_moments``.
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
-def round_moments(optimizer: torch.optim.Optimizer) -> None:
+def round_moments(optimizers: Optimizers) -> None:
     """Round the live moments to bfloat16 values: what is saved is then exactly what training goes on with.
 
-    A checkpoint thus takes 8 bytes a parameter instead of 12, and an interrupted run goes on bit for bit.
+    A checkpoint thus takes 6 to 8 bytes a parameter instead of 8 to 12, and an interrupted run goes on bit for bit.
     """
-    for state in optimizer.state.values():
-        for name in MOMENTS:
-            state[name].copy_(state[name].to(torch.bfloat16))
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            for name in state.keys() & set(MOMENTS):
+                state[name].copy_(state[name].to(torch.bfloat16))
 
 
-def save(directory: Path, model: Any, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
+def save(directory: Path, model: Any, optimizers: Optimizers, record: dict[str, Any]) -> None:
     """Write a checkpoint; its JSON comes last, so a directory with one is complete.
 
     Args:
         directory: Where; made if need be. An older checkpoint there is replaced.
         model: Its float32 parameters are kept exactly.
-        optimizer: AdamW; its moments are rounded, in place too.
+        optimizers: Their moments are rounded, in place too.
         record: JSON-ready: step, schedule, history, versions.
     """
     from safetensors.torch import save_file
 
-    round_moments(optimizer)
+    round_moments(optimizers)
+    states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        for moment in MOMENTS if parameter in optimizer.state else ():
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].to(torch.bfloat16)
+        for moment in states.get(parameter, {}).keys() & set(MOMENTS):
+            tensors[f"{moment}.{name}"] = states[parameter][moment].to(torch.bfloat16)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / STATE).unlink(missing_ok=True)
     for old in directory.glob("state-*.safetensors"):
@@ -85,8 +89,8 @@ def read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def load(directory: Path, model: Any, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Read a checkpoint into a model and, to go on with training, its optimizer.
+def load(directory: Path, model: Any, optimizers: Optimizers = ()) -> dict[str, Any]:
+    """Read a checkpoint into a model and, to go on with training, its optimizers.
 
     Returns:
         The record.
@@ -108,14 +112,17 @@ def load(directory: Path, model: Any, optimizer: torch.optim.Optimizer | None = 
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"model.{name}"])
-            if optimizer is not None and f"exp_avg.{name}" in tensors:
-                _restore(optimizer, parameter, record["step"], {m: tensors[f"{m}.{name}"] for m in MOMENTS})
+    owners = {p: x for x in optimizers for group in x.param_groups for p in group["params"]}
+    for name, parameter in named.items():
+        moments = {m: tensors[f"{m}.{name}"] for m in MOMENTS if f"{m}.{name}" in tensors}
+        if moments and parameter in owners:
+            _restore(owners[parameter], parameter, record["step"], moments)
     return record
 
 
 def _restore(optimizer: torch.optim.Optimizer, parameter: Tensor, step: int, moments: dict[str, Tensor]) -> None:
-    fused = bool(optimizer.defaults.get("fused"))
-    count = torch.tensor(float(step), device=parameter.device if fused else "cpu")
-    optimizer.state[parameter] = {"step": count} | {
-        name: torch.empty_like(parameter).copy_(x) for name, x in moments.items()
-    }
+    state = {name: torch.empty_like(parameter, requires_grad=False).copy_(x) for name, x in moments.items()}
+    if isinstance(optimizer, torch.optim.AdamW):
+        fused = bool(optimizer.defaults.get("fused"))
+        state["step"] = torch.tensor(float(step), device=parameter.device if fused else "cpu")
+    optimizer.state[parameter] = state

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +16,15 @@ from torch import Tensor
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks import select
 
-Adjust = Callable[[Tensor], Tensor] | None
 
-
-def random_blocks(query: Tensor, key: Tensor, some: Tensor, *, scale: float, block: int, adjust: Adjust) -> Tensor:
+def random_blocks(query: Tensor, key: Tensor, some: Tensor, *, scale: float, block: int, **_: Any) -> Tensor:
     """A hash of batch row, head, query block and key block as the mass; takes and returns what ``mean_pool`` does."""
     places = _places(query, key, some)
     mixed = sum(x * factor for x, factor in zip(places, (17.13, 5.717, 12.9898, 78.233), strict=True))
     return _normalised(1 + (torch.sin(mixed) * 43758.5453).frac().abs(), some)
 
 
-def latest_blocks(query: Tensor, key: Tensor, some: Tensor, *, scale: float, block: int, adjust: Adjust) -> Tensor:
+def latest_blocks(query: Tensor, key: Tensor, some: Tensor, *, scale: float, block: int, **_: Any) -> Tensor:
     """Nearly equal mass, a little more for later blocks: the budget then widens the window and nothing else."""
     places = _places(query, key, some)
     later = 1 + places[3] / (4 * some.shape[-1]) + 0 * sum(places[:3])

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.errors import require
-from video_needle.questions import TOKENS_PER_ROUND, Question, ask
+from video_needle.questions import TOKENS_PER_ROUND, Question, ask, named
 from video_needle.render import plan_backgrounds, render
-from video_needle.scene import CELLS, EVENT_STEPS, Scene, make_scene, scene_seed
+from video_needle.scene import CELLS, EVENT_STEPS, Event, Scene, make_scene, scene_seed
 from video_needle.sprites import place
 from video_needle.vocabulary import COLOURS, DIGITS, DIRECTIONS, IDS, KINDS, SHAPES, TENTHS, TOLD
 
@@ -35,8 +35,8 @@ class Batch:
     Attributes:
         input_ids: int64 (B, N): video placeholders, then the questions, answers left out.
         answers: int64 (B, N): at each ``?`` the answer's id, elsewhere -100. Not shifted.
-        narration: int64 (B, N, classes): at visual tokens what can be seen there, by class of words (``TOLD``),
-            elsewhere -100. Not shifted.
+        narration: int64 (B, N, classes): at visual tokens what can be seen there, and where a question has named
+            an event what is known of it, by class of words (``TOLD``); elsewhere -100. Not shifted.
         kinds: int64 (B, N): at each ``?`` the index of the question's kind, elsewhere -100.
         steps: Length of the videos.
         crops: As ``plan_backgrounds`` returns it.
@@ -83,6 +83,7 @@ def make_batch(scenes: list[Scene], questions: list[list[Question]], visible: st
     steps = lengths[0]
     rows = [_text(asked) for asked in questions]
     text, answers, kinds = (torch.tensor([row[i] for row in rows]) for i in range(3))
+    told = torch.from_numpy(np.stack([_recall(scene, asked) for scene, asked in zip(scenes, questions, strict=True)]))
     video = torch.full((len(scenes), steps * CELLS), IDS["<video>"])
     unset = torch.full_like(video, IGNORE)
     edge = lambda word, fill: torch.full((len(scenes), 1), IDS[word] if fill is None else fill)  # noqa: E731
@@ -94,7 +95,7 @@ def make_batch(scenes: list[Scene], questions: list[list[Question]], visible: st
     return Batch(
         input_ids=join(video, text, None),
         answers=join(unset, answers, IGNORE),
-        narration=F.pad(_narrate(scenes), (0, 0, 1, 1 + text.shape[1]), value=IGNORE),
+        narration=torch.cat([F.pad(_narrate(scenes), (0, 0, 1, 1), value=IGNORE), told], dim=1),
         kinds=join(unset, kinds, IGNORE),
         steps=steps,
         crops=crops,
@@ -140,6 +141,27 @@ def _narrate(scenes: list[Scene]) -> Tensor:
             if d.digit >= 0:
                 words[row, d.onset : d.onset + EVENT_STEPS, d.cell, digit] = IDS[DIGITS[d.digit]]
     return torch.from_numpy(words.reshape(len(scenes), -1, len(TOLD)))
+
+
+def _recall(scene: Scene, asked: list[Question]) -> np.ndarray:
+    """All that is known of an event, at the word of a question that completes its name.
+
+    Whoever can tell it there has found the event; every question but the count is then a choice among what was told.
+    """
+    words = np.full((sum(len(q.text.split()) for q in asked), len(TOLD)), IGNORE, dtype=np.int64)
+    start = 0
+    for question in asked:
+        for at, event in named(scene, question.text):
+            words[start + at] = _facts(event, scene.steps)
+        start += len(question.text.split())
+    return words
+
+
+def _facts(event: Event, steps: int) -> list[int]:
+    """The words of ``TOLD`` for an event; -100 for a digit that it has not."""
+    facts = (COLOURS[event.colour], SHAPES[event.shape], DIRECTIONS[event.direction])
+    digit = IDS[DIGITS[event.digit]] if event.digit >= 0 else IGNORE
+    return [*(IDS[word] for word in facts), digit, IDS[TENTHS[10 * event.onset // steps]]]
 
 
 def batch_of(

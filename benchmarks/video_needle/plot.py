@@ -48,10 +48,9 @@ def frontier(rows: list[dict[str, Any]], chance: float, path: Path) -> None:
     for axes, length in zip(panels, lengths, strict=True):
         series: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
-            if row["length"] == length and row["inference"] not in ("last frame only", "text only"):
-                family = row["inference"].split(" at ")[0]
-                family = "OmniSparse" if family.startswith("recall") else family
-                series.setdefault(f"{row['checkpoint']}: {family}", []).append(row)
+            blind = row["family"] in ("last frame only", "text only")
+            if row["length"] == length and not blind and "kv_ratio" not in row:
+                series.setdefault(f"{row['checkpoint']}: {row['family']}", []).append(row)
         for i, (label, members) in enumerate(series.items()):
             members.sort(key=lambda row: row["density"])
             density, accuracy = ([row[key] for row in members] for key in ("density", "accuracy"))

@@ -59,6 +59,15 @@ def _find(scene: Scene, colour: str, shape: str | None = None) -> Event:
     return hits[0]
 
 
+def named(scene: Scene, text: str) -> list[tuple[int, Event]]:
+    """Events that a question names: the word that completes each name, counted from 0, and the event."""
+    kind, *names = text.removesuffix(" ?").split()
+    if kind == "count":
+        return []
+    size = 1 if kind == "what" else 2
+    return [(i + size, _find(scene, *names[i : i + size])) for i in range(0, len(names), size)]
+
+
 def ask(scene: Scene, rng: np.random.Generator, rounds: int) -> list[Question]:
     """Questions about a scene: each kind ``rounds`` times, in random order.
 

@@ -1,4 +1,4 @@
-"""What a comparison leaves: JSON, a table, a plot."""
+"""What a comparison leaves: JSON, a table, a plot, the summary's figures."""
 
 from __future__ import annotations
 
@@ -6,32 +6,127 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import summary  # benchmarks/summary.py
 import torch
 
+from omnisparse_flex.errors import require
 from video_needle import plot
 from video_needle.evaluate import MEAN_CHANCE
+from video_needle.intervals import interval
+from video_needle.vocabulary import KINDS
+
+NAME = "compare.json"
+#: Length that was trained, one four times as long; most density, and least cache ratio, that a claim is made at.
+TRAINED, LONGER, DENSITY, RATIO = 8192, 32768, 0.15, 2.4
+#: Checkpoints by the names that the figures expect.
+DENSE, SPARSE, TUNED = "dense", "sparse", "tuned"
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The rows of a folder; none where there is no JSON.
+
+    Raises:
+        ConfigError: If its JSON is not a comparison's.
+    """
+    path = out / NAME
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    good = isinstance(content, dict) and all("right" in row and "videos" in row for row in content.get("rows", [{}]))
+    require(good, "out", f"hold no other {NAME} than a comparison's", str(path))
+    return content["rows"]
+
+
+def behind(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
+    """Points that ``row`` is behind ``other``, question by question, with a paired interval over videos.
+
+    Only the videos that both were asked about count.
+    """
+    count = min(len(row["right"]), len(other["right"]))
+    ours, theirs = (np.array(list(x["right"][:count])).astype(float) for x in (row, other))
+    return tuple(100 * x for x in interval(theirs - ours, np.arange(count) // len(KINDS)))  # type: ignore[return-value]
+
+
+def find(rows: list[dict[str, Any]], checkpoint: str, length: int, family: str) -> list[dict[str, Any]]:
+    """Rows of one checkpoint, length and family, the densest first."""
+    found = [r for r in rows if (r["checkpoint"], r["length"], r["family"]) == (checkpoint, length, family)]
+    return sorted(found, key=lambda row: -row["density"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown; each against its own checkpoint's dense inference, and against the first checkpoint's."""
     lines = [
-        "| checkpoint | tokens | inference | density | accuracy | points behind dense |",
-        "|---|---:|---|---:|---|---|",
+        "| checkpoint | tokens | inference | density | cache | accuracy | behind its own dense | behind dense |",
+        "|---|---:|---|---:|---:|---|---|---|",
     ]
     for row in rows:
         low, high = (100 * x for x in row["interval"])
-        loss, least, most = row["points_behind_dense"]
-        cells = (row["checkpoint"], str(row["length"]), row["inference"], f"{row['density']:.3f}")
-        lines.append(f"| {' | '.join(cells)} | {100 * row['accuracy']:.1f} [{low:.1f}, {high:.1f}]")
-        lines[-1] += f" | {loss:.1f} [{least:.1f}, {most:.1f}] |"
+        name = row["inference"]
+        cache = f"{row['kv_ratio']:.2f}x" if row.get("wanted_ratio") else ""
+        cells = [row["checkpoint"], str(row["length"]), name, f"{row['density']:.3f}", cache]
+        cells.append(f"{100 * row['accuracy']:.1f} [{low:.1f}, {high:.1f}]")
+        # A cache's questions stand alone: they are compared with the full cache's.
+        baseline = name.replace(name.split(" cache")[0], "full") if " cache" in name else "dense"
+        for checkpoint in (row["checkpoint"], rows[0]["checkpoint"]):
+            found = [r for r in rows if (r["checkpoint"], r["length"]) == (checkpoint, row["length"])]
+            found = [r for r in found if r["inference"] == baseline]
+            cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*behind(row, found[0])) if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def write(rows: list[dict[str, Any]], out: Path) -> None:
     """JSON, table and plot of the runs so far."""
-    out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    content = {"chance": MEAN_CHANCE, "rows": rows, "torch": torch.__version__, "device": name}
-    (out / "compare.json").write_text(json.dumps(content, indent=1) + "\n")
+    content = {"chance": MEAN_CHANCE, "rows": rows, "torch": torch.__version__, "device": summary.device_name()}
+    summary.write_json(content, out / NAME)
     (out / "compare.md").write_text(table(rows) + "\n")
     plot.frontier(rows, MEAN_CHANCE, out / "compare.png")
+
+
+def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY) -> list[str]:
+    """Record every figure that the rows can give: at the trained length, the densest sparse row within ``DENSITY``.
+
+    Returns:
+        The names recorded.
+    """
+    figures: dict[str, tuple[float, str, str]] = {"video.chance": (MEAN_CHANCE, "share, 0-1", "mean over kinds")}
+
+    def best(checkpoint: str, family: str, length: int = TRAINED) -> dict[str, Any] | None:
+        fitting = [r for r in find(rows, checkpoint, length, family) if family == "dense" or r["density"] <= DENSITY]
+        return fitting[0] if fitting else None
+
+    def accuracy(name: str, row: dict[str, Any] | None) -> None:
+        if row is not None:
+            told = f"{row['questions']} questions, {row['length']} tokens, density {row['density']:.3f}"
+            figures[f"video.accuracy.{name}"] = (row["accuracy"], "share, 0-1", f"{row['inference']}; {told}")
+
+    dense, sparse = best(DENSE, "dense"), best(SPARSE, "OmniSparse")
+    accuracy("dense", dense)
+    accuracy("sparse_trained", sparse)
+    accuracy("sparse_finetuned", best(TUNED, "OmniSparse"))
+    accuracy("sparse_training_free", best(DENSE, "OmniSparse"))
+    accuracy("dense.4x_length", best(DENSE, "dense", LONGER))
+    accuracy("sparse_trained.4x_length", best(SPARSE, "OmniSparse", LONGER))
+    if sparse is not None:
+        label = sparse["inference"].removeprefix("OmniSparse")
+        for name, control in (("window_only", "window only"), ("random", "random")):
+            same = [r for r in find(rows, SPARSE, TRAINED, control) if r["inference"] == control + label]
+            accuracy(name, same[0] if same else None)
+        figures["video.density"] = (sparse["density"], "share, 0-1", "dense causal attention FLOPs, whole model")
+    if dense is not None and sparse is not None:
+        loss, low, high = behind(sparse, dense)
+        told = f"dense minus sparse-trained, the same {dense['questions']} questions"
+        figures["video.loss_points"] = (loss, "points", told)
+        figures["video.ci_points"] = (high - low, "points", f"width of the paired 95 % interval; {told}")
+    blind = find(rows, DENSE, TRAINED, "text only")
+    if blind:
+        figures["video.text_only_accuracy"] = (blind[0]["accuracy"], "share, 0-1", "no event is drawn")
+    slim = [r for r in find(rows, SPARSE, TRAINED, "cache, question known") if r.get("wanted_ratio") == RATIO]
+    if slim:
+        told = f"full cache; accuracy {slim[0]['accuracy']:.3f} of {slim[0]['questions']} questions"
+        figures["video.kv_ratio"] = (slim[0]["kv_ratio"], "x", told)
+    script = Path(__file__).with_name("compare.py")
+    for name, (value, unit, baseline) in figures.items():
+        summary.record(name, float(value), unit=unit, baseline=baseline, script=script, path=path)
+    return sorted(figures)

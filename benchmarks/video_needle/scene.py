@@ -14,8 +14,8 @@ from video_needle.vocabulary import COLOURS, DIGITS, DIRECTIONS, SHAPES
 GRID, CELLS = 4, 16
 #: Steps that an event lasts (six frames), and steps of the slot it sits in: events never overlap in time.
 EVENT_STEPS, SLOT = 3, 4
-#: Lengths of video that have a name, in steps: 512, 2K, 8K and 32K visual tokens.
-STEPS = {512: 32, 2048: 128, 8192: 512, 32768: 2048}
+#: Lengths of video that have a name, in steps: 512, 2K, 8K and 32K visual tokens; 128 and 256 only to begin with.
+STEPS = {128: 8, 256: 16, 512: 32, 2048: 128, 8192: 512, 32768: 2048}
 #: First seed of each split. Splits are ranges, so no seed is in two of them.
 SPLITS = {"train": 0, "val": 1 << 40, "test": 1 << 41}
 SEEDS_PER_SPLIT = 1 << 40
@@ -106,11 +106,12 @@ def make_scene(seed: int, steps: int) -> Scene:
     """Draw a scene.
 
     One colour appears two, three or four times, three to five others once, the rest never; so
-    counts can be asked evenly. Distractors grow with the length, one in eight slots' cells at most.
+    counts can be asked evenly. Videos too short for that (below 32 steps) hold an event in every slot, as many
+    colours once as there is room for. Distractors grow with the length, one in eight slots' cells at most.
 
     Args:
         seed: From ``scene_seed``.
-        steps: Length; a multiple of ``SLOT``, at least 32.
+        steps: Length; a multiple of ``SLOT``, at least two of them.
 
     Returns:
         The scene; the same seed and length always give the same one.
@@ -118,11 +119,12 @@ def make_scene(seed: int, steps: int) -> Scene:
     Raises:
         ConfigError: On another length.
     """
-    require(steps >= 32 and steps % SLOT == 0, "steps", f"be a multiple of {SLOT} of at least 32", steps)
+    require(steps >= 2 * SLOT and steps % SLOT == 0, "steps", f"be a multiple of {SLOT} of at least {2 * SLOT}", steps)
     rng = np.random.default_rng((seed, steps))
     slots = steps // SLOT
-    repeats = int(rng.integers(2, 5))
-    singles = int(rng.integers(3, min(5, slots - repeats) + 1))
+    repeats = min(int(rng.integers(2, 5)), slots // 2)
+    room = slots - repeats
+    singles = int(rng.integers(min(3, room), min(5, room) + 1))
     colours = rng.permutation(len(COLOURS))[: singles + 1].tolist()
     looks = [(colours[0], shape) for shape in rng.permutation(len(SHAPES))[:repeats].tolist()]
     looks += [(colour, int(rng.integers(len(SHAPES)))) for colour in colours[1:]]

@@ -22,7 +22,9 @@ class Schedule:
         lr: Peak learning rate.
         warmup: Steps of linear warm-up.
         cooldown: Share of all steps, at the end, over which the rate falls linearly to a twentieth.
-        narration: Weight of the narration loss.
+        narration: Weight of the narration loss at visual tokens.
+        recall: Weight of the narration loss at the names in questions.
+        early: Decoder layers after which visual tokens already have to narrate, too; 0: only at the end.
         seed: Of weights and data.
     """
 
@@ -33,6 +35,8 @@ class Schedule:
     warmup: int = 150
     cooldown: float = 0.3
     narration: float = 0.5
+    recall: float = 1.0
+    early: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +50,8 @@ class Schedule:
         require(self.warmup >= 1, "warmup", "be at least 1", self.warmup)
         require(0 <= self.cooldown <= 1, "cooldown", "be in [0, 1]", self.cooldown)
         require(self.narration >= 0, "narration", "be at least 0", self.narration)
+        require(self.recall >= 0, "recall", "be at least 0", self.recall)
+        require(self.early >= 0, "early", "be at least 0", self.early)
         require(0 <= self.seed < 256, "seed", "be in [0, 256)", self.seed)
 
     @property

@@ -7,40 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.errors import require
 from video_needle import checkpoint, evaluate, plot
 from video_needle.backgrounds import load
-from video_needle.data import IGNORE, Batch, batch_of, inputs, position_ids
+from video_needle.data import Batch, batch_of, inputs, position_ids
+from video_needle.losses import count_hits, task_losses
 from video_needle.model import count_parameters, make_model
-from video_needle.scene import STEPS
+from video_needle.optimizer import make_optimizers, set_rate
+from video_needle.scene import CELLS, STEPS
 from video_needle.schedule import Schedule
-from video_needle.vocabulary import IDS, KINDS, TOLD
+from video_needle.vocabulary import KINDS
 
 #: Steps between two progress lines, and whose means the history keeps.
 LOG_EVERY = 20
+#: Seconds of training between two looks at held-out videos, and how many of them.
+CHECK_EVERY, CHECKED = 15.0, 32
 #: Videos of the validation split that are asked about at the end, by length.
 VALIDATION = {512: 256, 2048: 128, 8192: 48, 32768: 8}
-
-
-def narration_loss(logits: Tensor, narration: Tensor) -> Tensor:
-    """Mean over classes of words of how well each class is told apart, other words left aside.
-
-    Args:
-        logits: float32 (T, vocabulary).
-        narration: int64 (T, classes), ids or -100.
-    """
-    losses = []
-    for column, words in enumerate(TOLD):
-        first = IDS[words[0]]
-        wanted = narration[:, column]
-        wanted = torch.where(wanted == IGNORE, IGNORE, wanted - first)
-        losses.append(F.cross_entropy(logits[:, first : first + len(words)], wanted, ignore_index=IGNORE))
-    # A batch may show no digit at all: the mean of nothing is NaN.
-    return torch.stack(losses).nan_to_num(0.0).mean()
 
 
 class StepData(torch.utils.data.Dataset):
@@ -59,7 +45,7 @@ class StepData(torch.utils.data.Dataset):
 
 
 class Trainer:
-    """One model, its optimizer and how far it is."""
+    """One model, its optimizers and how far it is."""
 
     def __init__(
         self,
@@ -86,52 +72,55 @@ class Trainer:
             apply_omnisparse(self.model, config, min_seq_len=0)
         for layer in self.model.model.language_model.layers if compile_layers else ():
             layer.compile(dynamic=True)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=schedule.lr,
-            betas=(0.9, 0.98),
-            weight_decay=0.01,
-            fused=device.type == "cuda",
-        )
+        self.optimizers = make_optimizers(self.model, schedule.lr, fused=device.type == "cuda")
+        self.weights = torch.tensor([1.0, schedule.narration, schedule.recall], device=device)
+        self.tapped: list[Tensor] = []
+        layers = self.model.model.language_model.layers
+        require(schedule.early < len(layers), "early", f"be under {len(layers)}", schedule.early)
+        if schedule.early:
+            layers[schedule.early - 1].register_forward_hook(self._tap)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self.held_out: list[dict[str, Any]] = []
         self.clips = load().to(device)
         self.positions: dict[int, Tensor] = {}
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Forward pass: loss of the answers, of the narration, and which questions of which kind were right."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses as ``task_losses`` returns them, and hits as ``count_hits`` does."""
         if batch.steps not in self.positions:
             self.positions[batch.steps] = position_ids(batch.steps, self.schedule.rounds, self.device)
         on_gpu = self.device.type == "cuda"
         given = inputs(batch, self.positions[batch.steps], self.clips, torch.bfloat16 if on_gpu else torch.float32)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
-            logits = self.model(**given, use_cache=False).logits.flatten(0, 1).float()
-        answers = batch.answers.flatten()
-        right = logits.detach().argmax(-1) == answers
-        # The kinds double as an index; everything that is no question falls into a last bin.
-        kinds = batch.kinds.flatten()
-        bins = torch.where(kinds == IGNORE, len(KINDS), kinds)
-        hits = torch.zeros(len(KINDS) + 1, device=logits.device).index_add_(0, bins, right.float())
-        asked = torch.zeros_like(hits).index_add_(0, bins, torch.ones_like(right, dtype=torch.float32))
-        tell = narration_loss(logits, batch.narration.flatten(0, 1))
-        return F.cross_entropy(logits, answers, ignore_index=IGNORE), tell, hits[:-1], asked[:-1]
+            logits = self.model(**given, use_cache=False).logits.float()
+            early = [self._read(state) for state in self.tapped]
+        self.tapped.clear()
+        return task_losses(logits, batch, early), count_hits(logits, batch)
+
+    def _tap(self, _module: nn.Module, _given: tuple[Any, ...], state: Tensor) -> None:
+        self.tapped.clear()  # an evaluation may have left one
+        self.tapped.append(state)
+
+    def _read(self, state: Tensor) -> Tensor:
+        """Logits of a state between layers: what could be told if it were the last."""
+        return self.model.lm_head(self.model.model.language_model.norm(state)).float()
 
     def train_step(self, batch: Batch) -> Tensor:
         """One optimizer step.
 
         Returns:
-            float32 (2 + 2 * kinds): both losses, right answers and questions by kind; still on the device.
+            float32 (3 + 2 * kinds): the losses, right answers and questions by kind; still on the device.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr_at(self.step)
-        answer, tell, hits, asked = self.losses(batch.to(self.device))
-        (answer + self.schedule.narration * tell).backward()
+        set_rate(self.optimizers, self.schedule.lr_at(self.step))
+        losses, hits = self.forward(batch.to(self.device))
+        (losses @ self.weights).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return torch.cat([torch.stack([answer, tell]).detach(), hits, asked])
+        return torch.cat([losses.detach(), hits.flatten()])
 
     def run(self, deadline: float, last_step: int, workers: int) -> None:
         """Train until a wall-clock time or a step, whichever comes first; print and keep the curves."""
@@ -145,32 +134,52 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         rows: list[Tensor] = []
-        since = started = time.monotonic()
+        since = started = checked = time.monotonic()
+        waited = 0.0
+        ready = since
         for batch in loader:
+            waited += time.monotonic() - ready
             rows.append(self.train_step(batch))
             if len(rows) == LOG_EVERY or self.step == steps.stop:
                 means = torch.stack(rows).cpu()  # waits for the device
                 now = time.monotonic()
-                self._log(means, batch, now - since)
-                rows, since = [], now
+                self._log(means, batch, now - since, waited)
+                if now - checked > CHECK_EVERY or now > deadline or self.step == steps.stop:
+                    self._check(batch.steps * CELLS, self.seconds + now - started)
+                    checked = time.monotonic()
+                rows, since, waited = [], time.monotonic(), 0.0
                 if now > deadline:
                     break
+            ready = time.monotonic()
         self.seconds += time.monotonic() - started
 
-    def _log(self, rows: Tensor, batch: Batch, seconds: float) -> None:
-        kinds = len(KINDS)
-        accuracy = (rows[:, 2 : 2 + kinds].sum(0) / rows[:, 2 + kinds :].sum(0).clamp(min=1)).tolist()
+    def _check(self, length: int, seconds: float) -> None:
+        """Accuracy on videos of the validation split, with the graphs that training has compiled."""
+        videos = self.schedule.tokens // length
+        found = torch.zeros(2, len(KINDS), device=self.device)
+        for first in range(0, max(CHECKED, videos), videos):
+            batch = batch_of("val", first, videos, STEPS[length], self.schedule.rounds)[0]
+            found += self.forward(batch.to(self.device))[1]
+        accuracy = dict(zip(KINDS, (found[0] / found[1].clamp(min=1)).tolist(), strict=True))
+        self.held_out.append({"step": self.step, "seconds": seconds, "length": length, "accuracy": accuracy})
+        print(f"held out {length}: {evaluate.describe(accuracy)}  ({seconds:.0f} s)", flush=True)
+
+    def _log(self, rows: Tensor, batch: Batch, seconds: float, waited: float) -> None:
+        right, asked = rows[:, 3:].sum(0).view(2, len(KINDS))
+        accuracy = (right / asked.clamp(min=1)).tolist()
         entry = {
             "step": self.step,
             "length": self.schedule.length_at(self.step - 1),
             "answer_loss": float(rows[:, 0].mean()),
             "narration_loss": float(rows[:, 1].mean()),
+            "recall_loss": float(rows[:, 2].mean()),
             "lr": self.schedule.lr_at(self.step - 1),
             "accuracy": dict(zip(KINDS, accuracy, strict=True)),
             "tokens_per_second": batch.input_ids.numel() * len(rows) / seconds,
+            "waited_for_data": waited / seconds,
         }
         self.history.append(entry)
-        losses = f"answer {entry['answer_loss']:.3f} narration {entry['narration_loss']:.3f}"
+        losses = "  ".join(f"{name} {entry[name + '_loss']:.3f}" for name in ("answer", "narration", "recall"))
         speed = f"{entry['tokens_per_second'] / 1e3:.0f}K tokens/s"
         print(f"step {self.step:5d} len {entry['length']:5d} {losses}", end="  ")
         print(evaluate.describe(entry["accuracy"]), "", speed, flush=True)
@@ -189,11 +198,12 @@ class Trainer:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "history": self.history,
+            "held_out": self.held_out,
         }
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint and the picture of the curves."""
-        checkpoint.save(directory, self.model, self.optimizer, self.record())
+        checkpoint.save(directory, self.model, self.optimizers, self.record())
         plot.curves(self.history, directory / "loss.png")
 
     def resume(self, directory: Path) -> None:
@@ -209,8 +219,9 @@ class Trainer:
             ("sizes", self.sizes),
         ):
             require(record[name] == own, name, f"be the checkpoint's {record[name]}", own)
-        checkpoint.load(directory, self.model, self.optimizer)
-        self.step, self.history, self.seconds = record["step"], record["history"], record["seconds"]
+        checkpoint.load(directory, self.model, self.optimizers)
+        self.step, self.seconds = record["step"], record["seconds"]
+        self.history, self.held_out = record["history"], record["held_out"]
 
     def validate(self) -> dict[str, dict[str, float]]:
         """Accuracy on unseen videos of every length that was trained, one question of each kind a video."""

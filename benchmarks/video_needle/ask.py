@@ -1,0 +1,72 @@
+"""Questions about one generated clip, answered dense and sparse; ``omnisparse-flex demo --weights`` runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, remove_omnisparse
+from omnisparse_flex.progress import Progress
+from omnisparse_flex.report import table
+from video_needle import release
+from video_needle.backgrounds import load
+from video_needle.data import IGNORE, Batch, batch_of, inputs, position_ids
+from video_needle.scene import STEPS
+from video_needle.vocabulary import WORDS
+
+#: Visual tokens of the clip, and of the quick one. Which video: the first of the test split.
+LENGTH, QUICK, VIDEO = 8192, 2048, 0
+#: Rules of the demo. Our choice: the library's defaults but for a narrower window, a clip's length allowing no wider.
+CONFIG = OmniSparseConfig(target_recall=0.9, window_size=128)
+
+
+def run(weights: Path, *, quick: bool = False, rounds: int = 2) -> dict[str, Any]:
+    """Ask, print a table, count.
+
+    Args:
+        weights: A released folder.
+        quick: A shorter clip.
+        rounds: Questions of each kind.
+
+    Returns:
+        ``questions``, ``truth``, ``dense``, ``sparse`` (lists of words), ``density``.
+
+    Raises:
+        ConfigError: If the folder is not usable; see ``release.load``.
+    """
+    progress, length = Progress(), QUICK if quick else LENGTH
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = release.load(weights).to(device)
+    batch, _, (asked,) = batch_of("test", VIDEO, 1, STEPS[length], rounds)
+    progress(f"a clip of {length} visual tokens, {len(asked)} questions; weights from {weights}")
+    with progress.step("dense"):
+        dense = answers(model, batch, rounds)
+    apply_omnisparse(model, CONFIG, min_seq_len=0)
+    try:
+        with progress.step("sparse (compiles first)"), collect_stats(model) as stats:
+            sparse = answers(model, batch, rounds)
+    finally:
+        remove_omnisparse(model)
+    truth = [question.answer for question in asked]
+    rows = [["question", "truth", "dense", "sparse"]]
+    rows += [[q.text, t, d, s] for q, t, d, s in zip(asked, truth, dense, sparse, strict=True)]
+    print("\n" + "\n".join(table(rows)))
+    count = lambda said: sum(a == b for a, b in zip(said, truth, strict=True))  # noqa: E731
+    progress(f"right: dense {count(dense)}, sparse {count(sparse)} of {len(truth)}, at density {stats.density:.3f}")
+    told = {"questions": [question.text for question in asked], "truth": truth, "dense": dense, "sparse": sparse}
+    return told | {"density": stats.density, "tokens": length}
+
+
+@torch.no_grad()
+def answers(model: Any, batch: Batch, rounds: int) -> list[str]:
+    """The likeliest word at each question mark of a batch of one video."""
+    device = next(model.parameters()).device
+    positions = position_ids(batch.steps, rounds, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        logits: Tensor = model(**inputs(batch.to(device), positions, load().to(device), dtype), use_cache=False).logits
+    said = logits[:, :, : len(WORDS)].argmax(-1).cpu()[batch.answers.cpu() != IGNORE]
+    return [WORDS[i] for i in said.tolist()]

@@ -1,0 +1,174 @@
+"""Time of a training step at 32K visual tokens, dense against sparse: the whole step, and attention alone.
+
+python3 benchmarks/video_needle/step_time.py --init runs/sparse --omnisparse '{"target_recall": 0.9}' --out results
+Attention alone is timed on the queries, keys and values of a middle layer, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import summary
+
+from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats
+from omnisparse_flex.errors import ConfigError
+from video_needle import checkpoint
+from video_needle.data import Batch
+from video_needle.schedule import Schedule
+from video_needle.trainer import StepData, Trainer
+from video_needle.vocabulary import IDS
+
+#: Steps or calls before anything is measured.
+WARM = 3
+
+
+def median_ms(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Median milliseconds of a call, the device waited for."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    found = []
+    for _ in range(WARM + repeats):
+        wait()
+        began = time.perf_counter()
+        call()
+        wait()
+        found.append(1000 * (time.perf_counter() - began))
+    return statistics.median(found[WARM:])
+
+
+def captured(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value that SDPA gets in the middle layer; (1, H, N, D) each, detached."""
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    attend = F.scaled_dot_product_attention
+
+    def note(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
+        if query.shape[-2] == batch.input_ids.shape[1]:  # the decoder's, not the vision tower's
+            calls.append((query.detach(), key.detach(), value.detach()))
+        return attend(query, key, value, *more, **options)
+
+    F.scaled_dot_product_attention = note
+    try:
+        with torch.no_grad():
+            trainer.forward(batch)
+    finally:
+        F.scaled_dot_product_attention = attend
+    dtype = torch.bfloat16 if trainer.device.type == "cuda" else torch.float32
+    middle = calls[len(calls) // 2]
+    return tuple(x.to(dtype) for x in middle)  # type: ignore[return-value]
+
+
+class Attention(nn.Module):
+    """One call of SDPA; the parameter only says on which device it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, Hq, N, D) and (B, Hkv, N, D) in, (B, Hq, N, D) out."""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def attention_ms(parts: tuple[Tensor, ...], attend: Callable[..., Tensor], repeats: int) -> float:
+    """Median milliseconds of forward and backward."""
+    leaves = [x.clone().requires_grad_() for x in parts]
+    gradient = torch.randn_like(leaves[0])
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        attend(*leaves).backward(gradient)
+
+    return median_ms(step, repeats, parts[0].device)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", type=Path, help="checkpoint whose weights are used; without, fresh ones")
+    parser.add_argument("--omnisparse", type=json.loads, default={}, help="OmniSparseConfig fields as JSON")
+    parser.add_argument("--length", type=int, default=32768, help="visual tokens of the one video of a step")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path, required=True, help="folder of step_time.json")
+    parser.add_argument("--figures", action="store_true", help="record the summary's figure (32K tokens only)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    options = parse(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = Schedule(stages=f"{options.length}:100", tokens=options.length, rounds=1)
+    try:
+        config = OmniSparseConfig.from_dict(options.omnisparse)
+        sizes = checkpoint.read_record(options.init)["sizes"] if options.init else {}
+        result = measure(plan, config, sizes, options, device)
+    except ConfigError as error:
+        print(f"step_time.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=1))
+    summary.write_json(result, options.out / "step_time.json")
+    if options.figures and options.length == 32768:
+        told = f"attention, forward and backward, SDPA; density {result['density']:.3f}; the whole step"
+        told += f" {result['step_ms']['dense'] / result['step_ms']['sparse']:.2f}x"
+        value = result["attention_ms"]["dense"] / result["attention_ms"]["sparse"]
+        summary.record("video.train_step_speedup.32k", value, unit="x", baseline=told, script=__file__)
+    return 0
+
+
+def measure(
+    plan: Schedule, config: OmniSparseConfig, sizes: dict[str, int], options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Milliseconds of the whole step and of attention, dense and sparse, and the sparse density."""
+    batch = StepData(plan)[0].to(device)
+    step, density = {}, 1.0
+    parts = captured(_trainer(plan, device, None, sizes, options.init), batch)
+    for name, fields in (("dense", None), ("sparse", config.to_dict())):
+        compiled = fields is None and device.type == "cuda"
+        trainer = _trainer(plan, device, fields, sizes, options.init, compile_layers=compiled)
+        if fields is not None:
+            with collect_stats(trainer.model) as stats, torch.no_grad():
+                trainer.forward(batch)
+            density = stats.density
+        step[name] = median_ms(functools.partial(trainer.train_step, batch), options.repeats, device)
+    visual = batch.input_ids == IDS["<video>"]
+    dense = Attention().to(device)
+    sparse = apply_omnisparse(Attention().to(device), config, min_seq_len=0, visual_mask=visual)
+    attention = {
+        "dense": attention_ms(parts, dense, options.repeats),
+        "sparse": attention_ms(parts, sparse, options.repeats),
+    }
+    shape = {"length": options.length, "query": list(parts[0].shape), "key": list(parts[1].shape)}
+    told = {"config": config.to_dict(), "torch": torch.__version__, "device": summary.device_name()}
+    return {"step_ms": step, "attention_ms": attention, "density": density, **shape, **told}
+
+
+def _trainer(
+    plan: Schedule,
+    device: torch.device,
+    fields: dict[str, Any] | None,
+    sizes: dict[str, int],
+    init: Path | None,
+    compile_layers: bool = False,
+) -> Trainer:
+    trainer = Trainer(plan, device, fields, sizes, compile_layers=compile_layers)
+    if init:
+        checkpoint.load(init, trainer.model)
+    return trainer
+
+
+if __name__ == "__main__":
+    sys.exit(main())
