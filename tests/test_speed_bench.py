@@ -83,3 +83,31 @@ def test_the_quick_decoder_runs(bench, capsys):
     assert row["dense"]["rewritten"] == 0 and row["d0.5"]["rewritten"] == 1
     assert row["d0.5"]["whole_model"] == pytest.approx(0.5 + 0.5 * row["d0.5"]["share"])
     assert "512: d0.5" in capsys.readouterr().out
+
+
+def test_the_runner_goes_on_after_a_failure(bench, tmp_path, monkeypatch, capfd):
+    runner = bench("run_gpu")
+    assert all((BENCHMARKS / script.file).is_file() for script in runner.SCRIPTS)
+    ttft = next(script for script in runner.SCRIPTS if script.name == "ttft")
+    assert runner.command(ttft, quick=False, device="cuda")[2:] == ["--hf", "--device", "cuda"]
+    assert runner.command(ttft, quick=True, device="cpu")[2:] == ["--quick", "--device", "cpu"]
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "good.py").write_text("import omnisparse_flex.config; print('ran')")
+    scripts = [runner.Script(name, f"{name}.py", limit) for name, limit in (("bad", 30), ("slow", 0.5), ("good", 60))]
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "SCRIPTS", scripts)
+    monkeypatch.setattr("sys.argv", ["run_gpu.py"])
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    assert runner.main() == 1
+    said = capfd.readouterr().out
+    assert "bad: failed with exit status 3" in said and "slow: stopped after 0 s" in said and "good: ok" in said
+
+
+def test_short_lengths_name_what_ran(bench, monkeypatch):
+    short = bench("bench_short")
+    monkeypatch.setattr(Backend, "inner_for", lambda *_: "eager")
+    monkeypatch.setattr(short, "graphs_over_lengths", lambda model, device, longest: longest)
+    result = short.measure(argparse.Namespace(quick=True, device="cpu", hidden="small", layers=2, seconds=60.0))
+    names = {f"{what} 1 x {tokens}" for what in ("prefill", "decode") for tokens in (256, 512)}
+    assert set(result["slowdown_pct"]) == names and result["graphs_over_20_lengths"] == 2048

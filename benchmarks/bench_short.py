@@ -1,0 +1,157 @@
+"""Is it ever slower? A decoder at every length, with the path that the cost model chooses, against the same dense.
+
+    PYTHONPATH=$PWD python3 benchmarks/bench_short.py
+    PYTHONPATH=$PWD python3 benchmarks/bench_short.py --quick --device cpu
+
+Layers of Qwen2.5-VL-7B's shape, random weights, batch 1 and 4, prefill and one decoded token; both
+decoders go through the same compiler. The budget is fixed, because only then does anybody know before
+the run what is kept. Then 20 more lengths, to count the graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_compile import build  # beside this file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from omnisparse_flex import OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report
+from omnisparse_flex.timing import milliseconds
+
+RESULTS = Path(__file__).resolve().parent / "results" / "short.json"
+K = 1024
+RULES = OmniSparseConfig(budget=2 * K)
+DENSE = OmniSparseConfig(target_recall=1.0)
+BATCHES = (1, 4)
+#: In K tokens; 4 rows of the longest do not fit beside the dense decoder's own intermediate results.
+LENGTHS = {1: (1, 2, 4, 6, 8, 12, 16, 32, 64), 4: (1, 2, 4, 8, 16)}
+KINDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+class Decoder:
+    """A decoder under our compiler with one set of rules."""
+
+    def __init__(self, model: Any, config: OmniSparseConfig) -> None:
+        """Change the model; ``close`` undoes it."""
+        self.model = apply_omnisparse(model, config, dynamic=True)
+
+    def close(self) -> None:
+        """Restore the model."""
+        remove_omnisparse(self.model)
+
+    def prefill(self, embeddings: Tensor) -> Tensor:
+        """The last hidden state of a prompt (B, N, hidden)."""
+        return self.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1]
+
+    def decode(self, token: Tensor, past: Any) -> Tensor:
+        """One more token (B, 1, hidden) behind a full cache, which is cut back afterwards."""
+        out = self.model(inputs_embeds=token, past_key_values=past, use_cache=True).last_hidden_state
+        past.crop(-1)
+        return out
+
+    @property
+    def sparse(self) -> int:
+        """Attention sites that run sparsely in any graph so far."""
+        return len(rewrite_report(self.model).rewritten)
+
+
+def times(decoder: Decoder, shapes: list[tuple[int, int]], device: str, deadline: float) -> dict[str, float]:
+    """Milliseconds by ``"prefill B x N"`` and ``"decode B x N"``."""
+    from transformers import DynamicCache
+
+    config, found = decoder.model.config, {}
+    for batch, tokens in shapes:
+        if time.perf_counter() > deadline:
+            break
+        inputs = torch.randn(batch, tokens, config.hidden_size, device=device, dtype=decoder.model.dtype)
+        found[f"prefill {batch} x {tokens}"] = milliseconds(decoder.prefill, [(inputs,)], runs=3, queued=1).median
+        past = DynamicCache(config=config)
+        decoder.model(inputs_embeds=inputs, past_key_values=past, use_cache=True)
+        token = inputs[:, :1]
+        found[f"decode {batch} x {tokens}"] = milliseconds(decoder.decode, [(token, past)], runs=9, queued=1).median
+    return found
+
+
+def graphs_over_lengths(model: Any, device: str, longest: int) -> int:
+    """Graphs that 20 lengths compile, short and long ones."""
+    decoder = Decoder(model, RULES)
+    for i in range(20):
+        tokens = longest // 20 * (i + 1) + i
+        decoder.prefill(torch.randn(1, tokens, model.config.hidden_size, device=device, dtype=model.dtype))
+    graphs = rewrite_report(decoder.model).graphs
+    decoder.close()
+    return graphs
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All shapes, dense and as chosen."""
+    start = time.perf_counter()
+    model: Any = build(options)
+    lengths = {1: (0.25, 0.5)} if options.quick else LENGTHS
+    shapes = [(batch, int(n * K)) for batch, of_batch in lengths.items() for n in of_batch]
+    result: dict[str, Any] = {"layers": options.layers, "budget": RULES.budget}
+    with torch.no_grad(), sdpa_kernel(KINDS, set_priority=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "omnisparse: rewrote no attention site")
+        for name, config in (("dense", DENSE), ("chosen", RULES)):
+            decoder = Decoder(model, config)
+            result[name] = times(decoder, shapes, options.device, start + options.seconds)
+            result[f"{name}_report"] = rewrite_report(decoder.model).to_dict()["notes"]
+            decoder.close()
+        result["graphs_over_20_lengths"] = graphs_over_lengths(
+            model, options.device, 2 * K if options.quick else 20 * K
+        )
+    both = [name for name in result["dense"] if name in result["chosen"]]
+    result["slowdown_pct"] = {name: 100 * (result["chosen"][name] / result["dense"][name] - 1) for name in both}
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table."""
+    for name, change in result["slowdown_pct"].items():
+        dense, chosen = result["dense"][name], result["chosen"][name]
+        print(f"  {name:18s} dense {dense:9.3f} ms, chosen {chosen:9.3f} ms, {change:+.1f} %")
+    print(f"  {result['graphs_over_20_lengths']} graphs over 20 lengths; {'; '.join(result['chosen_report'])}")
+
+
+def keep(result: dict[str, Any]) -> None:
+    """Write the JSON and the figures."""
+    import summary  # beside this file
+
+    versions = {"torch": torch.__version__, "device": summary.device_name()}
+    summary.write_json({**versions, **result}, RESULTS)
+    worst = max(result["slowdown_pct"], key=lambda name: result["slowdown_pct"][name])
+    baseline = (
+        f"same compiled decoder, dense; {result['layers']} layers of the 7B shape, budget {RULES.budget}; at {worst}"
+    )
+    value = round(result["slowdown_pct"][worst], 2)
+    summary.record("short.worst_slowdown_pct", value, unit="%", baseline=baseline, script=__file__)
+    graphs, what = result["graphs_over_20_lengths"], "1K to 20K tokens, one model"
+    summary.record("compile.graphs_over_20_lengths", graphs, unit="graphs", baseline=what, script=__file__)
+
+
+def main() -> int:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=100.0, help="start no shape of a decoder after so long")
+    parser.add_argument("--quick", action="store_true", help="2 small layers, short; records nothing")
+    options = parser.parse_args()
+    options.hidden = "small" if options.quick else "7b"
+    options.layers = 2 if options.quick else options.layers
+    result = measure(options)
+    show(result)
+    if not options.quick:
+        keep(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
