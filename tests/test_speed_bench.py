@@ -111,3 +111,16 @@ def test_short_lengths_name_what_ran(bench, monkeypatch):
     result = short.measure(argparse.Namespace(quick=True, device="cpu", hidden="small", layers=2, seconds=60.0))
     names = {f"{what} 1 x {tokens}" for what in ("prefill", "decode") for tokens in (256, 512)}
     assert set(result["slowdown_pct"]) == names and result["graphs_over_20_lengths"] == 2048
+
+
+def test_the_picture_shows_what_was_measured(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = bench("plot_speed")
+    content = json.loads((BENCHMARKS / "results" / "prefill.json").read_text())
+    rows = {(r["kernel"], r["tokens"]): r for r in content["rows"] if r["asked"] == plot.SHARE}
+    found = {(kernel, point[0]): point for kernel, points in plot.series(content).items() for point in points}
+    assert found.keys() == rows.keys()
+    for name, (_, call, on_device) in found.items():
+        assert call == pytest.approx(rows[name]["speedup"]) and on_device > 0.98 * call
+    plot.draw(content, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
