@@ -163,7 +163,8 @@ def costs_of(device: str) -> Costs | None:
         device: ``torch.cuda.get_device_name()``, or ``"cpu"``.
     """
     for path in (user_file(), PACKAGED):
-        found = _read(path, path.stat().st_mtime_ns if path.exists() else 0)
+        # Not ``Path.exists``: it raises where somebody else's home cannot be looked into.
+        found = _read(path, path.stat().st_mtime_ns if os.access(path, os.R_OK) else 0)
         if device in found:
             return found[device]
     return None
@@ -173,7 +174,8 @@ def user_file() -> Path:
     """Where the user's own coefficients lie."""
     if named := os.environ.get(FILE_VARIABLE):
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # Not ``Path.home``: it raises for a user whom the system does not know, as in many containers.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "omnisparse_flex" / "costs.json"
 
 
