@@ -321,6 +321,18 @@ def test_a_mask_that_forbids_a_decoded_token(replays, device):
         model(input_ids=ids[:, :1], attention_mask=short, past_key_values=cache)
 
 
+def test_marks_of_inference_mode_are_written_outside_of_it(device):
+    store = plain(changed("llama", device)).store
+    mask = torch.ones(1, 8, dtype=torch.long, device=device)
+    mask[0, 5] = 0
+    store.batch, store.device = 1, device
+    for length, mode in ((5, torch.inference_mode()), (6, torch.no_grad())):
+        store.length = length
+        with mode:
+            store._mark(1, mask)
+    assert store.marks[0, :8].tolist() == [True] * 5 + [False] + [True] * 2
+
+
 def filled(model, ids):
     cache = plain(model)
     with torch.no_grad():
