@@ -107,14 +107,20 @@ class Costs:
 
     def break_even(self, shape: Shape, config: OmniSparseConfig) -> int:
         """From how many tokens on sparse attention is not slower, up to ``LAST``; ``LAST``: never."""
-        length = LAST
-        while length - STEP >= self.shortest and self._pays(length - STEP, shape, config):
-            length -= STEP
-        return length
+        return _break_even(self, shape, config)
 
-    def _pays(self, tokens: int, shape: Shape, config: OmniSparseConfig) -> bool:
+    def pays(self, tokens: int, shape: Shape, config: OmniSparseConfig) -> bool:
+        """Whether sparse attention is expected not to be slower at this length."""
         share = expected_share(tokens, config)
         return self.sparse_ms(tokens, shape, share) <= self.dense_ms(tokens, shape)
+
+
+@functools.cache  # all layers of a model ask the same
+def _break_even(costs: Costs, shape: Shape, config: OmniSparseConfig) -> int:
+    length = LAST
+    while length - STEP >= costs.shortest and costs.pays(length - STEP, shape, config):
+        length -= STEP
+    return length
 
 
 def expected_share(tokens: int, config: OmniSparseConfig) -> float:
