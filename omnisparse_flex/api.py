@@ -53,9 +53,12 @@ def apply_omnisparse(
         model: A transformers model, or any ``nn.Module`` that computes attention with
             ``F.scaled_dot_product_attention``, ``flex_attention`` or matmul - softmax - matmul.
         config: Selection rules; None: ``OmniSparseConfig()``. A new call replaces the old rules.
-        kernel: ``"auto"``, ``"triton"`` or ``"flash"`` (needs flash-attn-4).
-        min_seq_len: Queries below which attention stays dense; ``"auto"``: the break-even of
-            the device type. 0 switches every dense fallback off, decoding included.
+        kernel: Of block granularity: ``"triton"``, ``"flash"`` (needs flash-attn-4; sites that it does not
+            take run on Triton, and the report says why) or ``"auto"``: FLASH for inference where it is
+            installed and takes the site, else Triton.
+        min_seq_len: Queries below which attention stays dense; ``"auto"``: the break-even of the
+            device, heads and rules by a cost model (``cost.py``; ``calibrate --speed`` fits it to your
+            machine). 0 switches every dense fallback off, decoding included.
         visual_mask: Which tokens may be dropped: bool (B, N), or a callable ``(args, kwargs)``
             of the module's inputs that returns one (or None: all). By default the model config's
             image and video token ids; prompts without them: every token is eligible.

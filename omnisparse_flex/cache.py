@@ -173,6 +173,8 @@ class OmniSparseCache:
     def _is_user_defined(self, value: bool) -> None:
         # ``generate`` sets this when it begins: what follows is a turn, not a draft to verify.
         self.store.recording = self.store.cropped = False
+        if self.replay is not None:
+            self.replay.forget()  # hooks and modules may have changed since the last answer
 
     @property
     def batch_size(self) -> int:

@@ -15,7 +15,7 @@ from omnisparse_flex import check
 from omnisparse_flex.api import apply_omnisparse
 from omnisparse_flex.calibration import run_calibration
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost import LAST, Costs, shape_of_config, user_file, write
+from omnisparse_flex.cost import LAST, Costs, costs_of, shape_of_config, user_file, write
 from omnisparse_flex.entry import entry_of
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.loading import auto_class, load_model, tokenizer_of
@@ -103,7 +103,7 @@ def run_speed(model_dir: Path, rules: OmniSparseConfig) -> Costs:
         The costs that were written to ``cost.user_file()``.
 
     Raises:
-        ConfigError: If the directory holds no model config.
+        ConfigError: If the directory holds no model config, or the file of costs is broken.
     """
     progress = Progress()
     config = auto_class(model_dir)[1].get_text_config()
@@ -111,8 +111,9 @@ def run_speed(model_dir: Path, rules: OmniSparseConfig) -> Costs:
     require(shape is not None, "model", "state its attention heads", type(config).__name__)
     assert shape is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    costs = measure_costs(shape, device, progress)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    costs_of(name)  # a broken file should not cost the measurement
+    costs = measure_costs(shape, device, progress)
     write(name, costs, user_file())
     least = costs.break_even(shape, rules)
     verdict = f"sparse from {least} queries on" if least < LAST else "sparse never pays with these rules"

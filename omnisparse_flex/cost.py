@@ -107,14 +107,20 @@ class Costs:
 
     def break_even(self, shape: Shape, config: OmniSparseConfig) -> int:
         """From how many tokens on sparse attention is not slower, up to ``LAST``; ``LAST``: never."""
-        length = LAST
-        while length - STEP >= self.shortest and self._pays(length - STEP, shape, config):
-            length -= STEP
-        return length
+        return _break_even(self, shape, config)
 
-    def _pays(self, tokens: int, shape: Shape, config: OmniSparseConfig) -> bool:
+    def pays(self, tokens: int, shape: Shape, config: OmniSparseConfig) -> bool:
+        """Whether sparse attention is expected not to be slower at this length."""
         share = expected_share(tokens, config)
         return self.sparse_ms(tokens, shape, share) <= self.dense_ms(tokens, shape)
+
+
+@functools.cache  # all layers of a model ask the same
+def _break_even(costs: Costs, shape: Shape, config: OmniSparseConfig) -> int:
+    length = LAST
+    while length - STEP >= costs.shortest and costs.pays(length - STEP, shape, config):
+        length -= STEP
+    return length
 
 
 def expected_share(tokens: int, config: OmniSparseConfig) -> float:
@@ -163,7 +169,8 @@ def costs_of(device: str) -> Costs | None:
         device: ``torch.cuda.get_device_name()``, or ``"cpu"``.
     """
     for path in (user_file(), PACKAGED):
-        found = _read(path, path.stat().st_mtime_ns if path.exists() else 0)
+        # Not ``Path.exists``: it raises where somebody else's home cannot be looked into.
+        found = _read(path, path.stat().st_mtime_ns if os.access(path, os.R_OK) else 0)
         if device in found:
             return found[device]
     return None
@@ -173,7 +180,8 @@ def user_file() -> Path:
     """Where the user's own coefficients lie."""
     if named := os.environ.get(FILE_VARIABLE):
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # Not ``Path.home``: it raises for a user whom the system does not know, as in many containers.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "omnisparse_flex" / "costs.json"
 
 

@@ -61,7 +61,7 @@ class CudaGraphs:
         before = torch.cuda.memory_reserved(device)
         pool = torch.cuda.graph_pool_handle() if self._latest is None else self._latest.pool()
         # Not torch.cuda.graph: it empties the allocator's cache, which the next prompt would have to fill again.
-        with torch.cuda.device(device), torch.cuda.stream(stream), _no_collection():
+        with torch.cuda.device(device), torch.cuda.stream(stream), _no_collection(), _own_casts():
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 result = step()
@@ -88,13 +88,40 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         # Before torch 2.12 the allocator was not told, and failed later (pytorch/pytorch#180395).
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        _free_generator()
         raise
+
+
+def _free_generator() -> None:
+    """Let the device draw random numbers again: until torch 2.12 a void recording leaves its generator recording.
+
+    ("Offset increment outside graph capture encountered unexpectedly".) Another recording, of one kernel, ends that.
+    """
+    with contextlib.suppress(RuntimeError):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device="cuda")
+        graph.capture_end()
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all recordings: cuBLAS keeps a workspace for every stream that it ever saw."""
     return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _own_casts() -> Iterator[None]:
+    """Autocast casts the weights anew inside the recording, and forgets these casts: nobody computed them yet.
+
+    A cast that it remembers is gone when its region ends, and a recorded step stays. (Switching its memory off instead
+    would fail the guards of compiled code.)
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -16,6 +18,8 @@ def guarded(run: Callable[P, R], failed: str) -> Callable[P, R | None]:
     Args:
         run: A function that launches kernels.
         failed: What to say once, before the error.
+
+    What fails while a CUDA graph is recorded is raised: it says nothing about the kernels.
     """
     working = [True]
 
@@ -25,6 +29,8 @@ def guarded(run: Callable[P, R], failed: str) -> Callable[P, R | None]:
         try:
             return run(*args, **kwargs)
         except Exception as error:  # a Triton that cannot compile it
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise
             working[0] = False
             warnings.warn(f"omnisparse: {failed}: {error}", stacklevel=2)
             return None

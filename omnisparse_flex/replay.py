@@ -154,6 +154,8 @@ class Replay:
             return "a mask is needed: the prompt has padding, or position_ids were not given"
         if not all(isinstance(x, (Tensor, *CONSTANTS)) or x is call.cache for x in call.leaves):
             return "an argument is neither a tensor nor a constant"
+        if any(isinstance(x, Tensor) and x.device != self.store.device for x in call.leaves):
+            return "an argument lies on another device"  # a number that the host reads would be recorded as it is
         return ""
 
     def _note(self, entry: Entry, reason: str) -> None:
@@ -209,6 +211,7 @@ class Replay:
             step, (result, inputs) = self.recorder.record(call.run, device)
         except Exception as error:  # whatever it is, the step can run without
             entry.stop_recording(f"{type(error).__name__}: {error}")
+            self.recorder.free()
             return None
         finally:
             queries, store.recorded = store.recorded, None
@@ -216,9 +219,14 @@ class Replay:
                 layer.tail = tail  # its kernels did not run yet
         if inputs is None or not alike(before, inputs) or self._key(call) != key:
             entry.stop_recording("the recorded step differed from those before it")
+            self.recorder.free()
             return None
         leaves, form = pytree.tree_flatten(result)
         results = [CACHE if x is call.cache else x for x in leaves]
+        if not all(isinstance(x, (Tensor, *CONSTANTS)) for x in results):  # its tensors would change under the caller
+            entry.stop_recording("the decoder returns more than tensors and constants")
+            self.recorder.free()
+            return None
         self.count += 1
         weights = others(inputs)
         addresses = [x.data_ptr() for ref in weights if (x := ref()) is not None]

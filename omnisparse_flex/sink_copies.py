@@ -4,7 +4,7 @@ The backward walks the query blocks of one key block in one program. A sink is k
 so its program alone would take several times as long as all the others side by side. Here the sink
 blocks are repeated in front of the keys and query block ``i`` keeps copy ``i % COPIES``; nothing
 else changes, and the gradients of the copies add up because the copies are made by differentiable
-operators. Source: our choice; FACTS measured what one sink column costs.
+operators. Source: our choice.
 """
 
 from __future__ import annotations

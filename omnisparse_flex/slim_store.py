@@ -139,7 +139,9 @@ class SlimStore:
         if count > 1 and new is not None and not bool(new.all()):
             self.padded, self.marks = True, None
             return
-        if self.marks is None or self.marks.shape[1] < stop:
+        # What inference mode made cannot be written outside of it.
+        sealed = self.marks is not None and self.marks.is_inference() and not torch.is_inference_mode_enabled()
+        if self.marks is None or self.marks.shape[1] < stop or sealed:
             grown = torch.ones(self.batch, stop + MARKS, dtype=torch.bool, device=self.device)
             if self.marks is not None:
                 grown[:, : self.length] = self.marks[:, : self.length]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from omnisparse_flex.cost import (
     costs_of,
     expected_share,
     fit,
+    user_file,
     write,
 )
 from omnisparse_flex.masks.expr import causal
@@ -112,6 +114,20 @@ def test_the_users_own_costs_come_first(tmp_path, monkeypatch):
     path.write_text("{broken")
     with pytest.raises(ConfigError, match="delete it to start over"):
         costs_of("cpu")
+
+
+def test_costs_are_looked_for_where_nobody_may_look(tmp_path, monkeypatch):
+    """A user without a home, or with somebody else's: the packaged costs, and no error while a model compiles."""
+    packaged = costs_of("cpu")
+    monkeypatch.delenv(FILE_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(Path, "home", refuse)
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert user_file().name == "costs.json" and costs_of("cpu") == packaged
 
 
 def test_the_packaged_costs_are_those_of_measured_devices():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,6 +321,18 @@ def test_a_mask_that_forbids_a_decoded_token(replays, device):
         model(input_ids=ids[:, :1], attention_mask=short, past_key_values=cache)
 
 
+def test_marks_of_inference_mode_are_written_outside_of_it(device):
+    store = plain(changed("llama", device)).store
+    mask = torch.ones(1, 8, dtype=torch.long, device=device)
+    mask[0, 5] = 0
+    store.batch, store.device = 1, device
+    for length, mode in ((5, torch.inference_mode()), (6, torch.no_grad())):
+        store.length = length
+        with mode:
+            store._mark(1, mask)
+    assert store.marks[0, :8].tolist() == [True] * 5 + [False] + [True] * 2
+
+
 def filled(model, ids):
     cache = plain(model)
     with torch.no_grad():
@@ -342,6 +355,29 @@ def test_weights_that_move_end_a_recorded_step(device):
             weight.data = old
         results.append(torch.cat([first, second], 1))
     assert torch.equal(*results) and cache.replay.count == 2
+
+
+def test_a_module_exchanged_between_two_answers(device):
+    """``generate`` goes on by one token, which is no turn: what was recorded before it counts no more."""
+    inputs = prompt(device, (90,), spans=SPAN)
+
+    def act(model, cache):
+        tokens = generate(model, inputs, cache, new=12, do_sample=False)
+        model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+        more = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        return generate(model, more, cache, new=12, do_sample=False)
+
+    recorder, _ = equal("llama", device, act)
+    assert len(recorder.made) == 2 and recorder.runs >= 12
+
+
+def test_an_argument_on_another_device_is_not_recorded(device):
+    """The host would read it once, while the step is recorded."""
+    cache, _ = recording(model := changed("llama", device))
+    with torch.no_grad():
+        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+    call = SimpleNamespace(entry=entry_of(model), cache=cache, leaves=[torch.zeros(1, device="meta")])
+    assert cache.replay._reason(call, {}) == "an argument lies on another device"
 
 
 def test_statistics_end_a_recorded_step(device):
@@ -374,11 +410,20 @@ class Wandering(StandIn):
         return result
 
 
+class Returning(StandIn):
+    """The decoder returns an object of its own."""
+
+    def record(self, step, device):
+        step, (result, inputs) = super().record(step, device)
+        return step, ((result, object()), inputs)
+
+
 @pytest.mark.parametrize(
     ("recorder", "reason"),
     [
         (Failing, "RuntimeError: operation not permitted when stream is capturing"),
         (Wandering, "the recorded step differed from those before it"),
+        (Returning, "the decoder returns more than tensors and constants"),
     ],
 )
 def test_a_recording_that_fails_changes_nothing(recorder, reason, device):
@@ -395,6 +440,7 @@ def test_a_recording_that_fails_changes_nothing(recorder, reason, device):
         else:  # said once, and never tried again
             tokens = generate(model, inputs, cache, new=20, do_sample=False)
         assert torch.equal(tokens, expected) and cache.replay.recorded is None
+        assert cache.replay.recorder.freed == (turn == 0)
     assert len(notes(model)) == 1
 
 

@@ -169,6 +169,8 @@ def test_a_step_that_cannot_be_recorded_runs():
     assert torch.equal(tokens, expected)
     assert torch.equal(generate(model, inputs, cache_of(model), new=20, do_sample=False), expected)
     assert len(notes(model)) == 1
+    assert torch.rand(4, device=CUDA).unique().numel() > 1  # the generator records no more
+    generate(model, inputs, cache_of(model), new=5, do_sample=True)
     other = changed("llama", CUDA)  # and another model is still recorded
     cache = cache_of(other)
     generate(other, inputs, cache, new=20, do_sample=False)
