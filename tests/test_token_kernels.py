@@ -152,12 +152,21 @@ def check_pick(device, size=3000):
             torch.testing.assert_close(chosen[0, h, m].cpu(), ranked[0, h, m, :count].sum())
 
 
+def check_gradients_in_tensor_code(shape, device, dtype=torch.float32):
+    """Where only the kernels of the gradients fail, they are those of the selection that the others made."""
+    from omnisparse_flex import quick_tokens
+
+    with mock.patch.object(quick_tokens, "_gradients", lambda *_: None):
+        check_attention(shape, device, dtype)
+
+
 def check_interpreted():
     """What fits into an interpreter's patience."""
     check_pick("cpu", 500)
     check_pick("cpu", 20000)
     for shape in SMALL:
         check_attention(shape, "cpu", padded=shape.batch > 1)
+    check_gradients_in_tensor_code(SMALL[1], "cpu")
     check_selection(SMALL[0], "cpu", CONFIG)
     check_selection(SMALL[1], "cpu", dataclasses.replace(CONFIG, budget="per_head", lazy_threshold=None))
     check_selection(SMALL[0], "cpu", dataclasses.replace(CONFIG, max_kv_budget=20))
@@ -250,6 +259,21 @@ def test_kernels_that_fail_leave_tensor_code(monkeypatch):
     monkeypatch.undo()
     token_attention.quick_attention.cache_clear()
     assert out.isfinite().all() and out.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_in_tensor_code_on_the_gpu(dtype):
+    check_gradients_in_tensor_code(SHAPES[1], "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_a_device_that_is_not_the_current_one():
+    inputs = tensors(SHAPES[1], "cuda:1", torch.bfloat16)
+    token_attention.quick_attention.cache_clear()
+    token_attention.attend_tokens(*inputs, site_of(SHAPES[1], "cuda:1")).sum().backward()
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in inputs)
 
 
 @pytest.mark.gpu
