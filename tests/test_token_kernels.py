@@ -160,6 +160,15 @@ def check_gradients_in_tensor_code(shape, device, dtype=torch.float32):
         check_attention(shape, device, dtype)
 
 
+def check_a_nan_key(shape, device, at=300):
+    """Whoever may see a key of NaN gives NaN, and nobody else: near it nobody is lazy, and it is always chosen."""
+    inputs, site = [x.detach() for x in tensors(shape, device)], site_of(shape, device)
+    inputs[1][0, 0, at, 0] = torch.nan
+    sees = materialize_mask(site.mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, device)[..., at]
+    sees[1:] = sees[:, shape.group :] = False
+    assert torch.equal(run(inputs, site)[0].isnan().any(-1), sees)
+
+
 def check_interpreted():
     """What fits into an interpreter's patience."""
     check_pick("cpu", 500)
@@ -167,6 +176,7 @@ def check_interpreted():
     for shape in SMALL:
         check_attention(shape, "cpu", padded=shape.batch > 1)
     check_gradients_in_tensor_code(SMALL[1], "cpu")
+    check_a_nan_key(SMALL[1], "cpu")
     check_selection(SMALL[0], "cpu", CONFIG)
     check_selection(SMALL[1], "cpu", dataclasses.replace(CONFIG, budget="per_head", lazy_threshold=None))
     check_selection(SMALL[0], "cpu", dataclasses.replace(CONFIG, max_kv_budget=20))
@@ -265,6 +275,11 @@ def test_kernels_that_fail_leave_tensor_code(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_in_tensor_code_on_the_gpu(dtype):
     check_gradients_in_tensor_code(SHAPES[1], "cuda", dtype)
+
+
+@pytest.mark.gpu
+def test_a_nan_key_on_the_gpu():
+    check_a_nan_key(SHAPES[1], "cuda")
 
 
 @pytest.mark.gpu
