@@ -121,7 +121,8 @@ def _mass(
     places, dims = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
     target = mass + chunk_part * tl.num_programs(0) * KEYS + places
     own = places // BLOCK
-    may = tl.load(eligible + batch * e_b + head * e_h + m * e_m + own, mask=own < blocks, other=0)
+    flags = eligible + batch.to(tl.int64) * e_b + head.to(tl.int64) * e_h + m.to(tl.int64) * e_m
+    may = tl.load(flags + own, mask=own < blocks, other=0)
     if tl.max(may, 0) == 0:
         tl.store(target, tl.full((KEYS,), -1.0, tl.float32))
     else:
@@ -143,9 +144,11 @@ def _mass(
 def packed_type(query: Tensor) -> torch.dtype:
     """What products of the estimate are computed in: float8 where the device multiplies it, else the query's own.
 
-    Rows of less than 32 numbers are too short for a float8 product.
+    Rows of less than 32 numbers are too short for a float8 product. Devices of ROCm have capabilities too, and
+    another float8.
     """
-    if query.is_cuda and query.shape[3] >= 32 and torch.cuda.get_device_capability(query.device) >= (9, 0):
+    ours = query.is_cuda and torch.version.hip is None and query.shape[3] >= 32
+    if ours and torch.cuda.get_device_capability(query.device) >= (9, 0):
         return torch.float8_e4m3fn
     return query.dtype
 

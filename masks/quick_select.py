@@ -66,7 +66,8 @@ def select_quickly(
     if config.lazy_threshold is None:
         active, lazy = every, ~every
     else:
-        far = _pooled(query, whole, eligible, None, config.segment_size, block=block, pool=block, scale=scale)
+        # Keys as they are: where one is NaN nobody is lazy, so that it shows.
+        far = _pooled(query, key, eligible, None, config.segment_size, block=block, pool=block, scale=scale)
         active, lazy = classify(query, near_lse, far, text, config.lazy_threshold, REDUNDANCY_THRESHOLD, LAZY_STRIDE)
     rows = pack_rows(active, int(key.shape[1]), config.segment_size)
     far = _pooled(query, whole, eligible, rows, config.segment_size, block=block, pool=GUESS_POOL, scale=scale)
@@ -94,7 +95,9 @@ def _choose(
 ) -> tuple[Tensor, ...]:
     """Keys, their number, needs, estimated mass and overflow of every segment, a few segments at a time."""
     kv_len, row_count, device = packed[0].shape[2], rows[1], query.device
-    goal = torch.full((1,), target, device=device) if isinstance(target, (int, float)) else target.float().reshape(1)
+    if isinstance(target, (int, float)):
+        target = torch.full((1,), target, device=device)
+    goal = target.to(device, torch.float32).reshape(1)
     size = (packed[0].shape[0], packed[0].shape[1], -1)
     flags = eligible.to(torch.uint8)
     ends = (torch.arange(flags.shape[-1], device=device, dtype=torch.int32) + 1) * block
@@ -133,6 +136,6 @@ def _pooled(
     own, own_count = (None, None) if rows is None else rows
     size = (key.shape[0], key.shape[1], -1)
     lists = Lists(own, own_count, listed.expand(*size, -1), count.expand(size), block // pool, segment)
-    lse = torch.full(query.shape[:3], -torch.inf, device=query.device)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
     attend_lists(query, block_mean(key, pool), None, None, lse, lists, scale)
     return lse.add_(math.log(pool))

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from omnisparse_flex.guard import guarded
+from omnisparse_flex.listed_gradients import listed_gradients
 from omnisparse_flex.masks.blocks import block_lists
 from omnisparse_flex.masks.plain import PlainMask
 from omnisparse_flex.masks.quick_select import select_quickly
@@ -60,6 +63,10 @@ def far_lists(selection: TokenSelection, segment: int, plain: PlainMask) -> List
     return Lists(*chosen, 1, segment, plain.offset, plain.real)
 
 
+#: ``gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
+_gradients = guarded(gradients, "the token kernels failed, gradients of token attention run in tensor code")
+
+
 class _Attend(torch.autograd.Function):
     """Both parts forward; backward each part with the merged output and log-sum-exp, which makes it the union's."""
 
@@ -82,15 +89,19 @@ class _Attend(torch.autograd.Function):
         found.append(selection)
         tensors = [(x.rows, x.row_count, x.keys, x.key_count) for x in (near, far)]
         ctx.save_for_backward(query, key, value, out, lse, offset, real, *tensors[0], *tensors[1])
-        ctx.rules = (segment, scale)
+        ctx.site, ctx.segments = site, segments
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, offset, real, *lists = ctx.saved_tensors
-        segment, scale = ctx.rules
+        segment, scale = ctx.site.config.segment_size, ctx.site.scale_for(query)
         near_rows, near_row_count, near_keys, near_key_count, rows, row_count, keys, key_count = lists
         near = Lists(near_rows, near_row_count, near_keys, near_key_count, BLOCK, segment, offset, real)
         far = Lists(rows, row_count, keys, key_count, 1, segment, offset, real)
-        found = gradients(grad.contiguous(), query, key, value, out, lse, (near, far), scale)
+        found = _gradients(grad.contiguous(), query, key, value, out, lse, (near, far), scale)
+        if found is None:
+            chosen = (rows, row_count, keys, key_count)
+            found = listed_gradients(grad, query, key, value, ctx.segments, chosen, ctx.site)
         return (*found, None, None, None, None, None, None)

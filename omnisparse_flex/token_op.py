@@ -115,9 +115,14 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[
     site = _site(*constants)  # type: ignore[arg-type]
     if record:
         site = dataclasses.replace(site, write=found.append, exact=record == 2)
-    with torch.no_grad():
+    with torch.no_grad(), _as_given(query):
         out = attend_tokens(query, key, value, site)
     return (out.contiguous(), *(found[0] if found else _blank(query, key, 0)))
+
+
+def _as_given(query: Tensor) -> torch.autocast:
+    """No autocast in the operator: its inputs have followed it; the backward, which has none, must select the same."""
+    return torch.autocast(query.device.type, enabled=False)
 
 
 def _blank(query: Tensor, key: Tensor, record: int) -> Measured:
@@ -141,7 +146,7 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Everything once more, with gradients: the selection is a function of the same inputs, so it is the same."""
     site = _site(*constants)  # type: ignore[arg-type]
-    with torch.enable_grad():
+    with torch.enable_grad(), _as_given(query):
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         out = attend_tokens(q, k, v, site)
     grads = torch.autograd.grad(out, (q, k, v), grad)

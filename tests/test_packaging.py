@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     held = [name for name in names if ".dist-info/" not in name]
-    assert sorted(held) == sorted(sources(".py", ".typed"))  # as lists: nothing twice, no tests
+    assert sorted(held) == sorted(sources(".py", ".typed", ".json"))  # as lists: nothing twice, no tests
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

@@ -116,11 +116,17 @@ def check_selection(shape, device, config, dtype=torch.float32):
 
 
 def check_pick(device, size=3000):
-    """Need and choice against a sort: masses a factor of 1.01 apart, some places no keys, some segments empty."""
+    """Need and choice against a sort: masses a factor of 1.004 apart, some places no keys, some segments empty.
+
+    20000 such masses are normal numbers still; steps of 1.01 would end in zeros, which tie, and in subnormal
+    numbers, which the kernel does not tell apart.
+    """
     from omnisparse_flex.masks.pick_kernel import masses_needed, pick
 
     generator = torch.Generator().manual_seed(0)
-    mass = torch.stack([1.01 ** -torch.randperm(size, generator=generator).float() for _ in range(6)]).view(1, 2, 3, -1)
+    mass = torch.stack([1.004 ** -torch.randperm(size, generator=generator).float() for _ in range(6)]).view(
+        1, 2, 3, -1
+    )
     absent = torch.rand(mass.shape, generator=generator) < 0.3
     absent[0, 1, 2] = True
     mass = mass.masked_fill(absent, -1.0)
@@ -146,11 +152,31 @@ def check_pick(device, size=3000):
             torch.testing.assert_close(chosen[0, h, m].cpu(), ranked[0, h, m, :count].sum())
 
 
+def check_gradients_in_tensor_code(shape, device, dtype=torch.float32):
+    """Where only the kernels of the gradients fail, they are those of the selection that the others made."""
+    from omnisparse_flex import quick_tokens
+
+    with mock.patch.object(quick_tokens, "_gradients", lambda *_: None):
+        check_attention(shape, device, dtype)
+
+
+def check_a_nan_key(shape, device, at=300):
+    """Whoever may see a key of NaN gives NaN, and nobody else: near it nobody is lazy, and it is always chosen."""
+    inputs, site = [x.detach() for x in tensors(shape, device)], site_of(shape, device)
+    inputs[1][0, 0, at, 0] = torch.nan
+    sees = materialize_mask(site.mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, device)[..., at]
+    sees[1:] = sees[:, shape.group :] = False
+    assert torch.equal(run(inputs, site)[0].isnan().any(-1), sees)
+
+
 def check_interpreted():
     """What fits into an interpreter's patience."""
     check_pick("cpu", 500)
+    check_pick("cpu", 20000)
     for shape in SMALL:
         check_attention(shape, "cpu", padded=shape.batch > 1)
+    check_gradients_in_tensor_code(SMALL[1], "cpu")
+    check_a_nan_key(SMALL[1], "cpu")
     check_selection(SMALL[0], "cpu", CONFIG)
     check_selection(SMALL[1], "cpu", dataclasses.replace(CONFIG, budget="per_head", lazy_threshold=None))
     check_selection(SMALL[0], "cpu", dataclasses.replace(CONFIG, max_kv_budget=20))
@@ -243,6 +269,26 @@ def test_kernels_that_fail_leave_tensor_code(monkeypatch):
     monkeypatch.undo()
     token_attention.quick_attention.cache_clear()
     assert out.isfinite().all() and out.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_in_tensor_code_on_the_gpu(dtype):
+    check_gradients_in_tensor_code(SHAPES[1], "cuda", dtype)
+
+
+@pytest.mark.gpu
+def test_a_nan_key_on_the_gpu():
+    check_a_nan_key(SHAPES[1], "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_a_device_that_is_not_the_current_one():
+    inputs = tensors(SHAPES[1], "cuda:1", torch.bfloat16)
+    token_attention.quick_attention.cache_clear()
+    token_attention.attend_tokens(*inputs, site_of(SHAPES[1], "cuda:1")).sum().backward()
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in inputs)
 
 
 @pytest.mark.gpu
