@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -168,36 +169,16 @@ class Bench:
 
 def keep(bench: Bench) -> None:
     """Write the JSON and the figures, as far as they were measured."""
-    import summary  # beside this file
+    import prefill_figures  # beside this file
+    import summary
 
     for row in bench.rows:
         if row["kernel"] in bench.full_ms.get(row["tokens"], {}):
             row["efficiency"] = bench.full_ms[row["tokens"]][row["kernel"]] / row["attention_ms"] * row["kept"]
-    versions = {"torch": torch.__version__, "device": summary.device_name(), "flash4": has_flash()}
-    content = {**versions, "rows": bench.rows, "dense_ms": bench.dense_ms, "full_kernel_ms": bench.full_ms}
-    summary.write_json(content, RESULTS)
-    for tokens, name in ((32 * K, "32k"), (128 * K, "128k"), (256 * K, "256k")):
-        rows = [row for row in bench.rows if row["tokens"] == tokens and row["asked"] == 0.1]
-        if not rows:
-            continue
-        best, dense = max(rows, key=lambda row: row["speedup"]), bench.dense_ms[tokens]
-        fastest = min(dense, key=lambda n: dense[n])
-        baseline = (
-            f"{fastest}, fastest dense of the run; random data, {best['kept']:.3f} of the blocks, {best['kernel']}"
-        )
-        summary.record(
-            f"prefill.speedup.{name}.d10", round(best["speedup"], 3), unit="x", baseline=baseline, script=__file__
-        )
-        if name == "128k":
-            share, unit = round(best["selection_share_of_dense"], 5), "share of the fastest dense"
-            summary.record("select.share.128k", share, unit=unit, baseline=baseline, script=__file__)
-    for tokens in bench.full_ms:
-        measured = [r for r in bench.rows if r["tokens"] == tokens and r["asked"] == 0.1 and "efficiency" in r]
-        if measured:
-            best = max(measured, key=lambda row: row["speedup"])
-            baseline, value = f"the {best['kernel']} kernel keeping all; x kept share", round(best["efficiency"], 4)
-            name = f"prefill.efficiency.{tokens // K}k.d10"
-            summary.record(name, value, unit="share", baseline=baseline, script=__file__)
+    about = {"torch": torch.__version__, "device": summary.device_name(), "commit": summary.commit()}
+    content = {"rows": bench.rows, "dense_ms": bench.dense_ms, "full_kernel_ms": bench.full_ms, "flash4": has_flash()}
+    summary.write_json({**about, **content}, RESULTS)
+    prefill_figures.record(json.loads(RESULTS.read_text()))
 
 
 def main() -> int:

@@ -102,7 +102,6 @@ class Backend:
             least=functools.partial(self.threshold, device),
             lists=inner == "inductor",
             kernel=self.kernel,
-            needs_grad=needs_grad,
         )
         rewrite = run_pipeline(graph_module, settings)
         read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]

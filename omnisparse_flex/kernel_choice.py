@@ -13,10 +13,9 @@ KERNELS = ("auto", "triton", "flash")
 Options = tuple[tuple[str, Any], ...]
 
 #: Options of the Triton kernel by (compute capability, head_dim); () elsewhere: Inductor's own.
-#: Measured by benchmarks/bench_prefill.py and benchmarks/bench_train.py.
-#: H200, 10 % of the blocks: 2.17 against 2.27 ms at 32K, 29.7 against 31.6 ms at 128K. No gain, or worse:
-#: ROWS_GUARANTEED_SAFE, 4 warps (3.0 ms), 64 keys a step.
-TRITON_OPTIONS: dict[tuple[int, int], Options] = {(9, 128): (("USE_TMA", True),)}
+#: No row yet. H200, D = 128, 10 % of the blocks: USE_TMA gains 4 % at 32K and 6 % at 128K and waits for a test with
+#: a model's strides; ROWS_GUARANTEED_SAFE and 64 keys a step gain nothing, 4 warps lose 30 %.
+TRITON_OPTIONS: dict[tuple[int, int], Options] = {}
 FLASH: Options = (("BACKEND", "FLASH"),)
 #: What the FLASH backend was run with.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -32,17 +31,17 @@ def has_flash() -> bool:
 
 
 def kernel_options(
-    kernel: str, query: Tensor, value: Tensor, dtype: torch.dtype, *, plain_scores: bool, needs_grad: bool
+    kernel: str, query: Tensor, value: Tensor, dtype: torch.dtype, *, plain_scores: bool
 ) -> tuple[Options, str]:
     """Options of one site's kernel.
 
     Args:
-        kernel: ``"auto"``, ``"triton"`` or ``"flash"``.
+        kernel: ``"auto"``, ``"triton"`` or ``"flash"``. Our choice: ``"auto"`` is Triton until the tests of
+            the FLASH backend have passed on a GPU.
         query: (B, Hq, L, D), real or fake.
         value: (B, Hkv, S, Dv).
         dtype: What attention computes in, autocast considered.
         plain_scores: Logits are scaled dot products: no bias, soft cap or score_mod.
-        needs_grad: A backward will follow; ``"auto"`` then stays with Triton, whose backward is tested.
 
     Returns:
         The options, and why a wanted FLASH kernel is not taken ("" if it is, or was not wanted).
@@ -50,7 +49,7 @@ def kernel_options(
     if query.device.type != "cuda":
         return (), ""
     capability = torch.cuda.get_device_capability(query.device)[0]
-    if kernel == "flash" or (kernel == "auto" and not needs_grad and has_flash()):
+    if kernel == "flash":
         reason = _flash_refuses(query, value, dtype, capability, plain_scores)
         if not reason:
             return FLASH, ""

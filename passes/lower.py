@@ -161,7 +161,7 @@ def _kernel_options(site: Site, settings: Settings) -> tuple[Options, str]:
     query, value = value_of(site.query), value_of(site.value)
     dtype = autocast_dtype(query.device.type) or query.dtype
     plain = site.mods is None and site.bias is None and site.softcap == 0
-    return kernel_options(settings.kernel, query, value, dtype, plain_scores=plain, needs_grad=settings.needs_grad)
+    return kernel_options(settings.kernel, query, value, dtype, plain_scores=plain)
 
 
 def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:

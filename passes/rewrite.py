@@ -153,14 +153,12 @@ class Settings:
         least: Queries below which a site with these heads stays dense; 0 switches every fallback off.
         lists: The inner compiler honours block lists (Inductor).
         kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
-        needs_grad: The graph will be differentiated.
     """
 
     config: OmniSparseConfig
     least: Callable[[Shape], int] = lambda shape: 0
     lists: bool = True
     kernel: str = "triton"
-    needs_grad: bool = False
 
 
 @dataclasses.dataclass(eq=False)

@@ -16,10 +16,14 @@ from omnisparse_flex.masks.select import select_blocks
 needs_flash = pytest.mark.skipif(not has_flash(), reason="needs flash-attn-4")
 
 
+#: A row for the tests.
+TUNED = (("num_stages", 3),)
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernel_choice, "has_flash", lambda: True)
+    monkeypatch.setitem(kernel_choice.TRITON_OPTIONS, (9, 128), TUNED)
 
 
 class Fake:
@@ -29,18 +33,14 @@ class Fake:
         self.shape, self.device = (1, 8, 512, head_dim), torch.device(device)
 
 
-def choose(kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None, grad=False):
-    tensors = Fake(dim, device), Fake(value_dim or dim, device)
-    return kernel_options(kernel, *tensors, dtype, plain_scores=plain, needs_grad=grad)
+def choose(kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None):
+    return kernel_options(kernel, Fake(dim, device), Fake(value_dim or dim, device), dtype, plain_scores=plain)
 
 
-def test_flash_where_it_is_installed_and_legal(hopper, monkeypatch):
-    assert choose() == (FLASH, "") and choose("flash") == (FLASH, "")
-    assert choose("triton") == (kernel_choice.TRITON_OPTIONS[9, 128], "")
-    assert choose("flash", grad=True) == (FLASH, "")
-    assert choose(grad=True) == (kernel_choice.TRITON_OPTIONS[9, 128], ""), "auto trains on Triton"
-    monkeypatch.setattr(kernel_choice, "has_flash", lambda: False)
-    assert choose() == (kernel_choice.TRITON_OPTIONS[9, 128], "")
+def test_flash_where_it_is_wanted_and_legal(hopper):
+    assert choose("flash") == (FLASH, "")
+    assert choose() == choose("triton") == (TUNED, "")
+    assert choose(dim=64) == ((), ""), "no row for this head_dim"
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,12 @@ def test_flash_where_it_is_installed_and_legal(hopper, monkeypatch):
 def test_what_flash_does_not_take_runs_on_triton_by_name(hopper, changes, reason):
     options, why = choose("flash", **changes)
     assert FLASH[0] not in options and why == reason
-    assert FLASH[0] not in choose("auto", **changes)[0]
 
 
 def test_another_gpu_gets_no_options_that_were_not_measured_on_it(monkeypatch):
-    monkeypatch.setattr(kernel_choice, "has_flash", lambda: True)
+    monkeypatch.setitem(kernel_choice.TRITON_OPTIONS, (9, 128), TUNED)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose() == ((), "compute capability 8.x")
+    assert choose() == ((), "") and choose("flash") == ((), "compute capability 8.x")
     assert choose(device="cpu") == ((), "")
 
 

@@ -1,0 +1,61 @@
+"""The figures of ``bench_prefill.py``'s results, of the kernels whose own tests have passed.
+
+PYTHONPATH=$PWD python3 benchmarks/prefill_figures.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import summary  # beside this file
+
+RESULTS = Path(__file__).resolve().parent / "results" / "prefill.json"
+K = 1024
+#: The FLASH backend's outputs have not been shown to be right here: its times are in the results, not in the figures.
+TESTED = ("triton",)
+SHARE = 0.1
+
+
+def figures(content: dict[str, Any], kernels: tuple[str, ...] = TESTED) -> dict[str, tuple[float, str, str]]:
+    """Name -> (value, unit, baseline), as far as it was measured; the fastest of ``kernels`` at each length."""
+    found: dict[str, tuple[float, str, str]] = {}
+    rows = [row for row in content["rows"] if row["asked"] == SHARE and row["kernel"] in kernels]
+    for tokens in sorted({row["tokens"] for row in rows}):
+        best = max((row for row in rows if row["tokens"] == tokens), key=lambda row: row["speedup"])
+        dense, name = content["dense_ms"][str(tokens)], f"{tokens // K}k"
+        fastest = min(dense, key=lambda kernel: dense[kernel])
+        kept = f"{best['kept']:.3f} of the blocks, {best['kernel']} kernel"
+        baseline = f"{fastest}, fastest dense of the run; random data, {kept}"
+        if tokens // K in (32, 128, 256):
+            found[f"prefill.speedup.{name}.d10"] = (round(best["speedup"], 3), "x", baseline)
+        if tokens == 128 * K:
+            share = round(best["selection_ms"] / min(dense.values()), 5)
+            found["select.share.128k"] = (share, "share of the fastest dense", baseline)
+        if "efficiency" in best:
+            what = f"the {best['kernel']} kernel keeping all; x kept share"
+            found[f"prefill.efficiency.{name}.d10"] = (round(best["efficiency"], 4), "share", what)
+    return found
+
+
+def record(content: dict[str, Any]) -> None:
+    """Write the figures into the summary, with the device and versions of the results."""
+    where = {"device": content["device"], "torch_version": content["torch"], "tree": content["commit"]}
+    for name, (value, unit, baseline) in figures(content).items():
+        summary.record(name, value, unit=unit, baseline=baseline, script="benchmarks/bench_prefill.py", **where)
+        print(f"{name} = {value} {unit}")
+
+
+def main() -> int:
+    """Record the figures of a results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    record(json.loads(parser.parse_args().results.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
