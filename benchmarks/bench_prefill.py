@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from gpu_timing import (  # beside this file
     attention_share,
     captured,
@@ -34,11 +33,8 @@ from gpu_timing import (  # beside this file
 from torch import Tensor
 
 from omnisparse_flex import OmniSparseConfig
-from omnisparse_flex.backend import Backend
 from omnisparse_flex.kernel_choice import has_flash
-from omnisparse_flex.masks.expr import causal
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.select import select_blocks
+from omnisparse_flex.refit import compiled_attention, kept_share
 from omnisparse_flex.timing import Function, Timing, milliseconds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "prefill.json"
@@ -59,30 +55,8 @@ def inputs(tokens: int, device: str, sets: int) -> list[tuple[Tensor, Tensor, Te
 
 
 def sparse(share: float, kernel: str) -> Callable[..., Tensor]:
-    """Our attention as a compiled model runs it; one graph for all lengths."""
-    config = OmniSparseConfig(target_recall=share)
-    backend = Backend(config, min_seq_len=0, inner="inductor", kernel=kernel)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=SCALE, enable_gqa=True)
-
-    torch._dynamo.reset()  # the code object is the same each time: its compiled versions would pile up
-    compiled = torch.compile(attention, backend=backend)
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        for x in (query, key, value):
-            torch._dynamo.maybe_mark_dynamic(x, 2)
-        return compiled(query, key, value)
-
-    return run
-
-
-def kept_share(share: float, query: Tensor, key: Tensor) -> float:
-    """Kept blocks over causal blocks of the selection that ``sparse`` makes."""
-    chosen = select_blocks(
-        query, key, MaskProgram(causal()), OmniSparseConfig(target_recall=share), target=share, scale=SCALE
-    )
-    return (chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum()).item()
+    """Our attention at a kept share."""
+    return compiled_attention(OmniSparseConfig(target_recall=share), kernel=kernel)
 
 
 def timed(function: Function, sets: list[tuple[Tensor, Tensor, Tensor]]) -> Timing:
@@ -145,7 +119,7 @@ class Bench:
         dense, sets = self.dense(tokens), inputs(tokens, self.device, 2)
         took = timed(attend, sets)
         row: dict[str, Any] = {"tokens": tokens, "asked": share, "kernel": kernel, **dataclasses.asdict(took)}
-        row["kept"] = kept_share(share, *sets[0][:2])
+        row["kept"] = kept_share(OmniSparseConfig(target_recall=share), *sets[0][:2])
         row["speedup"] = min(dense.values()) / took.median
         if self.device == "cuda":
             row["host_ms"] = host_milliseconds(attend, sets[0])

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_prefill import KV_HEADS, SCALE, K, inputs, kept_share, sparse  # beside this file
+from bench_prefill import KV_HEADS, SCALE, K, inputs, sparse  # beside this file
 from gpu_timing import dense_attention, kernel_milliseconds
 from torch import Tensor
 
-from omnisparse_flex import sink_copies
+from omnisparse_flex import OmniSparseConfig, sink_copies
 from omnisparse_flex.kernel_choice import has_flash
 from omnisparse_flex.masks.blocks import block_lists
+from omnisparse_flex.refit import kept_share
 from omnisparse_flex.timing import milliseconds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train.json"
@@ -82,7 +83,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             took = milliseconds(step(attend), sets, runs=5)
             transposed = transpose_milliseconds(tokens, SHARE, options.device)
             row = {"tokens": tokens, "kernel": kernel, "dense_ms": dense, **dataclasses.asdict(took)}
-            row |= {"kept": kept_share(SHARE, *(x.detach() for x in sets[0][:2])), "transposed_ms": transposed}
+            row |= {
+                "kept": kept_share(OmniSparseConfig(target_recall=SHARE), *(x.detach() for x in sets[0][:2])),
+                "transposed_ms": transposed,
+            }
             row["speedup"] = min(dense.values()) / took.median
             row["kernels"] = dict(sorted(kernel_milliseconds(step(attend), sets[0]).items(), key=lambda x: -x[1])[:12])
             rows.append(row)

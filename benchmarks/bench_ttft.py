@@ -25,7 +25,7 @@ from bench_compile import build  # beside this file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, remove_omnisparse, rewrite_report
+from omnisparse_flex import OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.cost import expected_share
 from omnisparse_flex.timing import Timing, milliseconds
 
@@ -77,7 +77,7 @@ class Bench:
         return took, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
 
     def call(self, embeddings: Tensor) -> Tensor:
-        """One prefill; positions are given, so that nothing depends on a cache."""
+        """One prefill without a cache."""
         return self.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1]
 
     def ours(self, config: OmniSparseConfig, embeddings: Tensor) -> dict[str, Any]:
@@ -86,19 +86,14 @@ class Bench:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "omnisparse: rewrote no attention site")  # the dense decoder's point
             took, memory = self.time(self.call, embeddings)
-        with collect_stats(self.model) as stats:  # after the timing: recording statistics is another graph
-            if config.budget != "flattest_head" and self.options.stats:
-                self.call(embeddings)
         report = rewrite_report(self.model)
         remove_omnisparse(self.model)
-        density = stats.density if config.budget != "flattest_head" and self.options.stats else None
         return {
             "ms": took.median,
             "low": took.low,
             "high": took.high,
             "peak_gib": memory,
             "rewritten": len(report.rewritten),
-            "density": density,
         }
 
     def length(self, tokens: int) -> dict[str, Any]:
@@ -162,7 +157,6 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256], help="in K tokens")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1], help="kept block pairs of a sparse layer")
     parser.add_argument("--hf", action="store_true", help="also torch.compile(model) without us")
-    parser.add_argument("--stats", action="store_true", help="also the recorded density: one more compile per length")
     parser.add_argument("--seconds", type=float, default=240.0, help="start no length after so long")
     parser.add_argument("--quick", action="store_true", help="2 small layers, 1K tokens; records nothing")
     options = parser.parse_args()

@@ -13,8 +13,8 @@ KERNELS = ("auto", "triton", "flash")
 Options = tuple[tuple[str, Any], ...]
 
 #: Options of the Triton kernel by (compute capability, head_dim); () elsewhere: Inductor's own.
-#: No row yet. H200, D = 128, 10 % of the blocks: USE_TMA gains 4 % at 32K and 6 % at 128K and waits for a test with
-#: a model's strides; ROWS_GUARANTEED_SAFE and 64 keys a step gain nothing, 4 warps lose 30 %.
+#: No row yet: USE_TMA looked a few percent faster on an H200 (D = 128) when tried by hand, and waits for a script that
+#: measures it and a test with a model's strides.
 TRITON_OPTIONS: dict[tuple[int, int], Options] = {}
 FLASH: Options = (("BACKEND", "FLASH"),)
 #: What the FLASH backend was run with.

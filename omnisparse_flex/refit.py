@@ -43,7 +43,7 @@ def measure_costs(shape: Shape, device: torch.device, progress: Progress) -> Cos
     dense: dict[int, float] = {}
     for share in SHARES:
         config = OmniSparseConfig(target_recall=share)
-        attend = _sparse(config, progress)
+        attend = compiled_attention(config, progress=progress)
         for tokens in LENGTHS[device.type]:
             inputs = _inputs(tokens, shape, device, dtype)
             if tokens not in dense:
@@ -51,7 +51,7 @@ def measure_costs(shape: Shape, device: torch.device, progress: Progress) -> Cos
                     dense[tokens] = min(_dense_times(inputs))
             with torch.no_grad(), progress.step(f"sparse attention, {tokens} tokens, {share:.0%} of the blocks"):
                 ours = milliseconds(attend, [inputs]).median
-            samples.append(Sample(tokens, shape, _kept(config, share, inputs), ours, dense[tokens]))
+            samples.append(Sample(tokens, shape, kept_share(config, *inputs[:2]), ours, dense[tokens]))
     return fit(samples)
 
 
@@ -65,15 +65,26 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def _sparse(config: OmniSparseConfig, progress: Progress) -> Callable[..., Tensor]:
-    """Our attention as a compiled model runs it, one graph for all lengths."""
-    backend = Backend(config, min_seq_len=0, inner="inductor")
-    backend.log.on_graph = progress.on_graph("sparse attention")
+def compiled_attention(
+    config: OmniSparseConfig, *, kernel: str = "auto", progress: Progress | None = None
+) -> Callable[..., Tensor]:
+    """Our causal attention as a compiled model runs it, one graph for all lengths.
+
+    Args:
+        config: Its rules.
+        kernel: As in ``apply_omnisparse``.
+        progress: Prints what is being compiled; None: silent.
+
+    Returns:
+        ``(query, key, value) -> output``, (B, H, N, D) each.
+    """
+    backend = Backend(config, min_seq_len=0, inner="inductor", kernel=kernel)
+    backend.log.on_graph = progress.on_graph("sparse attention") if progress else None
 
     def own(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _attention(query, key, value)
 
-    torch._dynamo.reset()  # the code object is the same each time
+    torch._dynamo.reset()  # the code object is the same each time: its compiled versions would pile up
     compiled = torch.compile(own, backend=backend)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -98,9 +109,8 @@ def _dense_times(inputs: tuple[Tensor, Tensor, Tensor]) -> list[float]:
     return found
 
 
-def _kept(config: OmniSparseConfig, share: float, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Kept blocks over causal blocks."""
-    query, key, _ = inputs
-    mask = MaskProgram(causal())
-    chosen = select_blocks(query, key, mask, config, target=share, scale=query.shape[3] ** -0.5)
+def kept_share(config: OmniSparseConfig, query: Tensor, key: Tensor) -> float:
+    """Kept blocks over causal blocks of the selection that ``compiled_attention`` makes, 0-1."""
+    mask, scale = MaskProgram(causal()), query.shape[3] ** -0.5
+    chosen = select_blocks(query, key, mask, config, target=config.recall_of(0), scale=scale)
     return float(chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum())

@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnisparse_flex import OmniSparseConfig, sparse_attention
+from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex import sink_copies as module
+from omnisparse_flex.attention import attend
+from omnisparse_flex.masks.expr import causal
+from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.sink_copies import COPIES, original, spread
+from omnisparse_flex.site import Site
 
 BLOCK = 4
 
@@ -81,24 +85,24 @@ def test_compiled_gradients_equal_dense_with_copies(device, monkeypatch):
     shape = ((1, 4, length, 64), (1, 2, length, 64), (1, 2, length, 64))
     tensors = [torch.randn(*x, device=device, dtype=torch.float32, requires_grad=True) for x in shape]
 
-    def attend(q, k, v):
+    def plain(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     weight = torch.randn(shape[0], device=device)
-    expected = torch.autograd.grad(attend(*tensors), tensors, weight)
-    compiled = torch.compile(attend, backend=Backend(config, min_seq_len=0, kernel="triton"))
+    expected = torch.autograd.grad(plain(*tensors), tensors, weight)
+    compiled = torch.compile(plain, backend=Backend(config, min_seq_len=0, kernel="triton"))
     got = torch.autograd.grad(compiled(*tensors), tensors, weight)
     assert spreads, "the copies did not run"
     for a, b in zip(expected, got, strict=True):
         assert (a - b).abs().max() <= 2e-3 * b.abs().max() + 1e-3
 
 
-def test_inference_makes_no_copies(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("copied")
-
-    monkeypatch.setattr(module, "ENABLED", True)
-    monkeypatch.setattr("omnisparse_flex.attention.spread", refuse)
-    x = torch.randn(1, 1, 256, 16)
-    with torch.no_grad():
-        sparse_attention(x, x.clone(), x.clone(), config=OmniSparseConfig())
+@pytest.mark.parametrize(("grad", "enabled", "expected"), [(True, True, 1), (False, True, 0), (True, False, 0)])
+def test_copies_are_made_for_a_backward_only(grad, enabled, expected, monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "ENABLED", enabled)
+    monkeypatch.setattr(module, "MIN_KEYS", 256)
+    monkeypatch.setattr("omnisparse_flex.attention.spread", lambda *a, **k: made.append(1) or spread(*a, **k))
+    tensors = [torch.randn(1, 1, 256, 16, requires_grad=grad) for _ in range(3)]
+    attend(*tensors, Site(config=OmniSparseConfig(), mask=MaskProgram(causal()), target=0.5, lists=True))
+    assert len(made) == expected
