@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from video_needle.data import IGNORE, Batch
-from video_needle.scene import CELLS
+from video_needle.data import IGNORE
 from video_needle.vocabulary import IDS, KINDS, TOLD
 
 
@@ -30,36 +29,42 @@ def narration_loss(logits: Tensor, narration: Tensor) -> Tensor:
     return torch.stack(losses).nan_to_num(0.0).mean()
 
 
-def task_losses(logits: Tensor, batch: Batch, early: Sequence[Tensor] = ()) -> Tensor:
+def task_losses(logits: Tensor, answers: Tensor, narration: Tensor, text: int, early: Sequence[Tensor] = ()) -> Tensor:
     """Losses of the answers, of narration at visual tokens and of narration at names.
 
     Args:
         logits: float32 (B, N, vocabulary).
-        batch: Where they are from, on the same device.
+        answers: As in ``Batch``, on the same device.
+        narration: As in ``Batch``.
+        text: Index of the first word of the questions.
         early: Logits read between layers; visual tokens have to narrate there, too.
 
     Returns:
         float32 (3,).
     """
-    text = 2 + batch.steps * CELLS
-    answer = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORE)
+    answer = F.cross_entropy(logits[:, text:].flatten(0, 1), answers[:, text:].flatten(), ignore_index=IGNORE)
     seen, named = (
-        narration_loss(logits[:, part].flatten(0, 1), batch.narration[:, part].flatten(0, 1))
+        narration_loss(logits[:, part].flatten(0, 1), narration[:, part].flatten(0, 1))
         for part in (slice(0, text), slice(text, None))
     )
     for state in early:
-        seen = seen + narration_loss(state[:, :text].flatten(0, 1), batch.narration[:, :text].flatten(0, 1))
+        seen = seen + narration_loss(state[:, :text].flatten(0, 1), narration[:, :text].flatten(0, 1))
     return torch.stack([answer, seen / (1 + len(early)), named])
 
 
-def count_hits(logits: Tensor, batch: Batch) -> Tensor:
+def count_hits(logits: Tensor, answers: Tensor, kinds: Tensor, text: int) -> Tensor:
     """Right answers and questions by kind.
+
+    Args:
+        logits: (B, N, vocabulary).
+        answers: As in ``Batch``.
+        kinds: As in ``Batch``.
+        text: Index of the first word of the questions.
 
     Returns:
         float32 (2, kinds), on the device of ``logits``.
     """
-    text = 2 + batch.steps * CELLS
-    answers, kinds = batch.answers[:, text:], batch.kinds[:, text:]
+    answers, kinds = answers[:, text:], kinds[:, text:]
     right = logits[:, text:].detach().argmax(-1) == answers
     asked = kinds[..., None] == torch.arange(len(KINDS), device=kinds.device)
     return torch.stack([(asked & right[..., None]).sum((0, 1)), asked.sum((0, 1))]).float()

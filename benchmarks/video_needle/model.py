@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_needle.data import TOKENS_PER_SECOND
+from video_needle.scene import CELLS, GRID
 from video_needle.sprites import CELL
 from video_needle.vocabulary import IDS, SIZE
 
@@ -125,6 +126,56 @@ def frames_at_once(
     parts = [x[0].unflatten(1, (frames, -1)).transpose(0, 1) for x in (query, key, value)]
     out = F.scaled_dot_product_attention(*parts, scale=kwargs["scaling"])
     return out.transpose(1, 2).flatten(0, 1)[None], None
+
+
+def frame_layout(model: Any, frames: int, device: torch.device) -> dict[str, Any]:
+    """What the vision tower would read off ``grid_thw`` again in every step, each time waiting for the device.
+
+    Args:
+        model: A model of ``make_config``.
+        frames: Steps of all videos of a batch together.
+        device: Where the tower is.
+
+    Returns:
+        Arguments of the tower beside pixels and ``grid_thw``.
+    """
+    from transformers import vision_utils
+
+    vision = model.config.vision_config
+    grid, merge = torch.tensor([[frames, GRID, GRID]]), vision.spatial_merge_size
+    windows, bounds = vision_utils.get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
+    tensors = {
+        "position_ids": vision_utils.get_vision_position_ids(grid, merge),
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
+        "window_index": windows,
+        "cu_window_seqlens": bounds,
+    }
+    return {name: x.to(device) for name, x in tensors.items()} | {"max_seqlen": CELLS, "max_window_seqlen": CELLS}
+
+
+def embed(model: Any, ids: Tensor, pixels: Tensor, layout: dict[str, Any]) -> dict[str, Tensor]:
+    """Words and frames as the decoder takes them, without a wait for the device.
+
+    The stock class finds the places of visual tokens by value, forward and backward; here they are known.
+
+    Args:
+        model: A model of ``make_config``.
+        ids: int64 (B, N), as in ``Batch``.
+        pixels: As ``render`` returns them.
+        layout: As ``frame_layout`` returns it.
+
+    Returns:
+        ``inputs_embeds`` and ``mm_token_type_ids``, as the stock class takes them.
+    """
+    tower = model.model.visual
+    frames = tower(pixels.to(tower.dtype), grid_thw=None, **layout).pooler_output
+    end = 1 + len(frames) // len(ids)
+    words = model.get_input_embeddings()(ids)
+    frames = frames.view(len(ids), end - 1, -1).to(words.dtype)
+    return {
+        "inputs_embeds": torch.cat([words[:, :1], frames, words[:, end:]], 1),
+        "mm_token_type_ids": 2 * (ids == model.config.video_token_id).int(),
+    }
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -39,8 +39,8 @@ class Muon(torch.optim.Optimizer):
                 ahead = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
                 update = orthogonalised(ahead).to(ahead.dtype)
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-                alpha = -group["lr"] * max(1.0, rows / columns) ** 0.5
-                torch._foreach_add_(same, list(update.unbind(0)), alpha=alpha)
+                update *= group["lr"] * max(1.0, rows / columns) ** 0.5  # the rate may be a tensor
+                torch._foreach_sub_(same, list(update.unbind(0)))
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -63,20 +63,24 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def make_optimizers(model: nn.Module, lr: float, fused: bool) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, lr: float, device: torch.device) -> list[torch.optim.Optimizer]:
     """AdamW for embeddings, norms, biases and the patch embedding; Muon for every other matrix.
+
+    On a GPU their steps can be recorded: rates are tensors there.
 
     Args:
         model: Its parameters.
         lr: AdamW's; ``set_rate`` changes both.
-        fused: AdamW's fused kernel (on a GPU).
+        device: Where the parameters are.
     """
+    gpu = device.type == "cuda"
+    rates = [torch.tensor(x, device=device) if gpu else x for x in (lr, MATRIX_RATE * lr)]
     matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
     rest = [p for name, p in model.named_parameters() if name not in matrices]
     chosen = [p for name, p in model.named_parameters() if name in matrices]
     return [
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=fused),
-        Muon(chosen, lr=MATRIX_RATE * lr),
+        torch.optim.AdamW(rest, lr=rates[0], betas=(0.9, 0.98), weight_decay=0.01, fused=gpu, capturable=gpu),
+        Muon(chosen, lr=rates[1]),
     ]
 
 
@@ -84,4 +88,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
     """Give AdamW this learning rate and Muon its multiple."""
     for optimizer, factor in zip(optimizers, (1.0, MATRIX_RATE), strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = factor * lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(factor * lr)
+            else:
+                group["lr"] = factor * lr

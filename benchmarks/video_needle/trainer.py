@@ -13,10 +13,12 @@ from omnisparse_flex import OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.errors import require
 from video_needle import checkpoint, evaluate, plot
 from video_needle.backgrounds import load
-from video_needle.data import Batch, batch_of, inputs, position_ids
+from video_needle.data import Batch, batch_of, position_ids
 from video_needle.losses import count_hits, task_losses
-from video_needle.model import count_parameters, make_model
+from video_needle.model import count_parameters, embed, frame_layout, make_model
 from video_needle.optimizer import make_optimizers, set_rate
+from video_needle.recorded import Recorder
+from video_needle.render import render
 from video_needle.scene import CELLS, STEPS
 from video_needle.schedule import Schedule
 from video_needle.vocabulary import KINDS
@@ -72,7 +74,7 @@ class Trainer:
             apply_omnisparse(self.model, config, min_seq_len=0)
         for layer in self.model.model.language_model.layers if compile_layers else ():
             layer.compile(dynamic=True)
-        self.optimizers = make_optimizers(self.model, schedule.lr, fused=device.type == "cuda")
+        self.optimizers = make_optimizers(self.model, schedule.lr, device)
         self.weights = torch.tensor([1.0, schedule.narration, schedule.recall], device=device)
         self.tapped: list[Tensor] = []
         layers = self.model.model.language_model.layers
@@ -84,19 +86,39 @@ class Trainer:
         self.seconds = 0.0
         self.held_out: list[dict[str, Any]] = []
         self.clips = load().to(device)
-        self.positions: dict[int, Tensor] = {}
+        self.layouts: dict[tuple[int, int], tuple[Tensor, dict[str, Any]]] = {}
+        self.update = Recorder(self._update) if device.type == "cuda" else self._update
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses as ``task_losses`` returns them, and hits as ``count_hits`` does."""
-        if batch.steps not in self.positions:
-            self.positions[batch.steps] = position_ids(batch.steps, self.schedule.rounds, self.device)
-        on_gpu = self.device.type == "cuda"
-        given = inputs(batch, self.positions[batch.steps], self.clips, torch.bfloat16 if on_gpu else torch.float32)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
-            logits = self.model(**given, use_cache=False).logits.float()
+        return self._forward(*self.tensors(batch))
+
+    def tensors(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What a step is computed from, in shapes that repeat: ids, labels and the drawn pixels."""
+        batch = batch.to(self.device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        pixels = render(batch.crops, batch.gains, batch.sprites, self.clips, dtype)
+        return batch.input_ids, batch.answers, batch.narration, batch.kinds, pixels
+
+    def _forward(
+        self, ids: Tensor, answers: Tensor, narration: Tensor, kinds: Tensor, pixels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        frames = len(pixels) // CELLS
+        positions, layout = self._layout(frames // len(ids), frames)
+        text = 2 + len(pixels) // len(ids)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            given = embed(self.model, ids, pixels, layout)
+            logits = self.model(**given, position_ids=positions.expand(3, len(ids), -1), use_cache=False).logits.float()
             early = [self._read(state) for state in self.tapped]
         self.tapped.clear()
-        return task_losses(logits, batch, early), count_hits(logits, batch)
+        return task_losses(logits, answers, narration, text, early), count_hits(logits, answers, kinds, text)
+
+    def _layout(self, steps: int, frames: int) -> tuple[Tensor, dict[str, Any]]:
+        """Positions of a video of ``steps`` and the tower's layout of a batch of ``frames``."""
+        if (steps, frames) not in self.layouts:
+            positions = position_ids(steps, self.schedule.rounds, self.device)
+            self.layouts[steps, frames] = positions, frame_layout(self.model, frames, self.device)
+        return self.layouts[steps, frames]
 
     def _tap(self, _module: nn.Module, _given: tuple[Any, ...], state: Tensor) -> None:
         self.tapped.clear()  # an evaluation may have left one
@@ -113,13 +135,16 @@ class Trainer:
             float32 (3 + 2 * kinds): the losses, right answers and questions by kind; still on the device.
         """
         set_rate(self.optimizers, self.schedule.lr_at(self.step))
-        losses, hits = self.forward(batch.to(self.device))
+        self.step += 1
+        return self.update(*self.tensors(batch))
+
+    def _update(self, *tensors: Tensor) -> Tensor:
+        losses, hits = self._forward(*tensors)
         (losses @ self.weights).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return torch.cat([losses.detach(), hits.flatten()])
 
     def run(self, deadline: float, last_step: int, workers: int) -> None:
@@ -220,6 +245,8 @@ class Trainer:
         ):
             require(record[name] == own, name, f"be the checkpoint's {record[name]}", own)
         checkpoint.load(directory, self.model, self.optimizers)
+        if isinstance(self.update, Recorder):
+            self.update.forget()  # the moments are other tensors now
         self.step, self.seconds = record["step"], record["seconds"]
         self.history, self.held_out = record["history"], record["held_out"]
 
