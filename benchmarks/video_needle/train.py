@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.resume:
             trainer.resume(options.resume)
         if options.init:
-            checkpoint.load(options.init, trainer.model)
+            trainer.begin_with(options.init)
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

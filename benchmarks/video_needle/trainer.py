@@ -85,6 +85,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
         self.held_out: list[dict[str, Any]] = []
+        self.before: dict[str, Any] | None = None
         self.clips = load().to(device)
         self.layouts: dict[tuple[int, int], tuple[Tensor, dict[str, Any]]] = {}
         self.update = Recorder(self._update) if device.type == "cuda" else self._update
@@ -224,7 +225,12 @@ class Trainer:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "history": self.history,
             "held_out": self.held_out,
+            "before": self.before,
         }
+
+    def begin_with(self, directory: Path) -> None:
+        """A new run from a checkpoint's weights; its record stays with this run's."""
+        self.before = checkpoint.load(directory, self.model) | {"directory": directory.name}
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint and the picture of the curves."""
@@ -248,7 +254,7 @@ class Trainer:
         if isinstance(self.update, Recorder):
             self.update.forget()  # the moments are other tensors now
         self.step, self.seconds = record["step"], record["seconds"]
-        self.history, self.held_out = record["history"], record["held_out"]
+        self.history, self.held_out, self.before = record["history"], record["held_out"], record["before"]
 
     def validate(self) -> dict[str, dict[str, float]]:
         """Accuracy on unseen videos of every length that was trained, one question of each kind a video."""
