@@ -108,7 +108,10 @@ class Trainer:
         positions, layout = self._layout(frames // len(ids), frames)
         text = 2 + len(pixels) // len(ids)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            given = embed(self.model, ids, pixels, layout)
+            given: dict[str, Any] = embed(self.model, ids, pixels, layout)
+            if self.omnisparse is None:
+                # While a step is recorded the stock class would make a causal mask that it else leaves to SDPA.
+                given["attention_mask"] = {"full_attention": None}
             logits = self.model(**given, position_ids=positions.expand(3, len(ids), -1), use_cache=False).logits.float()
             early = [self._read(state) for state in self.tapped]
         self.tapped.clear()
