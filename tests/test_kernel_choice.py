@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omnisparse_flex import OmniSparseConfig, apply_omnisparse, kernel_choice, rewrite_report, sink_copies
+from omnisparse_flex import OmniSparseConfig, apply_omnisparse, kernel_choice, rewrite_report
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.kernel_choice import FLASH, has_flash, kernel_options
 from omnisparse_flex.masks.expr import causal
@@ -83,9 +83,8 @@ def reference(query, key, value, config, target):
 @needs_flash
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [1000, 4096 + 300])
-def test_flash_equals_the_masked_reference_forward_and_backward(device, length, monkeypatch):
+def test_flash_equals_the_masked_reference_forward_and_backward(device, length):
     """4396 tokens: with copies of the sinks; 1000: without; neither is a whole number of blocks."""
-    monkeypatch.setattr(sink_copies, "ENABLED", True)
     config = OmniSparseConfig(target_recall=0.5, window_size=128)
     torch.manual_seed(0)
     heads = (8, 2, 2)
