@@ -54,8 +54,8 @@ def apply_omnisparse(
             ``F.scaled_dot_product_attention``, ``flex_attention`` or matmul - softmax - matmul.
         config: Selection rules; None: ``OmniSparseConfig()``. A new call replaces the old rules.
         kernel: Of block granularity: ``"triton"``, ``"flash"`` (needs flash-attn-4; sites that it does not
-            take run on Triton, and the report says why; experimental: its tests here have not passed yet)
-            or ``"auto"``: Triton.
+            take, graphs for several lengths and masks that read tensors among them, run on Triton, and the
+            report says why) or ``"auto"``: FLASH where it is installed and takes the site, else Triton.
         min_seq_len: Queries below which attention stays dense; ``"auto"``: the break-even of the
             device, heads and rules by a cost model (``cost.py``; ``calibrate --speed`` fits it to your
             machine). 0 switches every dense fallback off, decoding included.

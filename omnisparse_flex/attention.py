@@ -172,7 +172,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 def _sinks_to_copy(key: Tensor, site: Site) -> int:
     """Sink blocks that ``spread`` shall repeat; 0 where sinks need not be the first blocks, or it does not pay."""
-    if not sink_copies.ENABLED or site.config is None or not site.lists or site.mask.starts_anywhere:
+    if site.config is None or not site.lists or site.mask.starts_anywhere:
         return 0
     if key.shape[2] < sink_copies.MIN_KEYS:
         return 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from omnisparse_flex import kernel_choice
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost import Shape, costs_of, expected_share
 from omnisparse_flex.errors import ConfigError, require
@@ -152,12 +153,7 @@ class Backend:
         self.last = rewrite
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
-        if self.kernel == "flash":
-            self.log.notes.update(
-                (f"layer {s.layer} runs the Triton kernel, FLASH does not take {s.flash_refused}", None)
-                for s in rewrite.sites
-                if s.flash_refused
-            )
+        self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
         self.log.inners.add(name)
         if inner != "inductor":

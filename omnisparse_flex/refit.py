@@ -66,13 +66,14 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def compiled_attention(
-    config: OmniSparseConfig, *, kernel: str = "auto", progress: Progress | None = None
+    config: OmniSparseConfig, *, kernel: str = "auto", dynamic: bool = True, progress: Progress | None = None
 ) -> Callable[..., Tensor]:
-    """Our causal attention as a compiled model runs it, one graph for all lengths.
+    """Our causal attention as a compiled model runs it.
 
     Args:
         config: Its rules.
         kernel: As in ``apply_omnisparse``.
+        dynamic: One graph for all lengths; False: one for each, as the FLASH kernel needs it.
         progress: Prints what is being compiled; None: silent.
 
     Returns:
@@ -85,10 +86,11 @@ def compiled_attention(
         return _attention(query, key, value)
 
     torch._dynamo.reset()  # the code object is the same each time: its compiled versions would pile up
-    compiled = torch.compile(own, backend=backend)
+    # fullgraph: too many lengths raise, where they would otherwise run dense.
+    compiled = torch.compile(own, backend=backend, dynamic=None if dynamic else False, fullgraph=True)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        for x in (query, key, value):
+        for x in (query, key, value) if dynamic else ():
             torch._dynamo.maybe_mark_dynamic(x, 2)
         return compiled(query, key, value)
 

@@ -110,7 +110,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
     count, scores = len(site.leaves), len(site.leaves) + len(site.bias_leaves)
     config = settings.config
     dense = config.recall_of(site.layer) == 1.0
-    options, site.flash_refused = _kernel_options(site, settings)
+    options, site.flash_refused = _kernel_options(site, settings, dense)
     fixed: dict[str, Any] = {
         "config": None if dense else config,
         "score_mod": site.mods[0] if site.mods is not None else None,
@@ -157,11 +157,16 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
     return importable(function, autocast_dtype(value_of(site.query).device.type))
 
 
-def _kernel_options(site: Site, settings: Settings) -> tuple[Options, str]:
-    query, value = value_of(site.query), value_of(site.value)
+def _kernel_options(site: Site, settings: Settings, dense: bool) -> tuple[Options, str]:
+    if not settings.lists:
+        return (), ""  # no flex kernel is compiled; the report says so
+    if settings.config.granularity == "token" and not dense:
+        return (), "token granularity" if settings.kernel == "flash" else ""  # its kernels are our own
+    query, key, value = (value_of(x) for x in (site.query, site.key, site.value))
     dtype = autocast_dtype(query.device.type) or query.dtype
     plain = site.mods is None and site.bias is None and site.softcap == 0
-    return kernel_options(settings.kernel, query, value, dtype, plain_scores=plain)
+    captures = len(site.leaves) > 0
+    return kernel_options(settings.kernel, query, key, value, dtype, plain_scores=plain, captures=captures)
 
 
 def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:

@@ -1,48 +1,66 @@
-"""Which kernel a site runs on, and that the FLASH backend computes the same attention."""
+"""Which kernel a site runs on."""
 
 from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from omnisparse_flex import OmniSparseConfig, apply_omnisparse, kernel_choice, rewrite_report, sink_copies
+from omnisparse_flex import OmniSparseConfig, kernel_choice
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.kernel_choice import FLASH, has_flash, kernel_options
-from omnisparse_flex.masks.expr import causal
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.select import select_blocks
 
-needs_flash = pytest.mark.skipif(not has_flash(), reason="needs flash-attn-4")
-
-
-#: A row for the tests.
+#: Options of the Triton kernel, as a row for the tests.
 TUNED = (("num_stages", 3),)
+SEVERAL = "a graph for several lengths (symbolic sizes)"
 
 
 @pytest.fixture
 def hopper(monkeypatch):
+    """A Hopper GPU with flash-attn-4."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel_choice, "has_flash", lambda: True)
     monkeypatch.setitem(kernel_choice.TRITON_OPTIONS, (9, 128), TUNED)
 
 
 class Fake:
     """What the choice reads of a tensor."""
 
-    def __init__(self, head_dim, device="cuda"):
-        self.shape, self.device = (1, 8, 512, head_dim), torch.device(device)
+    def __init__(self, head_dim, device="cuda", length=512):
+        self.shape, self.device = (1, 8, length, head_dim), torch.device(device)
 
 
-def choose(kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None):
-    return kernel_options(kernel, Fake(dim, device), Fake(value_dim or dim, device), dtype, plain_scores=plain)
+def choose(
+    kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None, captures=False, length=512
+):
+    shapes = [Fake(d, device, length) for d in (dim, dim, value_dim or dim)]
+    return kernel_options(kernel, *shapes, dtype, plain_scores=plain, captures=captures)
 
 
-def test_flash_where_it_is_wanted_and_legal(hopper):
-    assert choose("flash") == (FLASH, "")
-    assert choose() == choose("triton") == (TUNED, "")
-    assert choose(dim=64) == ((), ""), "no row for this head_dim"
+def symbol(value):
+    """A size of a graph for several lengths."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    return mode.from_tensor(torch.empty(value), symbolic_context=context).shape[0]
 
 
+def test_flash_where_it_is_installed_and_legal(hopper):
+    assert choose() == choose("flash") == choose(dim=64) == (FLASH, "")
+    assert choose("triton") == (TUNED, "")
+    assert choose("triton", dim=64) == ((), ""), "no row for this head_dim"
+
+
+def test_triton_without_a_word_where_flash_is_not_installed(hopper, monkeypatch):
+    monkeypatch.setattr(kernel_choice, "has_flash", lambda: False)
+    assert choose() == choose(captures=True) == choose(length=symbol(512)) == (TUNED, "")
+
+
+@pytest.mark.parametrize("kernel", ["auto", "flash"])
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -50,82 +68,123 @@ def test_flash_where_it_is_wanted_and_legal(hopper):
         ({"dim": 80}, "head_dim 80"),
         ({"value_dim": 64}, "head_dim 128"),
         ({"plain": False}, "logits with a bias, soft cap or score_mod"),
+        ({"captures": True}, "a mask that reads tensors"),
+        ({"length": 127}, "127 queries"),
     ],
 )
-def test_what_flash_does_not_take_runs_on_triton_by_name(hopper, changes, reason):
-    options, why = choose("flash", **changes)
+def test_what_flash_does_not_take_runs_on_triton_by_name(hopper, kernel, changes, reason):
+    options, why = choose(kernel, **changes)
     assert FLASH[0] not in options and why == reason
 
 
-def test_another_gpu_gets_no_options_that_were_not_measured_on_it(monkeypatch):
-    monkeypatch.setitem(kernel_choice.TRITON_OPTIONS, (9, 128), TUNED)
+def test_symbolic_sizes_run_on_triton(hopper):
+    length = symbol(512)
+    assert choose(length=length) == choose("flash", length=length) == (TUNED, SEVERAL)
+    assert length == 512  # a guard: now it is a number
+    assert choose(length=length) == (FLASH, "")
+
+
+def test_deterministic_algorithms_run_on_triton(hopper):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose() == (TUNED, "deterministic algorithms")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_another_gpu_gets_no_options_that_were_not_measured_on_it(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose() == ((), "") and choose("flash") == ((), "compute capability 8.x")
-    assert choose(device="cpu") == ((), "")
+    assert choose() == choose("flash") == ((), "compute capability 8.x")
+    assert choose("triton") == choose(device="cpu") == ((), "")
 
 
-def attend(query, key, value):
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+def test_a_note_for_each_reason():
+    refused = [(0, "x"), (1, ""), (2, "y"), (3, "x")]
+    assert kernel_choice.notes(refused) == [
+        "FLASH does not take x: layers 0, 3 run the Triton kernel",
+        "FLASH does not take y: layers 2 run the Triton kernel",
+    ]
+    assert kernel_choice.notes([(0, ""), (1, "")]) == []
 
 
-def reference(query, key, value, config, target):
-    """Dense float32 attention under the blocks that are selected."""
-    with torch.no_grad():
-        mask = MaskProgram(causal())
-        chosen = select_blocks(query, key, mask, config, target=target, scale=query.shape[3] ** -0.5).keep
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    pairs = chosen.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :length, :length].tril()
-    pairs = pairs.repeat_interleave(groups, 1)
-    tensors = (query.float(), key.float().repeat_interleave(groups, 1), value.float().repeat_interleave(groups, 1))
-    return F.scaled_dot_product_attention(*tensors, attn_mask=pairs)
+@pytest.mark.parametrize("installed", [True, False])
+def test_flash_attn_2_is_not_flash_attn_4(installed, monkeypatch):
+    """Version 2 has a folder ``cute`` as well."""
+
+    def version(name):
+        assert name == "flash-attn-4"
+        if not installed:
+            raise PackageNotFoundError(name)
+        return "4.0.0b1"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert has_flash() == installed
 
 
-@needs_flash
-@pytest.mark.gpu
-@pytest.mark.parametrize("length", [1000, 4096 + 300])
-def test_flash_equals_the_masked_reference_forward_and_backward(device, length, monkeypatch):
-    """4396 tokens: with copies of the sinks; 1000: without; neither is a whole number of blocks."""
-    monkeypatch.setattr(sink_copies, "ENABLED", True)
-    config = OmniSparseConfig(target_recall=0.5, window_size=128)
-    torch.manual_seed(0)
-    heads = (8, 2, 2)
-    tensors = [torch.randn(2, h, length, 128, device=device, dtype=torch.bfloat16, requires_grad=True) for h in heads]
-    backend = Backend(config, min_seq_len=0, kernel="flash")
-    out = torch.compile(attend, backend=backend)(*tensors)
-    expected = reference(*tensors, config, 0.5)
-    assert backend.log.report().rewritten and not any("FLASH" in note for note in backend.log.notes)
-    assert (out.float() - expected).abs().max() < 0.03
-    weight = torch.randn_like(out)
-    for name, got, wanted in zip(
-        "qkv",
-        torch.autograd.grad(out, tensors, weight),
-        torch.autograd.grad(expected, tensors, weight.float()),
-        strict=True,
-    ):
-        assert (got - wanted).float().abs().max() <= 0.03 * wanted.float().abs().max(), name
+class Elsewhere:
+    """The sites' tensors as if they lay on a GPU."""
+
+    def __init__(self, tensor):
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device("cuda")
 
 
-@needs_flash
-@pytest.mark.gpu
-def test_flash_with_a_padded_batch_and_new_lengths(device):
-    """A captured padding tensor, lengths that change, one graph for them."""
-    from tiny import llama
+@pytest.fixture
+def traced(hopper, monkeypatch):
+    """Compiles for a pretended GPU and runs nothing there: the kernel's options go no further than the choice."""
+    lower = sys.modules["omnisparse_flex.passes.lower"]
+    asked = []
 
-    torch.manual_seed(0)
-    model = llama(head_dim=64).to(device, torch.bfloat16).eval()
-    runs = {}
-    for kernel in ("dense", "flash"):
-        if kernel == "flash":
-            rule = OmniSparseConfig(target_recall=0.9999, budget=1 << 20, lazy_threshold=None)
-            apply_omnisparse(model, rule, min_seq_len=0, kernel="flash", dynamic=True)
-        for length in (700, 900, 1300):
-            ids = torch.arange(2 * length, device=device).view(2, length) % 90
-            real = torch.ones(2, length, dtype=torch.long, device=device)
-            real[0, : length // 3] = 0
-            with torch.no_grad():
-                runs[kernel, length] = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, -1].float()
-    for length in (700, 900, 1300):
-        dense = runs["dense", length]
-        assert (runs["flash", length] - dense).abs().max() <= 0.05 * dense.abs().max()
-    report = rewrite_report(model)
-    assert report.graphs == 1 and report.rewritten
+    def choose(kernel, query, key, value, dtype, **rest):
+        options, why = kernel_options(kernel, *(Elsewhere(x) for x in (query, key, value)), torch.bfloat16, **rest)
+        asked.append(options)
+        return (), why
+
+    monkeypatch.setattr(lower, "kernel_options", choose)
+    return asked
+
+
+def causal_attention(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def padded_attention(query, key, value, real):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=real[:, None, None, :])
+
+
+def test_a_second_length_runs_on_triton_and_the_report_says_so(traced):
+    backend = Backend(OmniSparseConfig(), min_seq_len=0, inner="inductor")
+    compiled = torch.compile(causal_attention, backend=backend)
+    for length in (256, 384):
+        compiled(*(torch.randn(1, 2, length, 64) for _ in range(3)))
+        if length == 256:
+            assert not any("FLASH" in note for note in backend.log.notes)
+    assert traced == [FLASH, ()]
+    assert [note for note in backend.log.notes if "FLASH" in note] == [
+        f"FLASH does not take {SEVERAL}: layers 0 run the Triton kernel"
+    ]
+
+
+def test_a_mask_that_reads_tensors_runs_on_triton(traced):
+    backend = Backend(OmniSparseConfig(), min_seq_len=0, inner="inductor")
+    query = torch.randn(1, 2, 256, 64)
+    torch.compile(padded_attention, backend=backend)(query, query + 0, query * 1, torch.ones(1, 256, dtype=torch.bool))
+    assert traced == [()] and any("a mask that reads tensors" in note for note in backend.log.notes)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "flash"])
+def test_token_granularity_never_asks_for_flash(traced, kernel):
+    """Its parts are merged by their log-sum-exps, whose gradient FLASH does not have."""
+    backend = Backend(OmniSparseConfig(granularity="token"), min_seq_len=0, kernel="auto", inner="inductor")
+    backend.kernel = kernel  # the package is pretended
+    query = torch.randn(1, 2, 256, 64)
+    torch.compile(causal_attention, backend=backend)(query, query + 0, query * 1)
+    assert traced == []
+    assert any("token granularity" in note for note in backend.log.notes) == (kernel == "flash")
+
+
+def test_other_inner_compilers_have_no_kernels(traced):
+    backend = Backend(OmniSparseConfig(), min_seq_len=0, inner="aot_eager")
+    query = torch.randn(1, 2, 256, 64)
+    torch.compile(causal_attention, backend=backend)(query, query + 0, query * 1)
+    assert traced == [] and not any("FLASH" in note for note in backend.log.notes)

@@ -76,7 +76,6 @@ def test_no_query_block_shares_a_copy_with_more_than_its_part():
 def test_compiled_gradients_equal_dense_with_copies(device, monkeypatch):
     """All keys kept: whatever path the sinks take, the gradients are those of dense attention."""
     spreads = []
-    monkeypatch.setattr(module, "ENABLED", True)
     monkeypatch.setattr("omnisparse_flex.attention.spread", lambda *a, **k: spreads.append(1) or spread(*a, **k))
     config = OmniSparseConfig(target_recall=0.9999, budget=1 << 20, lazy_threshold=None, sink_size=64)
     from omnisparse_flex.backend import Backend
@@ -97,11 +96,10 @@ def test_compiled_gradients_equal_dense_with_copies(device, monkeypatch):
         assert (a - b).abs().max() <= 2e-3 * b.abs().max() + 1e-3
 
 
-@pytest.mark.parametrize(("grad", "enabled", "expected"), [(True, True, 1), (False, True, 0), (True, False, 0)])
-def test_copies_are_made_for_a_backward_only(grad, enabled, expected, monkeypatch):
+@pytest.mark.parametrize(("grad", "least", "expected"), [(True, 256, 1), (False, 256, 0), (True, 257, 0)])
+def test_copies_are_made_for_the_backward_of_many_keys_only(grad, least, expected, monkeypatch):
     made = []
-    monkeypatch.setattr(module, "ENABLED", enabled)
-    monkeypatch.setattr(module, "MIN_KEYS", 256)
+    monkeypatch.setattr(module, "MIN_KEYS", least)
     monkeypatch.setattr("omnisparse_flex.attention.spread", lambda *a, **k: made.append(1) or spread(*a, **k))
     tensors = [torch.randn(1, 1, 256, 16, requires_grad=grad) for _ in range(3)]
     attend(*tensors, Site(config=OmniSparseConfig(), mask=MaskProgram(causal()), target=0.5, lists=True))

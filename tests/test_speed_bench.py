@@ -129,11 +129,35 @@ def test_the_picture_shows_what_was_measured(bench, tmp_path):
 
 
 def test_figures_are_of_tested_kernels_only(bench):
-    """The fastest kernel of all is in the results; a figure takes the fastest of those that were shown to be right."""
+    """A figure takes the fastest of the kernels that were shown to be right, as the library runs them."""
     figures = bench("prefill_figures")
     content = json.loads((BENCHMARKS / "results" / "prefill.json").read_text())
-    found, all_kernels = figures.figures(content), figures.figures(content, ("triton", "flash"))
+    found, by_dynamic = figures.figures(content), {}
+    for dynamic in (False, True):
+        rows = [{**row, "dynamic": dynamic} for row in content["rows"]]
+        by_dynamic[dynamic] = figures.figures({**content, "rows": rows})
     for name in ("prefill.speedup.32k.d10", "prefill.speedup.128k.d10", "prefill.speedup.256k.d10"):
-        assert "triton kernel" in found[name][2] and found[name][0] < all_kernels[name][0]
+        fast, slow = by_dynamic[False][name], by_dynamic[True][name]
+        assert "flash kernel" in fast[2] and "triton kernel" in slow[2] and fast[0] > slow[0]
+        assert figures.figures(content, ("triton",))[name] == slow
     recorded = json.loads((BENCHMARKS / "results" / "summary.json").read_text())
     assert all(recorded[name]["value"] == value for name, (value, _, _) in found.items())
+
+
+def test_the_training_figure_is_against_the_fastest_dense_and_names_the_others(bench, tmp_path, monkeypatch):
+    train, recorded = bench("bench_train"), {}
+    monkeypatch.setattr(train, "RESULTS", tmp_path / "train.json")
+    record = lambda name, value, **about: recorded.update({name: (value, about)})  # noqa: E731
+    monkeypatch.setattr(bench("summary"), "record", record)
+    dense = {"cudnn": 60.0, "fa4": 40.0}
+    rows = [
+        {"tokens": 32 * train.K, "kernel": kernel, "kept": 0.1, "median": ms, "transposed_ms": 0.1, "dense_ms": dense}
+        | train.speedups(dense, ms)
+        for kernel, ms in (("flash", 8.0), ("triton", 10.0))
+    ]
+    train.keep(rows)
+    value, about = recorded["train.speedup.32k.d10"]
+    assert value == 5.0 and about["baseline"].startswith("fa4") and "flash kernel" in about["baseline"]
+    assert "7.50x cudnn" in about["baseline"]
+    assert json.loads((tmp_path / "train.json").read_text())["rows"][0]["speedup_by_dense"]["cudnn"] == 7.5
+    assert recorded["train.transpose_share.32k"][0] == 0.0125
