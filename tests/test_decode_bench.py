@@ -1,4 +1,4 @@
-"""benchmarks/bench_decode_model.py runs, on thin layers and a short cache."""
+"""The decode benchmarks run, on thin layers and a short cache, and record what they claim."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench_compile
+import bench_decode
 import bench_decode_model as bench
+import needle_decode
 
 
 @pytest.mark.slow
@@ -89,3 +91,51 @@ def test_figures_are_of_the_full_shape_and_written_case_by_case(monkeypatch, tmp
     called = []
     monkeypatch.setattr(bench, "measure", lambda *args, **keywords: called.append((args, keywords)))
     assert bench.main() == 0 and called[0][1] == {"whole": False}, "fewer layers record nothing"
+
+
+@pytest.mark.parametrize("ratio", [2.4, 4.0])
+def test_the_cache_of_the_benchmark_has_the_memory_it_claims(ratio):
+    """Filled layer by layer; a turn fetches everything and slims it again to the same size."""
+    sizes = bench_decode.Sizes(2, 8192, ratio, [1, 2], "cpu")
+    with torch.no_grad():
+        store, _ = bench_decode.fill(sizes, offload=True)
+        first = bench_decode.SlimReport(store)
+        found = bench_decode.turn(store, sizes)
+    second = bench_decode.SlimReport(store)
+    assert ratio <= first.full / first.device <= 1.05 * ratio, "room for the first new tokens comes with them"
+    assert [len(layer.lazy) for layer in store.layers] == [1, 2] and found["fetch_ms"] < found["total_ms"]
+    assert second.host >= first.host > 0 and second.full / second.device == pytest.approx(ratio, rel=0.06)
+
+
+def test_figures_of_the_decode_benchmark(monkeypatch, tmp_path):
+    import summary
+
+    recorded = {}
+    monkeypatch.setattr(bench_decode, "RESULTS", tmp_path)
+    monkeypatch.setattr(summary, "record", lambda name, value, **facts: recorded.update({name: value}))
+    row = {"memory_ratio": 3.97, "device_speedup": 2.5, "eager_speedup": 1.0, "turn": {"total_ms": 400.0}}
+    bench_decode.keep({"131072": {"4.0": row}})
+    assert recorded == {
+        "decode.memory_ratio.128k": 3.97, "decode.step_speedup.128k": 2.5,
+        "decode.step_speedup_eager.128k": 1.0, "decode.offload_turn_ms.128k": 400.0,
+    }  # fmt: skip
+    assert (tmp_path / "decode.json").exists()
+
+
+@pytest.mark.parametrize("name", ["slim2_4x", "slim4x", "window_only", "random"])
+def test_the_look_up_variants_spend_the_same_memory(name):
+    """A control holds as many keys as what it is a control for; only which ones differs."""
+    variant = next(v for v in needle_decode.VARIANTS if v.name == name)
+    torch.manual_seed(0)
+    mass, shares = torch.softmax(4 * torch.randn(1, 3, 4000), -1) * 0.9, []
+    choice = needle_decode.budgeted(variant, 4096, 512, shares)(mass, 0)
+    held = 3 * 96 + len(choice.fetching) * choice.picked.shape[2]
+    spent = (held * (512 + needle_decode.POSITION_BYTES) + 3 * needle_decode.TAIL_STEP * 512) / (3 * 4096 * 512)
+    assert 1 / spent == pytest.approx(variant.ratio, rel=0.01) and shares == [(0, 0, choice.picked.shape[2])]
+    picked = choice.picked[0, 0]
+    assert len(set(picked.tolist())) == len(picked)
+    if name == "window_only":
+        assert picked.tolist() == list(range(3999, 3999 - len(picked), -1))
+    best = mass[0, 0].topk(len(picked)).values.sum()
+    share = mass[0, 0, picked].sum() / best
+    assert share > 0.8 if variant.keys == "mass" else share < 0.5
