@@ -279,7 +279,7 @@ def show(name: str, row: dict[str, Any], dense: dict[str, Any]) -> None:
 
 
 def keep(results: dict[str, Any]) -> None:
-    """Write the JSON and the figures."""
+    """Write the JSON so far and the figures, all of the first length."""
     import summary  # beside this file
 
     summary.write_json(
@@ -306,7 +306,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="a short cache of few layers; records nothing")
     options = parser.parse_args()
-    layers, lengths = (3, (2048,)) if options.quick else (28, (32768, 131072))
+    layers, lengths = (3, (2048,)) if options.quick else (28, (131072, 32768))
     results: dict[str, Any] = {}
     with torch.no_grad():
         for visual in lengths:
@@ -317,10 +317,10 @@ def main() -> int:
                 row = measure(Sizes(layers, visual, ratio, lazy, options.device), dense)
                 results[str(visual)][str(ratio)] = {**row, "lazy_heads": lazy, "lazy_heads_from": source}
                 show(f"{visual} visual tokens, {ratio}x", row, dense)
+            if not options.quick and options.device == "cuda":
+                keep(results)
     if options.quick or options.device != "cuda":
         print("not the full shape on a GPU: no figure recorded")
-        return 0
-    keep(results)
     return 0
 
 

@@ -41,7 +41,8 @@ class Log:
         runs: Number of compiled graphs that ran.
         inners: Inner compilers used.
         notes: Remarks for the report.
-        watched: While it is a list, what each graph that runs reads of its inputs is added to it.
+        around: Runs each graph in its place, given its number, what it reads of its inputs, and itself as a
+            function without arguments; or None.
         on_graph: Makes the context that surrounds each inner compile, given the graph's
             number: where a command prints its progress; or None.
     """
@@ -51,7 +52,7 @@ class Log:
     runs: int = 0
     inners: set[str] = dataclasses.field(default_factory=set)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
-    watched: list[list[Any]] | None = None
+    around: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
     on_graph: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
 
     def report(self) -> RewriteReport:
@@ -110,13 +111,13 @@ class Backend:
         with around:
             compiled = _compile(graph_module, inputs, inner, device, **kwargs)
         # Only now: the inner compiler may raise to make Dynamo start over with other sizes.
+        log, number = self.log, self.log.graphs
         self._record(rewrite, inner)
-        log = self.log
 
         def run(*args: Any) -> Any:
             log.runs += 1
-            if log.watched is not None:
-                log.watched.append([args[i] for i in read])
+            if log.around is not None:
+                return log.around(number, [args[i] for i in read], functools.partial(compiled, *args))
             return compiled(*args)
 
         return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     from omnisparse_flex.entry import Entry
     from omnisparse_flex.slim_layer import SlimLayer
 
-#: Stands for the cache among arguments and results: what held the cache itself would keep it alive.
+#: Stands for the cache among arguments: what held the cache itself would keep it alive.
 CACHE = "the cache"
+#: Takes the place of a graph that runs: its number, what it reads, and the graph as a function.
+Around = Callable[[int, list[Any], Callable[[], Any]], Any]
 
 
 class Call:
@@ -40,26 +43,26 @@ class Call:
         own = [
             (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else CACHE if x is cache else x for x in self.leaves
         ]
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        modes = entry.module.training, torch.is_inference_mode_enabled(), autocast
+        kind = cache.store.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        # The entry's number: who applies OmniSparse anew has other graphs.
+        modes = entry.owner.number, entry.module.training, torch.is_inference_mode_enabled(), autocast
         self.facts: tuple[Any, ...] = (modes, self.form, *own)
 
-    def run(self) -> tuple[Any, list[Any] | None]:
-        """Run the decoder on the leaves.
-
-        Returns:
-            The result, and what the compiled graph read (``remembered``); None unless it was one graph
-            that had been compiled earlier.
-        """
+    def run(self, around: Around) -> Any:
+        """Run the decoder on the leaves, with ``around`` in the place of each compiled graph."""
         args, kwargs = pytree.tree_unflatten(self.leaves, self.form)
         log = self.entry.backend.log
-        graphs, log.watched = log.graphs, []
+        log.around = around
         try:
-            result = self.entry.run(args, kwargs)
+            return self.entry.run(args, kwargs)
         finally:
-            watched, log.watched = log.watched, None
-        one = len(watched) == 1 and log.graphs == graphs
-        return result, [remembered(x, self.leaves) for x in watched[0]] if one else None
+            log.around = None
+
+    def read(self, inputs: list[Any]) -> list[Any]:
+        """What to compare a graph's inputs by; see ``remembered``."""
+        numbers = {id(x): number for number, x in enumerate(self.leaves)}
+        return [remembered(x, numbers) for x in inputs]
 
 
 def place(x: Tensor) -> tuple[int, ...]:
@@ -78,13 +81,12 @@ def baked(layer: SlimLayer) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def remembered(x: Any, leaves: list[Any]) -> Any:
+def remembered(x: Any, numbers: dict[int, int]) -> Any:
     """What to compare an input of a graph by: the number of an argument, an object's identity, or a value."""
     if not isinstance(x, Tensor):
         return x
-    for number, leaf in enumerate(leaves):
-        if leaf is x:
-            return "argument", number
+    if (number := numbers.get(id(x))) is not None:
+        return "argument", number
     # Dynamo wraps the Python floats of a module anew for each call.
     return ("number", x.item()) if x.dim() == 0 and x.device.type == "cpu" else weakref.ref(x)
 

@@ -42,11 +42,12 @@ class OmniSparseCache:
             question over the whole conversation and chooses anew. False drops them for good: a
             later question about something else is answered from what the first one kept, and
             new visual tokens of later turns are kept whole.
-        cuda_graphs: On a GPU, record a decode step of the decoder as a CUDA graph and replay it for
-            the next tokens. Costs the memory of one step's intermediate results (``memory_report``).
-            Steps that cannot be recorded (padded batches, no ``position_ids``) run as before, and
-            ``rewrite_report`` says why. Weights, hooks and modules must not change within an answer. Off
-            by default until its tests have passed on a GPU.
+        cuda_graphs: On a GPU, record a decode step of the decoder as a CUDA graph, after three steps alike,
+            and replay it for the next tokens. Costs the memory of one step's intermediate results
+            (``memory_report``). Dynamo still checks its guards for each token: a change of weights, hooks
+            or modes ends the recording. Steps that cannot be recorded (beams, drafts, padded batches, no
+            ``position_ids``, several devices) run as compiled code, and ``rewrite_report`` says why. No
+            effect elsewhere. Custom operators of a model must do all their work on the device, or switch it off.
 
     Raises:
         ConfigError: If the model was not changed by ``apply_omnisparse``, has layers without full
@@ -66,7 +67,7 @@ class OmniSparseCache:
         return object.__new__(_with_base() if cls is OmniSparseCache else cls)
 
     def __init__(
-        self, model: nn.Module, *, visual_recall: float = 0.95, offload: bool = True, cuda_graphs: bool = False
+        self, model: nn.Module, *, visual_recall: float = 0.95, offload: bool = True, cuda_graphs: bool = True
     ) -> None:
         """Check the arguments; nothing is allocated before the first call."""
         require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
@@ -100,6 +101,8 @@ class OmniSparseCache:
         tokens = kwargs.get("input_ids") if tokens is None else tokens
         require(isinstance(tokens, Tensor), "input_ids or inputs_embeds", "be a tensor", type(tokens).__name__)
         assert isinstance(tokens, Tensor)
+        busy = entry.owner.cache is not None
+        require(not busy, "model", "run one call with a cache at a time", "a call in progress (in another thread?)")
         self.store.begin(tokens, kwargs.get("attention_mask"), self._omnisparse_visual)
         self.mode, self.owner, entry.owner.cache = self.store.mode, entry.owner.number, self.store
         try:
@@ -174,7 +177,7 @@ class OmniSparseCache:
         # ``generate`` sets this when it begins: what follows is a turn, not a draft to verify.
         self.store.recording = self.store.cropped = False
         if self.replay is not None:
-            self.replay.forget()  # hooks and modules may have changed since the last answer
+            self.replay.forget()  # another answer, in other circumstances
 
     @property
     def batch_size(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,13 @@ class CudaGraphs:
         self._latest: torch.cuda.CUDAGraph | None = None
         self.bytes = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CudaGraphs:
+        """A copy records for itself."""
+        return CudaGraphs()
+
     def serves(self, device: torch.device) -> bool:
-        """Whether ``device`` is a CUDA device."""
-        return device.type == "cuda"
+        """Whether ``device`` is a CUDA device, and nobody else records on it just now."""
+        return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     def takes(self, layers: Sequence[SlimLayer]) -> bool:
         """Whether the layers' latest token went through the decode kernel, whose counters live on the device."""
@@ -56,6 +61,10 @@ class CudaGraphs:
         Raises:
             Exception: Whatever ``step`` raises, or CUDA because of what it did.
         """
+        with _ONE:
+            return self._record(step, device)
+
+    def _record(self, step: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph, stream = torch.cuda.CUDAGraph(), _side_stream(device)
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_reserved(device)
@@ -76,6 +85,8 @@ class CudaGraphs:
         return graph, result
 
 
+#: Threads record one after the other: they share the side stream.
+_ONE = threading.Lock()
 #: Recordings that failed. The allocators may go on asking them whether they record.
 _VOID: list[torch.cuda.CUDAGraph] = []
 

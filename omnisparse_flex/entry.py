@@ -114,9 +114,9 @@ class Entry:
         return result
 
     def stop_recording(self, reason: str) -> None:
-        """Record no decode step of this module any more, and say why."""
+        """Record no decode step of this module any more, and let the report say why."""
         self.records = False
-        self._note_once(f"no CUDA graph of a decode step, decoding runs without: {reason}")
+        self.backend.log.notes[f"no CUDA graph of a decode step, decoding runs without: {reason}"] = None
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parameter = next(self.module.parameters(), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ class Copies:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waiting: collections.deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = collections.deque()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copies:
+        """A copied cache has a side stream of its own."""
+        self.drain()
+        return Copies(self.device)
 
     def to_host(self, host: Tensor, chunk: Tensor) -> None:
         """Copy a tensor of ours to pinned memory; it is kept alive until the copy is done."""

@@ -2,91 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from omnisparse_flex.baked import CACHE, Call, alike, baked, others, place
+from omnisparse_flex.baked import Call, alike, baked, others, place
+from omnisparse_flex.recorded import Recorded, Recorder
 
 if TYPE_CHECKING:
     from omnisparse_flex.entry import Entry
-    from omnisparse_flex.slim_layer import SlimLayer
     from omnisparse_flex.slim_store import SlimStore
 
 #: Arguments that a recorded step may hold as they are.
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
-
-
-class Step(Protocol):
-    """A recorded step."""
-
-    def replay(self) -> None:
-        """Run its kernels again, on the memory that they were recorded with."""
-
-
-class Recorder(Protocol):
-    """What records steps: ``cuda_graphs.CudaGraphs``, or a test's stand-in."""
-
-    bytes: int
-
-    def serves(self, device: torch.device) -> bool:
-        """Whether it can record on a device at all."""
-
-    def takes(self, layers: Sequence[SlimLayer]) -> bool:
-        """Whether the latest step of these layers ran on kernels that can be recorded."""
-
-    def record(self, step: Callable[[], Any], device: torch.device) -> tuple[Step, Any]:
-        """Record a step without running it; with it the result, which each replay fills anew."""
-
-    def free(self) -> None:
-        """Give all memory back."""
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Recorded:
-    """A recorded step, and all that it takes for granted.
-
-    Attributes:
-        key: What must be equal for a replay.
-        step: Replays it.
-        results: The leaves of its result.
-        form: The result's structure.
-        queries: Each layer's queries (B, Hq, 1, D), by layer.
-        weights: The other tensors that its graph reads.
-        addresses: Where they lay.
-    """
-
-    key: tuple[Any, ...]
-    step: Step
-    results: list[Any]
-    form: pytree.TreeSpec
-    queries: dict[int, Tensor]
-    weights: list[weakref.ref[Tensor]]
-    addresses: list[int]
-
-    def holds(self) -> bool:
-        """Whether its weights are where they were."""
-        try:
-            return [ref().data_ptr() for ref in self.weights] == self.addresses  # type: ignore[union-attr]
-        except AttributeError:  # one of them is gone
-            return False
+#: Steps in a row that could not be recorded, after which the report says why.
+PATIENCE = 8
 
 
 class Replay:
     """The decode steps of one cache: run while they differ, recorded after two that were alike, then replayed.
+
+    What is recorded is the compiled graph, not the call around it. Dynamo checks its guards for every token as it
+    does for a step that runs (weights, hooks, attributes of modules, configs, autocast, ...), and does in Python what
+    the decoder does there; only the graph's kernels come from the recording. They start before the guards are
+    checked, which takes the host long: if another graph is called for, what they decoded is void.
 
     A recorded step has addresses, sizes and numbers baked in. All of them are compared before every
     replay, so that whatever changes the cache need not announce it. A comparison cannot see whether
     the compiled graph computes with a number that grows with the tokens (positions from a length):
     so two steps in a row are watched, and everything that the graph reads must be an argument of the
     call, which is copied in, or the very same in both. One that reads more is never recorded.
-
-    Our choice: what is not a graph's input (hooks, attributes of modules) counts as unchanged within an answer.
 
     Attributes:
         store: The cache's layers.
@@ -105,8 +55,13 @@ class Replay:
         self.recorded: Recorded | None = None
         self._buffers: list[Tensor | None] = []
         self._fits: tuple[Any, ...] | None = None
-        self._before: tuple[tuple[Any, ...], list[Any]] | None = None
+        self._before: tuple[tuple[Any, ...], int, list[Any]] | None = None
         self._steady = False
+        self._unlike = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replay:
+        """A copied cache lies elsewhere: it records steps of its own."""
+        return type(self)(copy.deepcopy(self.store, memo), copy.deepcopy(self.recorder, memo))
 
     def drop(self) -> None:
         """Drop the recorded step and its memory."""
@@ -128,6 +83,8 @@ class Replay:
         store, device = self.store, self.store.device
         if not (entry.records and store.is_step and device and self.recorder.serves(device)):
             self.forget()
+            if store.recording and store.cropped and device and self.recorder.serves(device):
+                self._note(entry, "drafts of several tokens are verified at once")
             return entry.run(args, kwargs)
         call = Call(entry, cache, args, kwargs)
         if reason := self._reason(call, kwargs):
@@ -136,14 +93,14 @@ class Replay:
             return entry.run(args, kwargs)
         self._feed(call)
         key = self._key(call) if self.recorder.takes(store.layers) else None
-        if self.recorded is not None and not (self.recorded.key == key and self.recorded.holds()):
-            self.recorded = None
-        if key is not None and not store.changes:
-            if self.recorded is None and self._steady and self._before is not None and self._before[0] == key:
-                self.recorded = self._record(call, device, *self._before)
-            if self.recorded is not None:
-                return self._replay(self.recorded, call)
-        return self._watch(call, key)
+        known = self.recorded
+        if known is not None and not (known.key == key and known.holds()):
+            known = self.recorded = self._before = None
+        if key is None or store.changes:
+            return self._watch(call, key)
+        if known is not None:
+            return self._replay(call, known)
+        return self._watch(call, key, record=self._steady)
 
     def _reason(self, call: Call, kwargs: dict[str, Any]) -> str:
         """Why no step like this one is ever recorded, or ""."""
@@ -184,56 +141,113 @@ class Replay:
         marks = None if store.marks is None else place(store.marks)
         return (call.facts, marks, *(baked(layer) for layer in store.layers))
 
-    def _watch(self, call: Call, key: tuple[Any, ...] | None) -> Any:
-        """Run the step, and see whether it was like the one before."""
-        before, self._before, self._steady = self._before, None, False
-        result, inputs = call.run()
-        if inputs is not None and key is not None and self._key(call) == key:
-            self._before = key, inputs
-            if before is not None and before[0] == key:
-                reason = "" if alike(before[1], inputs) else "the graph computes with a number or tensor that changes"
-                if any(x.device != self.store.device for ref in others(inputs) if (x := ref()) is not None):
-                    reason = "the decoder lies on several devices"
-                self._steady = not reason
-                if reason:
-                    self._note(call.entry, reason)
-        lent = {x.untyped_storage().data_ptr() for x in self._buffers if x is not None}
-        return pytree.tree_map_only(
-            Tensor, lambda x: x.clone() if x.untyped_storage().data_ptr() in lent else x, result
-        )
+    def _replay(self, call: Call, known: Recorded) -> Any:
+        """Replay a step, if its graph is what the decoder runs now."""
+        known.step.replay()
+        self.store.ahead = True
+        replayed = False
 
-    def _record(self, call: Call, device: torch.device, key: tuple[Any, ...], before: list[Any]) -> Recorded | None:
-        """Record the step without running it; None, and everything as it was, if that fails."""
-        store, entry = self.store, call.entry
+        def around(number: int, inputs: list[Any], go: Callable[[], Any]) -> Any:
+            nonlocal replayed
+            if self.store.ahead and number == known.number and alike(known.inputs, call.read(inputs)):
+                replayed = True
+                return self._outputs(known)
+            return go()  # the first layer finds the store ahead, and takes the token back
+
+        result = call.run(around)
+        if not replayed:
+            self.recorded = self._before = None
+        return result
+
+    def _outputs(self, known: Recorded) -> list[Any]:
+        self.store.replayed(known.queries)
+        return [x.clone() if isinstance(x, Tensor) else x for x in known.outputs]
+
+    def _watch(self, call: Call, key: tuple[Any, ...] | None, record: bool = False) -> Any:
+        """Run the step, and see whether it is like the one before; or record and replay it, if it still is."""
+        before, self._before, self._steady = self._before, None, False
+        log, ran = call.entry.backend.log, list[tuple[int, list[Any]]]()
+        graphs = log.graphs
+
+        def around(number: int, inputs: list[Any], go: Callable[[], Any]) -> Any:
+            read = call.read(inputs)
+            ran.append((number, read))
+            if record and before is not None and _same(before, (key, number, read)):
+                self.recorded = self._record(call, go, *before)
+                if self.recorded is not None:
+                    self.recorded.step.replay()
+                    return self._outputs(self.recorded)
+            return go()
+
+        result = call.run(around)
+        one, reason = len(ran) == 1 and log.graphs == graphs, ""
+        if one and key is not None and self._key(call) == key:
+            self._before = key, *ran[0]
+            if before is not None and before[:2] == self._before[:2]:
+                reason = self._changes(before[2], ran[0][1])
+                self._steady = not reason
+        self._unlike = 0 if self._steady else self._unlike + 1
+        if self._unlike == PATIENCE:
+            self._note(call.entry, reason or self._why(one))
+        return pytree.tree_map_only(Tensor, self._own, result)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """The tensor, or a copy of it if it lies in a buffer that the next token overwrites."""
+        if is_traceable_wrapper_subclass(x):  # computed from a weight of that kind
+            return x
+        place = x.untyped_storage().data_ptr()
+        lent = any(place == own.untyped_storage().data_ptr() for own in self._buffers if own is not None)
+        return x.clone() if lent else x
+
+    def _changes(self, before: list[Any], now: list[Any]) -> str:
+        """Why a graph that read this in two steps must not be recorded, or ""."""
+        tensors = [x for ref in others(now) if (x := ref()) is not None]
+        if not alike(before, now):
+            return "the graph computes with a number or tensor that changes"
+        if any(is_traceable_wrapper_subclass(x) for x in tensors):
+            return "a weight is a tensor subclass, whose parts could move unseen"
+        if any(x.device != self.store.device for x in tensors):
+            return "the decoder lies on several devices"
+        return ""
+
+    def _why(self, one: bool) -> str:
+        """Why many steps in a row were not alike."""
+        if not self.recorder.takes(self.store.layers):
+            return "the decode kernel does not run here (head size, data type, or no Triton)"
+        if not one:
+            return "the decoder does not run as one compiled graph"
+        return "what it reads lies elsewhere with every token (beam search, changing shapes)"
+
+    def _record(
+        self, call: Call, go: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
+    ) -> Recorded | None:
+        """Record the graph without running it; None, and everything as it was, if that fails."""
+        store = self.store
+        assert store.device is not None
         tails = [layer.tail for layer in store.layers]
         store.recorded = {}
+        reason = ""
         try:
-            step, (result, inputs) = self.recorder.record(call.run, device)
+            step, outputs = self.recorder.record(go, store.device)
         except Exception as error:  # whatever it is, the step can run without
-            entry.stop_recording(f"{type(error).__name__}: {error}")
-            self.recorder.free()
-            return None
+            reason = f"{type(error).__name__}: {error}"
         finally:
             queries, store.recorded = store.recorded, None
             for layer, tail in zip(store.layers, tails, strict=True):
                 layer.tail = tail  # its kernels did not run yet
-        if inputs is None or not alike(before, inputs) or self._key(call) != key:
-            entry.stop_recording("the recorded step differed from those before it")
-            self.recorder.free()
-            return None
-        leaves, form = pytree.tree_flatten(result)
-        results = [CACHE if x is call.cache else x for x in leaves]
-        if not all(isinstance(x, (Tensor, *CONSTANTS)) for x in results):  # its tensors would change under the caller
-            entry.stop_recording("the decoder returns more than tensors and constants")
+        if not reason and self._key(call) != key:
+            reason = "the recorded step differed from those before it"
+        if not reason and not all(isinstance(x, (Tensor, *CONSTANTS)) for x in outputs):
+            reason = "the decoder's graph returns more than tensors and constants"
+        if reason:
+            call.entry.stop_recording(reason)
             self.recorder.free()
             return None
         self.count += 1
         weights = others(inputs)
         addresses = [x.data_ptr() for ref in weights if (x := ref()) is not None]
-        return Recorded(key, step, results, form, queries, weights, addresses)
+        return Recorded(key, number, inputs, step, list(outputs), queries, weights, addresses)
 
-    def _replay(self, recorded: Recorded, call: Call) -> Any:
-        recorded.step.replay()
-        self.store.replayed(recorded.queries)
-        own = [x.clone() if isinstance(x, Tensor) else call.cache if x is CACHE else x for x in recorded.results]
-        return pytree.tree_unflatten(own, recorded.form)
+
+def _same(before: tuple[Any, int, list[Any]], now: tuple[Any, int, list[Any]]) -> bool:
+    return before[:2] == now[:2] and alike(before[2], now[2])

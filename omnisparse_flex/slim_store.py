@@ -34,6 +34,7 @@ class SlimStore:
         padded: The mask forbids a token of the last turn, or of a later call of several tokens.
         marks: bool (B, room), which tokens exist, by position; None: all. Of caches that are not ``padded``.
         recorded: Each layer's queries in the step that is being recorded, or None: none is.
+        ahead: The device has decoded a token that the layers do not count yet.
     """
 
     def __init__(self, layers: list[SlimLayer], chooser: Chooser, offload: bool, sinks: int, window: int) -> None:
@@ -64,6 +65,7 @@ class SlimStore:
         self.has_droppable = self.padded = False
         self.marks: Tensor | None = None
         self.recorded: dict[int, Tensor] | None = None
+        self.ahead = False
 
     real: Tensor | None
     droppable: Tensor | None
@@ -211,6 +213,10 @@ class SlimStore:
     ) -> Tensor:
         """Add the call's keys and values to a layer, and attend over all it keeps."""
         own = self.layers[layer]
+        if self.ahead:  # that token is void: this call decodes another one in its place
+            self.ahead = False
+            for other in self.layers:
+                other.counter = None
         if own.tail >= own.limit:
             self._refresh(own, key, value, scale)
         if self.recorded is not None:
@@ -231,6 +237,7 @@ class SlimStore:
         Args:
             queries: The layers' queries of this step, (B, Hq, 1, D), by layer; what a refresh will not ask may lack.
         """
+        self.ahead = False
         for own in self.layers:
             if own.tail > own.limit - PATTERN_QUERIES and own.index in queries:
                 own.queries.append(queries[own.index].clone())

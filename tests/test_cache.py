@@ -137,7 +137,7 @@ def test_a_forced_split_equals_a_full_cache_masked_the_same_way(name, lengths, o
     cache.store.chooser = half_lazy
     oracle, exact = build(name, device), build(name, device).double()
     full, full64 = (DynamicCache(config=oracle.config.get_text_config()) for _ in range(2))
-    for turn in range(2 if offload else 1):
+    for turn in range(3 if offload else 1):
         tokens, logits = steps(slim, inputs, cache, do_sample=False)
         report = cache.memory_report()
         assert [layer.lazy for layer in report.layers] == [(0,), (1,)]
@@ -191,17 +191,31 @@ def test_a_long_answer_outgrows_its_room_several_times(device):
     assert torch.equal(tokens, expected)
 
 
-def test_beams_of_a_forced_split(device):
+@pytest.mark.parametrize("mode", ["sampling", "beams"])
+def test_other_ways_to_decode_on_a_forced_split(mode, device):
     from transformers import DynamicCache
 
     inputs = prompt(device, (90, 71), spans=((10, 50),))
     slim, oracle = changed("llama", device), build("llama", device)
     cache = OmniSparseCache(slim)
     cache.store.chooser = half_lazy
-    tokens = generate(slim, inputs, cache, **MODES["beams"])
+    tokens = generate(slim, inputs, cache, new=16, **MODES[mode])
+    assert [layer.lazy for layer in cache.layers] == [(0,), (1,)]
     with masked_like(cache, oracle):
-        expected = generate(oracle, inputs, DynamicCache(config=oracle.config), **MODES["beams"])
+        expected = generate(oracle, inputs, DynamicCache(config=oracle.config), new=16, **MODES[mode])
     assert torch.equal(tokens, expected)
+
+
+def test_drafts_on_a_forced_split(device):
+    """Verified several at once, they say what one token at a time says: the test above holds for them too."""
+    inputs, slim = prompt(device, (90,), spans=((10, 50),)), changed("llama", device)
+    results = []
+    for mode in ("assisted", "greedy"):
+        cache = OmniSparseCache(slim)
+        cache.store.chooser = half_lazy
+        results.append(generate(slim, inputs, cache, new=16, **MODES[mode]))
+        assert [layer.lazy for layer in cache.layers] == [(0,), (1,)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -187,6 +188,26 @@ def test_prefill_in_chunks(device):
     with torch.no_grad():
         assert close(logits, build("llama", device)(ids).logits)
     assert cache.layers[0].lazy and cache.store.lossy and cache.memory_report().host == 0
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_a_prefill_never_holds_two_full_layers(offload, device):
+    """When a layer is slimmed, the full keys of every layer before it are gone: the peak is slim + one layer."""
+    model = changed("llama", device, num_hidden_layers=4)
+    cache = OmniSparseCache(model, offload=offload)
+    store, alive = cache.store.store_layer, []
+    full = []
+
+    def watched(query, key, value, layer, scale):
+        alive.append([i for i, ref in enumerate(full) if ref() is not None])
+        full.append(weakref.ref(key))
+        store(query, key, value, layer, scale)
+
+    cache.store.store_layer, cache.store.chooser = watched, half_lazy
+    inputs = prompt(device, (90,), spans=SPAN)["input_ids"]
+    forward(model, inputs, cache)
+    forward(model, prompt(device, (9,), 3, spans=())["input_ids"], cache) if offload else None
+    assert alive == [[]] * (8 if offload else 4), alive
 
 
 def test_generate_with_a_chunk_size(device):

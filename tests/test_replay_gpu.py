@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -164,11 +165,10 @@ def test_a_step_that_cannot_be_recorded_runs():
     model = changed("llama", CUDA)
     model.model.layers[1].mlp.act_fn = torch.nn.Sequential(model.model.layers[1].mlp.act_fn, Waits())
     expected = generate(model, inputs, cache_of(model, cuda_graphs=False), new=20, do_sample=False)
-    with pytest.warns(UserWarning, match="no CUDA graph of a decode step, decoding runs without"):
-        tokens = generate(model, inputs, cache_of(model), new=20, do_sample=False)
+    tokens = generate(model, inputs, cache_of(model), new=20, do_sample=False)
     assert torch.equal(tokens, expected)
     assert torch.equal(generate(model, inputs, cache_of(model), new=20, do_sample=False), expected)
-    assert len(notes(model)) == 1
+    assert len(notes(model)) == 1 and "no CUDA graph of a decode step, decoding runs without" in notes(model)[0]
     assert torch.rand(4, device=CUDA).unique().numel() > 1  # the generator records no more
     generate(model, inputs, cache_of(model), new=5, do_sample=True)
     other = changed("llama", CUDA)  # and another model is still recorded
@@ -190,3 +190,55 @@ def test_a_dropped_cache_gives_its_memory_back():
     del cache
     gc.collect()
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_token_decoded_in_vain_is_taken_back(inner):
+    """A replay starts before the guards are checked; where they call for another graph, nothing of it stays."""
+    results = []
+    for graphs in (False, True):
+        model = changed("llama", CUDA, inner)
+        cache = cache_of(model, cuda_graphs=graphs)
+        ids = prompt(CUDA, (30,), 3, spans=())["input_ids"]
+        with torch.no_grad():
+            model(**prompt(CUDA, (90,), spans=SPAN), past_key_values=cache)
+        outs = [feed(model, cache, ids[:, :10], 90)]
+        model.model.layers[1].self_attn.scaling *= 2
+        outs.append(feed(model, cache, ids[:, 10:], 100))
+        results.append((torch.cat(outs, 1), [(x.tail_keys, x.tail_values, x.tail) for x in cache.layers]))
+    assert cache.replay.count == 2 and cache.replay.recorded is not None
+    (first, plain), (second, own) = results
+    assert torch.equal(first, second)
+    for (key, value, tail), (other_key, other_value, other) in zip(plain, own, strict=True):
+        assert tail == other == 30 and torch.equal(key, other_key) and torch.equal(value, other_value)
+    assert {int(layer.counter) for layer in cache.layers} == {30}
+
+
+def test_recording_is_the_default():
+    model = changed("llama", CUDA)
+    cache = OmniSparseCache(model)
+    generate(model, prompt(CUDA, (90,), spans=SPAN), cache, new=20, do_sample=False)
+    assert cache.replay.count == 1 and notes(model) == []
+
+
+def test_a_copied_cache_records_for_itself():
+    model = changed("llama", CUDA, "inductor")
+    ids = prompt(CUDA, (40,), 3, spans=())["input_ids"]
+    cache = cache_of(model)
+    with torch.no_grad():
+        model(**prompt(CUDA, (90,), spans=SPAN), past_key_values=cache)
+    feed(model, cache, ids[:, :10], 90)
+    twin = copy.deepcopy(cache)
+    first, second = (feed(model, one, ids[:, 10:], 100) for one in (cache, twin))
+    assert torch.equal(first, second) and (cache.replay.count, twin.replay.count) == (1, 1)
+
+
+def test_inside_a_graph_that_somebody_else_records():
+    """Ours would void it: there, a step runs as it is."""
+    from omnisparse_flex.cuda_graphs import CudaGraphs
+
+    recorder, found = CudaGraphs(), [CudaGraphs().serves(CUDA)]
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        found.append(recorder.serves(CUDA))
+        torch.zeros(1, device=CUDA)
+    assert found == [True, False]
