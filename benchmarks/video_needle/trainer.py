@@ -71,7 +71,7 @@ class Trainer:
         self.schedule, self.device, self.omnisparse, self.sizes = schedule, device, omnisparse, sizes or {}
         self.model = make_model(schedule.seed, **self.sizes).to(device).train()
         if config is not None:
-            apply_omnisparse(self.model, config, min_seq_len=0, dynamic=True)
+            apply_omnisparse(self.model, config, min_seq_len=0, dynamic=False)
         for layer in self.model.model.language_model.layers if compile_layers else ():
             layer.compile(dynamic=True)
         self.optimizers = make_optimizers(self.model, schedule.lr, device)
