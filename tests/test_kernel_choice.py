@@ -23,7 +23,7 @@ SEVERAL = "a graph for several lengths (symbolic sizes)"
 @pytest.fixture
 def hopper(monkeypatch):
     """A Hopper GPU with flash-attn-4."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(kernel_choice, "has_flash", lambda: True)
     monkeypatch.setitem(kernel_choice.TRITON_OPTIONS, (9, 128), TUNED)
 
@@ -93,7 +93,7 @@ def test_deterministic_algorithms_run_on_triton(hopper):
 
 
 def test_another_gpu_gets_no_options_that_were_not_measured_on_it(hopper, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert choose() == choose("flash") == ((), "compute capability 8.x")
     assert choose("triton") == choose(device="cpu") == ((), "")
 

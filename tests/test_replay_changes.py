@@ -91,17 +91,22 @@ def test_a_change_of_the_model_between_two_tokens(change, device):
     assert recorder.runs >= 12 and notes(model) == []
 
 
+def collector(seen):
+    """A hook; its list is a closure's, for Dynamo of torch 2.11 loses what is appended to a default argument."""
+
+    def hook(module, args, out):
+        seen.append(out)
+
+    return hook
+
+
 def test_a_hook_that_collects_sees_every_token(device):
     """Recorded or not: what it collects is each token's own. (Dynamo sees the hooks of the first call only.)"""
     found = []
     for make in (plain, lambda model: recording(model)[0]):
         model, seen = changed("llama", device), []
         cache = make(model)
-
-        def hook(module, args, out, seen=seen):
-            seen.append(out)
-
-        model.model.layers[0].mlp.register_forward_hook(hook)
+        model.model.layers[0].mlp.register_forward_hook(collector(seen))
         act(model, cache, device)
         found.append(seen)
     assert len(found[0]) == len(found[1]) == 1 + 20

@@ -197,6 +197,7 @@ def test_a_token_decoded_in_vain_is_taken_back(inner):
     """A replay starts before the guards are checked; where they call for another graph, nothing of it stays."""
     results = []
     for graphs in (False, True):
+        torch._dynamo.reset()  # else the second model begins with the changed scale as an input, and rounds otherwise
         model = changed("llama", CUDA, inner)
         cache = cache_of(model, cuda_graphs=graphs)
         ids = prompt(CUDA, (30,), 3, spans=())["input_ids"]
@@ -208,9 +209,10 @@ def test_a_token_decoded_in_vain_is_taken_back(inner):
         results.append((torch.cat(outs, 1), [(x.tail_keys, x.tail_values, x.tail) for x in cache.layers]))
     assert cache.replay.count == 2 and cache.replay.recorded is not None
     (first, plain), (second, own) = results
-    assert torch.equal(first, second)
-    for (key, value, tail), (other_key, other_value, other) in zip(plain, own, strict=True):
-        assert tail == other == 30 and torch.equal(key, other_key) and torch.equal(value, other_value)
+    torch.testing.assert_close(first, second)
+    for (*states, tail), (*other_states, other) in zip(plain, own, strict=True):
+        assert tail == other == 30
+        torch.testing.assert_close(states, other_states)
     assert {int(layer.counter) for layer in cache.layers} == {30}
 
 

@@ -77,9 +77,9 @@ class Comparison:
                     self._once(name, length, label, lambda n=length, v=visible: self._ask(model, n, v), density=1.0)
 
     def run_family(self, family: Family, weights: Weights, model: Any, lengths: list[int]) -> None:
-        """Sparse inference of one family: a single compiled graph for all weights, lengths and targets."""
+        """Sparse inference of one family: a compiled graph a length, for all weights and targets."""
         config = family.config(self.base, model.config.text_config.num_hidden_layers, self.dense_layers)
-        apply_omnisparse(model, config, min_seq_len=0, dynamic=True)
+        apply_omnisparse(model, config, min_seq_len=0, dynamic=False)
         try:
             with scoring(family.control), collect_stats(model) as stats:
                 for name, state in weights.items():
@@ -134,7 +134,8 @@ class Comparison:
 
     def _density(self, model: Any, length: int, stats: Stats, target: float) -> float:
         self._set_target(model, target)
-        evaluate(model, "test", length, 1, 1)
+        batch = max(1, self.tokens // length)
+        evaluate(model, "test", length, batch, batch)  # the shape that the graph is of
         return stats.density
 
     def _set_target(self, model: Any, target: float) -> None:
