@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -106,3 +107,37 @@ def test_every_kept_figure_is_complete(summary: ModuleType) -> None:
     for name, entry in summary.read().items():
         assert set(entry) == set(summary.FIELDS), name
         assert (SCRIPT.parent.parent / entry["script"]).is_file(), f"{name} was measured by no script of ours"
+
+
+@pytest.fixture(scope="module")
+def gpu_tests(summary: ModuleType) -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        return importlib.import_module("gpu_tests")
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+FIRST = "FAILED tests/test_a.py::test_x\nFAILED tests/test_b.py::test_y[1]\n2 failed, 8 passed, 1 skipped in 9.00s"
+
+
+@pytest.mark.parametrize(
+    ("log", "passed", "failed"),
+    [
+        (FIRST, 8, 2),
+        (f"{FIRST}\nagain: tests/test_a.py tests/test_b.py\n5 passed in 2.00s", 10, 0),
+        (f"{FIRST}\nagain: tests/test_a.py\n3 passed in 2.00s", 9, 1),
+        (
+            f"{FIRST}\nagain: tests/test_a.py tests/test_b.py\nFAILED tests/test_b.py::test_y[1]\n1 failed, 4 passed",
+            9,
+            1,
+        ),
+    ],
+)
+def test_a_second_run_of_mended_files_counts(gpu_tests: ModuleType, log: str, passed: int, failed: int) -> None:
+    assert gpu_tests.outcome(log)[:2] == (passed, failed)
+
+
+def test_a_second_run_without_an_end_is_refused(gpu_tests: ModuleType) -> None:
+    with pytest.raises(ValueError, match="second run"):
+        gpu_tests.outcome(f"{FIRST}\nagain: tests/test_a.py\n")

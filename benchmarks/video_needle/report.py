@@ -84,8 +84,13 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
     plot.frontier(rows, MEAN_CHANCE, out / "compare.png")
 
 
-def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY) -> list[str]:
+def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY, **measured: str) -> list[str]:
     """Record every figure that the rows can give: at the trained length, the densest sparse row within ``DENSITY``.
+
+    Args:
+        rows: Of a comparison.
+        path: The summary file.
+        **measured: ``device``, ``torch_version`` and ``tree`` of rows from elsewhere; as ``summary.record`` takes them.
 
     Returns:
         The names recorded.
@@ -128,5 +133,5 @@ def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY) -> li
         figures["video.kv_ratio"] = (slim[0]["kv_ratio"], "x", told)
     script = Path(__file__).with_name("compare.py")
     for name, (value, unit, baseline) in figures.items():
-        summary.record(name, float(value), unit=unit, baseline=baseline, script=script, path=path)
+        summary.record(name, float(value), unit=unit, baseline=baseline, script=script, path=path, **measured)
     return sorted(figures)
