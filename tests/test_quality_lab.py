@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from benchmarks.quality.choose import choose, local_pairs
 from benchmarks.quality.controls import matched_window, random_keys, window_share
 from benchmarks.quality.costs import selection_cost
-from benchmarks.quality.estimators import ESTIMATORS, exact
+from benchmarks.quality.estimators import ESTIMATORS, exact, logits, loudest
 from benchmarks.quality.evaluate import summary
 from benchmarks.quality.lab import Lab, install
+from benchmarks.quality.plans import token
 from benchmarks.quality.retrieval import FORMATS, QUESTIONS, generate
 from benchmarks.quality.rules import Rule
 from benchmarks.quality.weights import unpack
@@ -96,6 +97,35 @@ def test_one_pass_guesses_the_normaliser_only():
     whole = rows.amax(-1) < 1  # no share was cut off
     truth = exact(query, key, DIM**-0.5)(32, 96)
     torch.testing.assert_close((rows / rows.sum(-1, keepdim=True))[whole], truth[whole])
+
+
+def test_the_loudest_coordinates_are_those_that_move_the_logits():
+    query, key = inputs()
+    query[..., 3], key[:, :1, :, 5] = 0.0, 0.0  # in all heads; in one KV head
+    narrow = loudest(query, key, DIM - 1)
+    assert [x.shape[-1] for x in narrow] == [DIM - 1] * 2
+    torch.testing.assert_close(logits(*narrow, 1.0), logits(query, key, 1.0))
+    narrow = loudest(query, key, DIM - 2)
+    first = slice(0, query.shape[1] // key.shape[1])  # the first KV head's group loses nothing by two dims
+    torch.testing.assert_close(logits(*narrow, 1.0)[:, first], logits(query, key, 1.0)[:, first])
+
+
+def test_few_dims_change_the_pass_and_not_the_local_part():
+    query, key = inputs()
+    options = {"sinks": 4, "window": 8, "pool": 4, "bits8": False}
+    whole, few = (ESTIMATORS["one_pass"](query, key, DIM**-0.5, dims=d, **options)(32, 96) for d in (0, DIM // 2))
+    same = ESTIMATORS["one_pass"](query, key, DIM**-0.5, dims=DIM, **options)(32, 96)
+    torch.testing.assert_close(same, whole)
+    q, k = torch.arange(32, 96)[:, None], torch.arange(96)
+    near = ((q - k < 8) | (k < 4)) & (k <= q)
+    torch.testing.assert_close(few[..., near], whole[..., near])
+    far = (k <= q) & ~near
+    assert not torch.allclose(few[..., far], whole[..., far], atol=1e-3)
+
+
+def test_a_narrow_pass_of_active_queries_is_cheap():
+    rule = token("x", estimator="one_pass", options={"dims": DIM // 2, "pool": 16})
+    assert selection_cost(rule, TOKENS, DIM, 1, active=0.5) == pytest.approx(0.5 * (0.5 * 0.5 / 2 + 1 / 16))
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -16,6 +16,10 @@ from video_needle.data import batch_of, inputs, position_ids
 from video_needle.model import embed, frame_layout, make_model
 from video_needle.optimizer import Muon, make_optimizers, set_rate
 from video_needle.recorded import WARM, Recorder
+from video_needle.schedule import Schedule
+from video_needle.trainer import Trainer
+
+from omnisparse_flex import ConfigError
 
 STEPS, ROUNDS = 16, 2
 
@@ -60,6 +64,23 @@ def test_muon_takes_its_rate_from_a_tensor():
             optimizer.step()
         ends.append(parameter.detach())
     torch.testing.assert_close(*ends)
+
+
+def test_a_final_checkpoint_is_begun_with_and_not_resumed(tmp_path):
+    small = {"layers": 1, "hidden": 64, "heads": 2, "vision_depth": 1}
+    plan = Schedule(stages="256:6", tokens=256, rounds=1)
+    first, second = (Trainer(plan, torch.device("cpu"), sizes=small) for _ in range(2))
+    first.train_step(batch_of("train", 0, 1, STEPS, 1)[0])
+    first.save(tmp_path / "whole")
+    first.save(tmp_path / "final", final=True)
+    whole, final = (sum(f.stat().st_size for f in (tmp_path / x).glob("*.safetensors")) for x in ("whole", "final"))
+    assert final < whole / 2.5
+    with pytest.raises(ConfigError, match="resume must name a checkpoint with its optimizers' moments"):
+        second.resume(tmp_path / "final")
+    second.begin_with(tmp_path / "final")
+    assert second.step == 0 and second.record()["before"]["step"] == 1
+    for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16().float())
 
 
 @pytest.mark.gpu

@@ -117,8 +117,28 @@ def clustered(query: Tensor, key: Tensor, scale: float, *, size: int, spread: bo
     return rows
 
 
+def loudest(query: Tensor, key: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """The ``dims`` coordinates of each KV head that say most: by the product of their mean squares in queries and keys.
+
+    Unlike the leading directions of ``pca`` they need no eigenvectors, whose computation waits for the device.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    energy = grouped.float().square().mean((2, 3)) * key.float().square().mean(2)  # (B, Hkv, D)
+    index = energy.topk(dims, sorted=False).indices[:, :, None]
+    narrow = grouped.gather(-1, index[:, :, None].expand(*grouped.shape[:-1], dims)).flatten(1, 2)
+    return narrow, key.gather(-1, index.expand(*key.shape[:-1], dims))
+
+
 def one_pass(
-    query: Tensor, key: Tensor, scale: float, *, sinks: int = 64, window: int = 256, pool: int = 16, bits8: bool = True
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    sinks: int = 64,
+    window: int = 256,
+    pool: int = 16,
+    bits8: bool = True,
+    dims: int = 0,
 ) -> Rows:
     """Rows of one pass over the pairs: their normaliser is guessed before it, not found by a pass of its own.
 
@@ -133,15 +153,19 @@ def one_pass(
         window: Keys of the local part at the end, the query's own included.
         pool: Keys to a mean.
         bits8: Round queries and keys to float8_e4m3.
+        dims: Only as many coordinates (``loudest``) in the pass; 0: all.
     """
     means = key.unflatten(2, (-1, pool)).mean(3)
-    q8, k8 = (x.to(torch.float8_e4m3fn).to(x.dtype) if bits8 else x for x in (query, key))
+    narrow = loudest(query, key, dims) if dims else (query, key)
+    q8, k8 = (x.to(torch.float8_e4m3fn).to(x.dtype) if bits8 else x for x in narrow)
 
     def rows(start: int, stop: int) -> Tensor:
         scores = logits(q8[:, :, start:stop], k8[:, :, :stop], scale)
         q, k = torch.arange(start, stop, device=query.device)[:, None], torch.arange(stop, device=query.device)
         seen = k <= q
         near = ((q - k < window) | (k < sinks)) & seen
+        if dims:  # the local part is computed whole anyway
+            scores = torch.where(near, logits(query[:, :, start:stop], key[:, :, :stop], scale), scores)
         firsts = torch.arange(-(-stop // pool), device=query.device) * pool
         far = (firsts >= sinks) & (firsts + pool <= q - window + 1)
         pooled_scores = logits(query[:, :, start:stop], means[:, :, : len(firsts)], scale)

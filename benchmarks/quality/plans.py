@@ -128,6 +128,25 @@ def second() -> list[Row]:
     return [*rows, Row(token("one-pass 16 bits", estimator="one_pass", options={"bits8": False}))]
 
 
+def third() -> list[Row]:
+    """Towards a quarter of dense, scores counted: fewer dims in the pass, leaner budgets, fewer active queries."""
+    both = (PPL, ITEMS)
+
+    def lean(label: str, target: float = 0.9, lazy: float = 0.1, dims: int = 0, **changes: object) -> Rule:
+        changes = {"estimator": "one_pass", "options": {"dims": dims}, "budget": "per_head"} | changes
+        return token(f"one-pass fp8 {label}", target=target, lazy=lazy, **changes)
+
+    rows = [Row(DENSE, both), Row(lean("dims32 per_head", 0.95, 0.05, 32), both)]
+    rows += [Row(lean("dims32 per_head", dims=32), both)]
+    rows += [Row(lean("dims32 per_head gqa-mean", dims=32, gqa="mean"), both)]
+    rows += [Row(lean("gqa-mean", lazy=0.05, gqa="mean", budget="flattest_head"), both), Row(lean("per_head"), both)]
+    rows += [Row(lean("dims16 per_head", dims=16), both)]
+    rows += with_controls(lean("dims32 per_head", lazy=0.2, dims=32), both)
+    rows += [Row(lean("dims32", 0.95, 0.05, 32, budget="flattest_head"), both)]
+    long = ("items:8192",)
+    return [*rows, Row(DENSE, long), Row(rows[2].rule, long)]
+
+
 def lengths() -> list[Row]:
     """Density needed at 2K, 4K and 8K, true mass, three targets."""
     tasks = tuple(f"ppl:{tokens}" for tokens in (2048, 4096, 8192))
@@ -149,4 +168,11 @@ def quick() -> list[Row]:
     return [*rows, Row(DENSE, (ITEMS,)), *with_controls(token("exact"), (ITEMS,))]
 
 
-PLANS = {"first": first(), "second": second(), "rules": rules(), "lengths": lengths(), "quick": quick()}
+PLANS = {
+    "first": first(),
+    "second": second(),
+    "third": third(),
+    "rules": rules(),
+    "lengths": lengths(),
+    "quick": quick(),
+}

@@ -31,7 +31,7 @@ def round_moments(optimizers: Optimizers) -> None:
                 state[name].copy_(state[name].to(torch.bfloat16))
 
 
-def save(directory: Path, model: Any, optimizers: Optimizers, record: dict[str, Any]) -> None:
+def save(directory: Path, model: Any, optimizers: Optimizers, record: dict[str, Any], final: bool = False) -> None:
     """Write a checkpoint; its JSON comes last, so a directory with one is complete.
 
     Args:
@@ -39,6 +39,7 @@ def save(directory: Path, model: Any, optimizers: Optimizers, record: dict[str, 
         model: Its float32 parameters are kept exactly.
         optimizers: Their moments are rounded, in place too.
         record: JSON-ready: step, schedule, history, versions.
+        final: Weights alone, in bfloat16: a third of the size, to be asked or begun with, not to be resumed.
     """
     from safetensors.torch import save_file
 
@@ -46,7 +47,9 @@ def save(directory: Path, model: Any, optimizers: Optimizers, record: dict[str, 
     states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"model.{name}"] = parameter.detach().to(torch.bfloat16 if final else parameter.dtype)
+        if final:
+            continue
         for moment in states.get(parameter, {}).keys() & set(MOMENTS):
             tensors[f"{moment}.{name}"] = states[parameter][moment].to(torch.bfloat16)
     directory.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,7 @@ def save(directory: Path, model: Any, optimizers: Optimizers, record: dict[str, 
     for i, shard in enumerate(shards):
         part = {name: x.contiguous().cpu() for name, x in shard.items()}
         save_file(part, directory / f"state-{i + 1}-of-{len(shards)}.safetensors")
-    (directory / STATE).write_text(json.dumps({**record, "shards": len(shards)}, indent=1) + "\n")
+    (directory / STATE).write_text(json.dumps({**record, "shards": len(shards), "final": final}, indent=1) + "\n")
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:

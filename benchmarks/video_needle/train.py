@@ -40,6 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the decoder's layers (dense only)")
     parser.add_argument("--last-step", type=int, default=1 << 40, help="stop here at the latest")
     parser.add_argument("--no-validate", action="store_true", help="skip the questions at the end")
+    parser.add_argument("--final", action="store_true", help="keep the weights alone, in bfloat16; no resuming")
     parser.add_argument("--workers", type=int, default=max(0, min(10, (os.cpu_count() or 1) - 3)))
     for field in dataclasses.fields(Schedule):
         parser.add_argument(f"--{field.name}", type=type(field.default), help=f"default {field.default}")
@@ -86,16 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     deadline = started + 60 * options.minutes - (0 if options.no_validate else 6)
     trainer.run(deadline, options.last_step, options.workers)
-    trainer.save(options.out)
+    trainer.save(options.out, options.final)
     print(f"step {trainer.step} of {schedule.total} after {time.monotonic() - started:.0f} s", flush=True)
     if not options.no_validate:
         record = trainer.record() | {"validation": trainer.validate()}
-        (options.out / checkpoint.STATE).write_text(json.dumps(record | _shards(options.out), indent=1) + "\n")
+        kept = checkpoint.read_record(options.out)
+        (options.out / checkpoint.STATE).write_text(json.dumps(kept | record, indent=1) + "\n")
     return 0
-
-
-def _shards(directory: Path) -> dict[str, int]:
-    return {"shards": checkpoint.read_record(directory)["shards"]}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ class Trainer:
                 given["attention_mask"] = {"full_attention": None}
             logits = self.model(**given, position_ids=positions.expand(3, len(ids), -1), use_cache=False).logits.float()
             early = [self._read(state) for state in self.tapped]
+        if self.schedule.early and not early:
+            warnings.warn("the compiled decoder hides the early layer: narration counts at the end alone", stacklevel=2)
         self.tapped.clear()
         return task_losses(logits, answers, narration, text, early), count_hits(logits, answers, kinds, text)
 
@@ -235,9 +238,9 @@ class Trainer:
         """A new run from a checkpoint's weights; its record stays with this run's."""
         self.before = checkpoint.load(directory, self.model) | {"directory": directory.name}
 
-    def save(self, directory: Path) -> None:
-        """Write the checkpoint and the picture of the curves."""
-        checkpoint.save(directory, self.model, self.optimizers, self.record())
+    def save(self, directory: Path, final: bool = False) -> None:
+        """Write the checkpoint, ``final`` as ``checkpoint.save`` says, and the picture of the curves."""
+        checkpoint.save(directory, self.model, self.optimizers, self.record(), final)
         plot.curves(self.history, directory / "loss.png")
 
     def resume(self, directory: Path) -> None:
@@ -247,6 +250,7 @@ class Trainer:
             ConfigError: If it belongs to another plan, attention or model.
         """
         record = checkpoint.read_record(directory)
+        require(not record.get("final"), "resume", "name a checkpoint with its optimizers' moments", str(directory))
         for name, own in (
             ("schedule", self.schedule.to_dict()),
             ("omnisparse", self.omnisparse),
