@@ -23,9 +23,9 @@ from bench_prefill import KV_HEADS, SCALE, K, inputs, sparse  # beside this file
 from gpu_timing import dense_attention, kernel_milliseconds
 from torch import Tensor
 
+import omnisparse_flex.masks.blocks  # noqa: F401  (defines torch.ops.omnisparse.map_lists)
 from omnisparse_flex import OmniSparseConfig, sink_copies
 from omnisparse_flex.kernel_choice import has_flash
-from omnisparse_flex.masks.blocks import block_lists
 from omnisparse_flex.refit import kept_share
 from omnisparse_flex.timing import milliseconds
 
@@ -57,8 +57,7 @@ def transpose_milliseconds(tokens: int, share: float, device: str) -> float:
 
     @torch.compile(dynamic=False)
     def lists(keep: Tensor, full: Tensor) -> list[Tensor]:
-        maps = (keep & ~full, keep & full)
-        return [torch.ops.omnisparse.realize(x) for m in maps for x in block_lists(m.transpose(-1, -2))]
+        return list(torch.ops.omnisparse.map_lists(keep.transpose(-1, -2), full.transpose(-1, -2)))
 
     lists(keep, full)
     if device == "cuda":

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import omnisparse_flex.masks.blocks  # noqa: F401  (defines torch.ops.omnisparse.map_lists)
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.masks.blocks import block_lists
 from omnisparse_flex.masks.expr import causal
 from omnisparse_flex.masks.layout import block_layout
 from omnisparse_flex.masks.program import MaskProgram
@@ -106,8 +106,7 @@ def selection(config: OmniSparseConfig, query: Tensor, key: Tensor) -> Callable[
 
     def lists(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         chosen = select(query, key, config)
-        found = (*block_lists(chosen.keep & ~chosen.layout.full), *block_lists(chosen.keep & chosen.layout.full))
-        return tuple(torch.ops.omnisparse.realize(x) for x in found)
+        return tuple(torch.ops.omnisparse.map_lists(chosen.keep, chosen.layout.full))
 
     compiled = torch.compile(lists, dynamic=False)
     compiled(query, key)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+from omnisparse_flex.guard import guarded
 from omnisparse_flex.types import MaskMod
 
 
@@ -43,11 +47,12 @@ def block_mask_from_maps(
     Returns:
         A ``BlockMask`` with full and partial blocks in separate lists.
     """
-    partial, complete = keep & ~full, keep & full
-    partial_num, partial_idx = _own_lists(partial)
-    full_num, full_idx = _own_lists(complete)
-    q_num, q_idx = _own_lists(partial.transpose(-1, -2)) if transposed else (None, None)
-    full_q_num, full_q_idx = _own_lists(complete.transpose(-1, -2)) if transposed else (None, None)
+    # One opaque operator: every layer has lists of its own, and Inductor would lower what makes them in every layer.
+    lists = torch.ops.omnisparse.map_lists
+    partial_num, partial_idx, full_num, full_idx = lists(keep, full)
+    q_num, q_idx, full_q_num, full_q_idx = (
+        lists(keep.transpose(-1, -2), full.transpose(-1, -2)) if transposed else (None, None, None, None)
+    )
     return BlockMask(
         lengths,
         kv_num_blocks=partial_num,
@@ -63,10 +68,34 @@ def block_mask_from_maps(
     )
 
 
-def _own_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """``block_lists`` in buffers of their own."""
-    # The kernels find a batch row at H * stride(H), which holds for contiguous lists only; Inductor
-    # gives an axis of size 1 any stride it likes, unless the list is realized.
-    realize = torch.ops.omnisparse.realize
-    number, indices = block_lists(keep)
-    return realize(number), realize(indices)
+def _map_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    full = full.expand_as(keep)
+    if keep.is_cuda and (kernel := _kernel()) is not None:
+        made = kernel(keep, full)
+        if made is not None:
+            return made
+    lists = (*block_lists(keep & ~full), *block_lists(keep & full))
+    number, indices, full_number, full_indices = (x.contiguous() for x in lists)
+    return number, indices, full_number, full_indices
+
+
+@functools.cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor] | None] | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from omnisparse_flex.masks.lists_kernel import lists_in_one
+
+    return guarded(lists_in_one, "the kernel for block lists failed, they are made in tensor code")
+
+
+def _fake_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    numbers = keep.new_empty(keep.shape[:-1], dtype=torch.int32)
+    indices = keep.new_empty(keep.shape, dtype=torch.int32)
+    return numbers, indices, torch.empty_like(numbers), torch.empty_like(indices)
+
+
+_lib = torch.library.Library("omnisparse", "FRAGMENT")
+# The flex kernels find a batch row at H * stride(H), which holds for contiguous lists only.
+_lib.define("map_lists(Tensor keep, Tensor full) -> (Tensor, Tensor, Tensor, Tensor)")
+_lib.impl("map_lists", _map_lists, "CompositeExplicitAutograd")
+torch.library.register_fake("omnisparse::map_lists", _fake_lists, lib=_lib)

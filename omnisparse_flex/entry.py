@@ -102,7 +102,7 @@ class Entry:
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
         runs = self.backend.log.runs
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        with torch._dynamo.config.patch(self._settings()):
             result = self.compiled(*args, **kwargs)
         ran = self.backend.log.runs - runs
         if ran > 1:
@@ -112,6 +112,15 @@ class Entry:
         elif not self.checked:
             self._check_rewritten()
         return result
+
+    def _settings(self) -> dict[str, Any]:
+        """Dynamo's settings for this module."""
+        settings: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
+        if self.dynamic:
+            # Otherwise Dynamo makes symbols of a norm's epsilon and the like too, finds after the joint
+            # graph that they must be numbers, and traces everything once more.
+            settings["specialize_float"] = True
+        return settings
 
     def stop_recording(self, reason: str) -> None:
         """Record no decode step of this module any more, and let the report say why."""

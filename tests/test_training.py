@@ -92,6 +92,24 @@ def test_a_step_trains(device):
     assert entry_of(model).backend.log.graphs == 1
 
 
+def test_symbolic_sizes_are_traced_once(device):
+    """Dynamo would start over for a symbolic epsilon, once the joint graph is made."""
+    from functorch.compile import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
+    calls = []
+
+    def inner(graph_module, inputs):
+        calls.append(graph_module)
+        return compile_fx(graph_module, inputs, inner_compile=lambda graph, *_, **__: make_boxed_func(graph.forward))
+
+    model = build("llama", device, num_hidden_layers=1).train()
+    model = apply_omnisparse(model, SPARSE, min_seq_len=1 << 20, inner=inner, dynamic=True)  # dense is enough
+    for length in (30, 43):
+        loss_of(model, batch((length,), device)).backward()
+    assert len(calls) == 1 == entry_of(model).backend.log.graphs
+
+
 def test_recall_schedule_needs_no_recompile(device):
     inputs = batch((700,), device)
     model = apply_omnisparse(build("llama", device), SPARSE, min_seq_len=0, inner="eager")
