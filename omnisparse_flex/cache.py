@@ -115,6 +115,14 @@ class OmniSparseCache:
         self.store.end(tokens.shape[1])
         self._measure()
 
+    def omnisparse_waits(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a recorded step is at hand, and a call with these arguments may be one more of them."""
+        if self.replay is None or self.replay.recorded is None:
+            return False
+        tokens = kwargs.get("inputs_embeds")
+        tokens = kwargs.get("input_ids") if tokens is None else tokens
+        return isinstance(tokens, Tensor) and tokens.shape[1] == 1
+
     def omnisparse_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the decoder within ``omnisparse_call``, or replay a recorded step of it."""
         store = self.store
