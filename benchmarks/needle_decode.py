@@ -2,14 +2,17 @@
 
     PYTHONPATH=$PWD python3 benchmarks/needle_decode.py --weights /path/to/SmolLM2-135M
     PYTHONPATH=$PWD python3 benchmarks/needle_decode.py --weights DIR --device cpu --quick
+    PYTHONPATH=$PWD python3 benchmarks/needle_decode.py --weights DIR --tokens 8000
 
 ``--weights`` is a folder of a transformers checkpoint (or with one ``.gguf`` file, or with the shards
 of ``benchmarks/quality``), ``--tokenizer`` another folder if the tokenizer lies elsewhere. ``--prepare
-FILE`` writes the items, and ``--items FILE`` reads them where there is no tokenizer.
+FILE`` writes the items, and ``--items FILE`` reads them where there is no tokenizer (their length counts then).
+Longer contexts than 4K have a results file and figures of their own. Everything is written after each row.
 
 An answer has three words. The first is predicted by the prompt's own pass, over all keys, in every
 variant; the others only while decoding. An item counts if all three are right. The second question is
-a new turn about another fact.
+a new turn about another fact. Beside it stands how much of that fact the slimmed heads held when it was asked: what
+is kept was chosen for the first question. Rows beyond 4x ask where dropping begins to lose.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from needle_items import WORDS_PER_ANSWER, Items, make_items  # beside this file
+from needle_held import held_share, summary_of, words_in  # beside this file
+from needle_items import WORDS_PER_ANSWER, Items, make_items
 from torch import Tensor
 
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse
@@ -34,7 +38,9 @@ from omnisparse_flex.slim import Choice, choose, ranked
 from omnisparse_flex.slim_layer import TAIL_STEP
 
 ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT / "results" / "needle_decode.json"
+RESULTS = ROOT / "results"
+#: The length whose figures have the plain names.
+TOKENS = 4096
 #: Dense prefill: only the cache is under test.
 RULES = OmniSparseConfig(sink_size=16, window_size=64)
 RECALL = 0.95
@@ -61,14 +67,25 @@ class Variant:
 
 VARIANTS = (
     Variant("dense"),
-    Variant("full_recall", keys="all"),
-    Variant("slim2_4x", 2.4),
-    Variant("slim2_4x_dropped", 2.4, offload=False),
     Variant("slim4x", 4.0),
     Variant("slim4x_dropped", 4.0, offload=False),
+    Variant("slim2_4x", 2.4),
+    Variant("slim2_4x_dropped", 2.4, offload=False),
     Variant("window_only", 4.0, keys="recent", offload=False),
     Variant("random", 4.0, keys="random", offload=False),
+    Variant("full_recall", keys="all"),
+    Variant("slim8x_dropped", 8.0, offload=False),
+    Variant("slim16x_dropped", 16.0, offload=False),
 )
+#: What is claimed: figure -> variant, and which question.
+FIGURES = {
+    **{f"needle.accuracy.{name}": (name, "first") for name in ("dense", "slim2_4x", "slim4x", "window_only", "random")},
+    "needle.second_turn.dense": ("dense", "second"),
+    "needle.second_turn.offload": ("slim4x", "second"),
+    "needle.second_turn.dropped": ("slim4x_dropped", "second"),
+    "needle.second_turn.offload2_4x": ("slim2_4x", "second"),
+    "needle.second_turn.dropped2_4x": ("slim2_4x_dropped", "second"),
+}
 
 
 def budgeted(
@@ -95,7 +112,7 @@ def budgeted(
         fetching = tuple(h for h in range(heads) if h not in lazy)
         k = min(count, spare // max(1, len(fetching)))
         own = mass[:, list(fetching)]
-        order = ranked(own)
+        order = ranked(mass)[:, list(fetching)]  # pooling takes no empty tensor: all heads may be lazy
         if variant.keys == "random":
             order = torch.rand(own.shape, generator=generator).to(mass.device).argsort(-1)
         if variant.keys == "recent":
@@ -106,6 +123,7 @@ def budgeted(
     return chooser
 
 
+@torch.no_grad()
 def run(model: Any, variant: Variant, items: Items, span: list[int]) -> tuple[Tensor, dict[str, Any]]:
     """Ask both questions of a batch of items.
 
@@ -141,35 +159,45 @@ def run(model: Any, variant: Variant, items: Items, span: list[int]) -> tuple[Te
             if variant.ratio is not None:
                 report = cache.memory_report()
                 facts = {"ratio": report.ratio, "host_ratio": report.host / report.full, "shares": shares[:]}
+                places = [words_in(context, items.answers[:, i]) for i in range(2)]
+                facts["held"] = torch.stack([held_share(cache.layers, x) for x in places], 1)
     return torch.stack(words, 1).cpu(), facts
 
 
-def measure(model: Any, items: Items, batch: int, limit: float) -> dict[str, Any]:
-    """Accuracy of every variant, and what their caches held; stops at ``limit`` seconds with what is done."""
+def measure(
+    model: Any, items: Items, batch: int, limit: float, done: Callable[[str, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Accuracy of every variant, and what their caches held.
+
+    Args:
+        model: The model; changed.
+        items: All of them are asked in every row.
+        batch: Items at a time.
+        limit: Seconds after which no further row begins, if it would take as long as those before.
+        done: Called after each row with its name and all results so far.
+    """
     span = [0]
     # Uncompiled: the cache works the same, and no minute goes into graphs of 30 layers.
     os.environ[DISABLE_VARIABLE] = "1"
     apply_omnisparse(model, RULES, min_seq_len=1 << 30, visual_mask=lambda args, kwargs: first_tokens(kwargs, span[0]))
-    said: dict[str, list[Tensor]] = {variant.name: [] for variant in VARIANTS}
-    facts: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in VARIANTS}
-    start, done = time.perf_counter(), 0
-    with torch.no_grad():
-        for at in range(0, items.context.shape[0], batch):
+    count, start = items.context.shape[0], time.perf_counter()
+    results: dict[str, Any] = {"items": count, "variants": {}}
+    dense = torch.empty(0)
+    for row, variant in enumerate(VARIANTS):
+        if row and (row + 1) / row * (time.perf_counter() - start) > limit:
+            print(f"no time for {variant.name} and what follows", flush=True)
+            break
+        said, facts = [], []
+        for at in range(0, count, batch):
             fields = dataclasses.fields(items)
-            part = Items(*(getattr(items, field.name)[at : at + batch] for field in fields))
-            for variant in VARIANTS:
-                words, fact = run(model, variant, part, span)
-                said[variant.name].append(words)
-                facts[variant.name].append(fact)
-            done += part.context.shape[0]
-            spent = time.perf_counter() - start
-            if at == 0 or (at // batch) % 10 == 9:
-                print(f"  {done} items, {spent:.0f} s", flush=True)
-            if spent * (done + batch) / done > limit:
-                break
-    dense = torch.cat(said["dense"])
-    results = {v.name: summarise(torch.cat(said[v.name]), items.answers[:done], dense, facts[v.name]) for v in VARIANTS}
-    return {"items": done, "seconds": time.perf_counter() - start, "variants": results}
+            words, fact = run(model, variant, Items(*(getattr(items, x.name)[at : at + batch] for x in fields)), span)
+            said.append(words)
+            facts.append(fact)
+        dense = torch.cat(said) if row == 0 else dense
+        results["variants"][variant.name] = summarise(torch.cat(said), items.answers, dense, facts)
+        results["seconds"] = time.perf_counter() - start
+        done(variant.name, results)
+    return results
 
 
 def first_tokens(kwargs: dict[str, Any], span: int) -> Tensor | None:
@@ -193,6 +221,7 @@ def summarise(said: Tensor, answers: Tensor, dense: Tensor, facts: list[dict[str
     }
     facts = [fact for fact in facts if fact]
     if facts:
+        result["held"] = summary_of(torch.cat([fact["held"] for fact in facts]), right[:, 1].all(1))
         shares = torch.tensor([fact["shares"] for fact in facts], dtype=torch.float32)
         result |= {"ratio": sum(fact["ratio"] for fact in facts) / len(facts)}
         result |= {"host_share": sum(fact["host_ratio"] for fact in facts) / len(facts)}
@@ -228,31 +257,43 @@ def load_items(options: argparse.Namespace) -> Items:
     return make_items(tokenizer, options.tokens, options.count)
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print the table."""
-    print(f"{results['items']} items, {results['seconds']:.0f} s")
-    for name, row in results["variants"].items():
-        memory = f"{row['ratio']:.2f}x less memory" if "ratio" in row else "full cache"
-        lazy = row.get("lazy_heads", [])
-        heads = f", {sum(lazy) / len(lazy):.2f} lazy heads a layer" if lazy else ""
-        same = f"{row['same_tokens_as_dense']:.3f} of the tokens of dense"
-        print(f"  {name:18s} first {row['first']:.3f}, second {row['second']:.3f}, {same}; {memory}{heads}")
+def line(name: str, results: dict[str, Any]) -> str:
+    """A row as text."""
+    row = results["variants"][name]
+    memory = f"{row['ratio']:.2f}x less memory" if "ratio" in row else "full cache"
+    lazy = row.get("lazy_heads", [])
+    heads = f", {sum(lazy) / len(lazy):.2f} lazy heads a layer" if lazy else ""
+    same = f"{row['same_tokens_as_dense']:.3f} of the tokens of dense"
+    text = f"[{results['seconds']:4.0f} s] {name:16s} first {row['first']:.3f}, second {row['second']:.3f}, {same}; "
+    if "held" in row:
+        held = row["held"]
+        split = ", ".join(f"{share:.2f} where {answer}" for answer, share in held["second_fact_if"].items())
+        heads += (
+            f"; of the words held when the second question comes: first fact {held['first_fact']:.2f}, "
+            f"second {held['second_fact']:.2f} ({split}), all of it in {held['heads_with_all_of_it']:.2f} of the heads"
+        )
+    return text + memory + heads
 
 
-def keep(results: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the JSON and the figures."""
+def keep(name: str, results: dict[str, Any], tokens: int) -> None:
+    """Write the JSON, and the figures of one row."""
     import summary  # beside this file
 
-    variants, shape = results["variants"], f"{options.tokens} tokens, {results['items']} items, SmolLM2-135M"
+    suffix = "" if tokens == TOKENS else f".{round(tokens / 1024)}k"
+    shape = f"{tokens} tokens, {results['items']} items, SmolLM2-135M"
     versions = {"torch": torch.__version__, "device": summary.device_name()}
-    summary.write_json({**results, **versions, "tokens": options.tokens, "recall": RECALL}, RESULTS)
-    for name in ("dense", "slim2_4x", "slim4x", "window_only", "random"):
-        ratio, share = variants[name].get("ratio", 1.0), round(variants[name]["first"], 4)
-        baseline = f"{shape}; {ratio:.2f}x less device memory; exact three-word answers"
-        summary.record(f"needle.accuracy.{name}", share, unit="share, 0-1", baseline=baseline, script=__file__)
-    for figure, name in (("dense", "dense"), ("offload", "slim4x"), ("dropped", "slim4x_dropped")):
-        baseline, share = f"{shape}; second question, another fact, 4x", round(variants[name]["second"], 4)
-        summary.record(f"needle.second_turn.{figure}", share, unit="share, 0-1", baseline=baseline, script=__file__)
+    content = {**results, **versions, "tokens": tokens, "recall": RECALL}
+    summary.write_json(content, RESULTS / f"needle_decode{suffix.replace('.', '_')}.json")
+    for figure, (variant, question) in FIGURES.items():
+        if variant != name:
+            continue
+        row = results["variants"][name]
+        memory = f"{row.get('ratio', 1.0):.2f}x less device memory"
+        what = "second question, another fact" if question == "second" else "exact three-word answers"
+        summary.record(
+            figure + suffix, round(row[question], 4), unit="share, 0-1", baseline=f"{shape}; {what}; {memory}",
+            script=__file__,
+        )  # fmt: skip
 
 
 def main() -> int:
@@ -262,7 +303,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--items", type=Path)
     parser.add_argument("--prepare", type=Path)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="at most 8000: the model has 8192 positions")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--limit", type=float, default=140.0, help="seconds")
@@ -277,12 +318,17 @@ def main() -> int:
         print(json.dumps({field.name: list(getattr(items, field.name).shape) for field in dataclasses.fields(items)}))
         return 0
     items = load_items(options)
-    results = measure(load_model(options.weights, options.device), items, options.batch, options.limit)
-    show(results)
-    if options.quick or results["items"] < 200:
-        print("fewer than 200 items: no figure recorded")
-    else:
-        keep(results, options)
+    claims = items.context.shape[0] >= 200 and options.device == "cuda" and not options.quick
+    tokens = items.context.shape[1] + items.first.shape[1]
+
+    def done(name: str, results: dict[str, Any]) -> None:
+        print(line(name, results), flush=True)
+        if claims:
+            keep(name, results, tokens)
+
+    measure(load_model(options.weights, options.device), items, options.batch, options.limit, done)
+    if not claims:
+        print("fewer than 200 items, or no GPU: no figure recorded")
     return 0
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from omnisparse_flex.entry import Entry
-    from omnisparse_flex.slim_layer import SlimLayer
 
 #: Stands for the cache among arguments: what held the cache itself would keep it alive.
 CACHE = "the cache"
+#: Arguments that need no look inside.
+FLAT = frozenset((Tensor, bool, int, float, str, type(None), torch.dtype))
 #: Takes the place of a graph that runs: its number, what it reads, and the graph as a function.
 Around = Callable[[int, list[Any], Callable[[], Any]], Any]
 
@@ -25,7 +26,7 @@ class Call:
 
     Attributes:
         leaves: Arguments, tensors and others.
-        form: Their structure.
+        form: Their structure: names, or a pytree's.
         facts: What must be equal in a call that replays this one: all but the tensors' contents.
     """
 
@@ -39,7 +40,10 @@ class Call:
             kwargs: Of the decoder.
         """
         self.entry, self.cache = entry, cache
-        self.leaves, self.form = pytree.tree_flatten((args, kwargs))
+        self.leaves: list[Any] = [*args, *kwargs.values()]
+        self.form: Any = (len(args), *kwargs)
+        if not all(type(x) in FLAT or x is cache for x in self.leaves):
+            self.leaves, self.form = pytree.tree_flatten((args, kwargs))
         own = [
             (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else CACHE if x is cache else x for x in self.leaves
         ]
@@ -51,7 +55,11 @@ class Call:
 
     def run(self, around: Around) -> Any:
         """Run the decoder on the leaves, with ``around`` in the place of each compiled graph."""
-        args, kwargs = pytree.tree_unflatten(self.leaves, self.form)
+        if isinstance(self.form, tuple):
+            count, *names = self.form
+            args, kwargs = tuple(self.leaves[:count]), dict(zip(names, self.leaves[count:], strict=True))
+        else:
+            args, kwargs = pytree.tree_unflatten(self.leaves, self.form)
         log = self.entry.backend.log
         log.around = around
         try:
@@ -68,17 +76,6 @@ class Call:
 def place(x: Tensor) -> tuple[int, ...]:
     """A tensor's address and sizes: whoever owns the memory, a kernel launched with them finds it."""
     return x.data_ptr(), *x.shape
-
-
-def baked(layer: SlimLayer) -> tuple[Any, ...]:
-    """What the kernels of a layer are launched with; what a table or a counter says is read on the device."""
-    found: list[Any] = [layer.prefix]
-    for part in layer.rectangles:
-        found += (part.keys.data_ptr(), part.values.data_ptr(), part.keys.shape)
-    if layer.tail_keys is not None and layer.tail_values is not None:
-        found += (layer.tail_keys.data_ptr(), layer.tail_values.data_ptr(), layer.tail_keys.shape)
-    found += [None if x is None else x.data_ptr() for x in (layer.counter, *(layer.table or (None, None)))]
-    return tuple(found)
 
 
 def remembered(x: Any, numbers: dict[int, int]) -> Any:

@@ -56,7 +56,9 @@ class OmniSparseCache:
 
     An ``attention_mask`` must not change for tokens that the cache holds. A prompt without visual
     tokens, or whose last token is visual (no question yet), is kept in full. Without host memory
-    for offloading, a layer keeps a full cache and warns.
+    for offloading, a layer keeps a full cache and warns. Assisted decoding sends its first draft along with the prompt,
+    and in a later turn feeds all the tokens that it is given: give it the new ones only (before transformers 5.23,
+    ``reset`` the cache). After beam search, let ``reorder_cache`` choose the beams to go on with.
 
     Source: PAPER "KV-cache slimming". Our choice: the mass is of exact softmax rows; one rule,
     ``visual_recall``, decides both which heads are lazy and how much the others fetch.
@@ -114,6 +116,14 @@ class OmniSparseCache:
             self.mode = self.store.mode = entry.owner.cache = None
         self.store.end(tokens.shape[1])
         self._measure()
+
+    def omnisparse_waits(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a recorded step is at hand, and a call with these arguments may be one more of them."""
+        if self.replay is None or self.replay.recorded is None:
+            return False
+        tokens = kwargs.get("inputs_embeds")
+        tokens = kwargs.get("input_ids") if tokens is None else tokens
+        return isinstance(tokens, Tensor) and tokens.shape[1] == 1
 
     def omnisparse_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the decoder within ``omnisparse_call``, or replay a recorded step of it."""

@@ -7,6 +7,7 @@ merges the runs by their log-sum-exps. Importing this module needs Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def _merge(
 
 
 def attend_token(
-    query: Tensor, key: Tensor, value: Tensor, parts: list[Rectangle], columns: Tensor, counts: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Rectangle], columns: Tensor, counts: Tensor,
     tail_key: Tensor, tail_value: Tensor, tail: Tensor, first: int, padding: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Add one token to a layer's tail, and attend over everything that the layer keeps.

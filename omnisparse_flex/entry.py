@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import os
 import types
 import warnings
@@ -78,6 +79,7 @@ class Entry:
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
         self.records = True  # decode steps, until one could not be recorded
+        self.later: list[Callable[[], None]] = []
         self.compiled = self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,19 +88,41 @@ class Entry:
             # An enclosing torch.compile wins; its backend sees the markers as dense SDPA.
             self.backend.log.notes["an enclosing torch.compile traced through the decoder: dense there"] = None
             return self.module._call_impl(*args, **kwargs)
-        if not is_disabled():
-            self._prepare(args, kwargs)
-        elif self.visual_mask is not None:
-            self.state.visual = self.visual_mask(args, kwargs)
+        checkpoints = self.module.training and getattr(self.module, "gradient_checkpointing", False)
+        if checkpoints and not is_disabled() and hasattr(getattr(self.module, "config", None), "use_cache"):
+            # transformers does the same, with a log line that breaks the graph.
+            kwargs["use_cache"] = False
+        self.prepare(kwargs, functools.partial(self._prepare, args, kwargs))
         cache: Any = kwargs.get("past_key_values")
         if not hasattr(cache, "omnisparse_call"):
             return self.run(args, kwargs)
         # A keyword argument of ours reaches every layer's attention.
-        with cache.omnisparse_call(self, kwargs):
-            return cache.omnisparse_run(self, args, {**kwargs, "omnisparse_cache": cache})
+        try:
+            with cache.omnisparse_call(self, kwargs):
+                return cache.omnisparse_run(self, args, {**kwargs, "omnisparse_cache": cache})
+        finally:
+            self.later.clear()  # of a call that was refused
+
+    def prepare(self, kwargs: dict[str, Any], act: Callable[[], None]) -> None:
+        """Do what the module's graph needs for this call.
+
+        If the cache has recorded a step, and is asked for one more, that is done when its kernels run already:
+        they do not read it, and only a graph that runs in their place does.
+
+        Args:
+            kwargs: The call's.
+            act: Does it.
+        """
+        waits = getattr(kwargs.get("past_key_values"), "omnisparse_waits", None)
+        if waits is not None and waits(kwargs):
+            self.later.append(act)
+        else:
+            act()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the module once its state is prepared."""
+        """Run the module, its state prepared."""
+        while self.later:
+            self.later.pop(0)()
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
         runs = self.backend.log.runs
@@ -128,15 +152,12 @@ class Entry:
         self.backend.log.notes[f"no CUDA graph of a decode step, decoding runs without: {reason}"] = None
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        parameter = next(self.module.parameters(), None)
-        if parameter is not None and self.state.recall.device != parameter.device:
-            self.state.recall = self.state.recall.to(parameter.device)
+        if not is_disabled():
+            parameter = next(self.module.parameters(), None)
+            if parameter is not None and self.state.recall.device != parameter.device:
+                self.state.recall = self.state.recall.to(parameter.device)
         if self.visual_mask is not None:
             self.state.visual = self.visual_mask(args, kwargs)
-        checkpoints = self.module.training and getattr(self.module, "gradient_checkpointing", False)
-        if checkpoints and hasattr(getattr(self.module, "config", None), "use_cache"):
-            # transformers does the same, with a log line that breaks the graph.
-            kwargs["use_cache"] = False
 
     def _compile(self) -> Callable[..., Any]:
         def template(*args: Any, **kwargs: Any) -> Any:

@@ -217,9 +217,17 @@ class VisualMaskHook:
         """Store the mask of this call in the entry's state."""
         if torch.compiler.is_compiling() or self.entry is None:
             return
+        self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
+
+    def tell(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give the entry the mask of a call with these arguments."""
+        entry.state.visual = self.of_call(args, kwargs)
+
+    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """``visual`` from arguments alone."""
         named = {**self.signature.bind_partial(*args, **kwargs).arguments}
         named.update(named.pop("kwargs", {}))
-        self.entry.state.visual = self.visual(args, kwargs, named)
+        return self.visual(args, kwargs, named)
 
     def visual(self, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Tensor | None:
         """The mask over all keys of this call, bool (B, S), or None: every token is eligible."""
@@ -290,10 +298,4 @@ def receiver_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
 
 def as_entry_mask(hook: VisualMaskHook) -> VisualMask:
     """The hook's rule in the form the entry itself calls, for a decoder that receives ``input_ids``."""
-
-    def visual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        named = {**hook.signature.bind_partial(*args, **kwargs).arguments}
-        named.update(named.pop("kwargs", {}))
-        return hook.visual(args, kwargs, named)
-
-    return visual
+    return hook.of_call

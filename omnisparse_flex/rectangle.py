@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, frozen=True)
 class Rectangle:
-    """Kept keys of heads that keep equally many.
+    """Kept keys of heads that keep equally many. Never changed: what changes a layer gives it other rectangles.
 
     Attributes:
         heads: KV heads.
@@ -50,14 +50,13 @@ class Rectangle:
         for full, own in ((key, self.keys), (value, self.values)):
             full[rows, columns, slots] = own if allowed is None else torch.where(allowed[..., None], own, own[:, :, :1])
 
-    def select(self, rows: Tensor) -> None:
-        """Make the batch consist of ``rows``, int64 (B',)."""
+    def selected(self, rows: Tensor) -> Rectangle:
+        """The rectangle of a batch that consists of ``rows``, int64 (B',)."""
         # A lazy rectangle's heads share their positions' memory, and shall go on sharing it.
         shared = self.positions.stride(1) == 0
-        positions = (self.positions[:, :1] if shared else self.positions)[rows]
-        self.positions = positions.expand(-1, len(self.heads), -1)
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        self.counts = None if self.counts is None else self.counts[rows]
+        positions = (self.positions[:, :1] if shared else self.positions)[rows].expand(-1, len(self.heads), -1)
+        counts = None if self.counts is None else self.counts[rows]
+        return Rectangle(self.heads, self.keys[rows], self.values[rows], positions, counts)
 
     @property
     def bytes(self) -> int:

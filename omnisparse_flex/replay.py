@@ -11,8 +11,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from omnisparse_flex.baked import Call, alike, baked, others, place
-from omnisparse_flex.recorded import Recorded, Recorder
+from omnisparse_flex.baked import Call, alike, others, place
+from omnisparse_flex.recorded import Memory, Places, Recorded, Recorder
 
 if TYPE_CHECKING:
     from omnisparse_flex.entry import Entry
@@ -32,10 +32,12 @@ class Replay:
     the decoder does there; only the graph's kernels come from the recording. They start before the guards are
     checked, which takes the host long: if another graph is called for, what they decoded is void.
 
-    A recorded step has addresses, sizes and numbers baked in. All of them are compared before every
-    replay, so that whatever changes the cache need not announce it. A comparison cannot see whether
-    the compiled graph computes with a number that grows with the tokens (positions from a length):
-    so two steps in a row are watched, and everything that the graph reads must be an argument of the
+    A recorded step has addresses, sizes and numbers baked in. Before every launch the cache is asked whether it is as
+    it was (whatever changes a layer need not announce it), and whether all that the step writes lies where it lay. Of
+    the weights, which it reads, only that their memory was not freed: where they lie is asked with the guards.
+
+    A comparison cannot see whether the compiled graph computes with a number that grows with the tokens (positions
+    from a length): so two steps in a row are watched, and everything that the graph reads must be an argument of the
     call, which is copied in, or the very same in both. One that reads more is never recorded.
 
     Attributes:
@@ -92,10 +94,12 @@ class Replay:
             self._note(entry, reason)
             return entry.run(args, kwargs)
         self._feed(call)
-        key = self._key(call) if self.recorder.takes(store.layers) else None
+        key: tuple[Any, ...] | None = self._key(call)
         known = self.recorded
-        if known is not None and not (known.key == key and known.holds()):
+        if known is not None and not (known.key == key and known.is_safe()):
             known = self.recorded = self._before = None
+        if known is None and not self.recorder.takes(store.layers):
+            key = None
         if key is None or store.changes:
             return self._watch(call, key)
         if known is not None:
@@ -139,7 +143,7 @@ class Replay:
         """All that a recorded step has baked in and that may differ at the next one."""
         store = self.store
         marks = None if store.marks is None else place(store.marks)
-        return (call.facts, marks, *(baked(layer) for layer in store.layers))
+        return (call.facts, marks, *[layer.version for layer in store.layers])
 
     def _replay(self, call: Call, known: Recorded) -> Any:
         """Replay a step, if its graph is what the decoder runs now."""
@@ -149,7 +153,8 @@ class Replay:
 
         def around(number: int, inputs: list[Any], go: Callable[[], Any]) -> Any:
             nonlocal replayed
-            if self.store.ahead and number == known.number and alike(known.inputs, call.read(inputs)):
+            same = number == known.number and known.weights.hold() and alike(known.inputs, call.read(inputs))
+            if self.store.ahead and same:
                 replayed = True
                 return self._outputs(known)
             return go()  # the first layer finds the store ahead, and takes the token back
@@ -244,9 +249,11 @@ class Replay:
             self.recorder.free()
             return None
         self.count += 1
-        weights = others(inputs)
-        addresses = [x.data_ptr() for ref in weights if (x := ref()) is not None]
-        return Recorded(key, number, inputs, step, list(outputs), queries, weights, addresses)
+        weights = [x for ref in others(inputs) if (x := ref()) is not None]
+        written = [x for own in store.layers for x in (own.tail_keys, own.tail_values, own.counter) if x is not None]
+        return Recorded(
+            key, number, inputs, step, list(outputs), queries, Places(weights), Memory(weights), Places(written)
+        )
 
 
 def _same(before: tuple[Any, int, list[Any]], now: tuple[Any, int, list[Any]]) -> bool:

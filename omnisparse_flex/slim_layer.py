@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ from omnisparse_flex.slim import (
 #: Tokens that the memory for new tokens grows by at least and at most: it doubles in between. Our choice: a short
 #: answer wastes little, and a long one seldom moves what a recorded step reads.
 TAIL_STEP, TAIL_STEP_MOST = 64, 512
+#: What the kernels of a decoded token are launched with; what a table or a counter says is read on the device.
+BAKED = frozenset(("prefix", "rectangles", "tail_keys", "tail_values", "table", "counter"))
+_versions = itertools.count()
 
 
 class SlimLayer:
@@ -40,6 +45,7 @@ class SlimLayer:
         lossy: Something was dropped for good.
         limit: Length of the tail at which the pattern is read anew.
         room: Tokens that a new tail has memory for, at least.
+        version: Another number whenever one of ``BAKED`` is another object.
     """
 
     is_sliding = False
@@ -47,15 +53,24 @@ class SlimLayer:
     is_croppable = True
     supports_early_init = False
 
+    version: int
+
     def __init__(self, index: int) -> None:
         """Start empty."""
         self.index = index
         self.clear()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whoever changes the layer need not announce it."""
+        own = self.__dict__
+        if name in BAKED and (name not in own or own[name] is not value):
+            own["version"] = next(_versions)
+        own[name] = value
+
     def clear(self) -> None:
         """Forget everything, and free it."""
         self.prefix = self.tail = self.limit = self.room = 0
-        self.rectangles: list[Rectangle] = []
+        self.rectangles: tuple[Rectangle, ...] = ()
         self.lazy: tuple[int, ...] = ()
         self.host: list[HostSpan] = []
         self.whole = self.lossy = False
@@ -105,11 +120,11 @@ class SlimLayer:
         drops = choice.drops(droppable)
         if copies is not None and (drops or self.host) and not self._offload(key, value, plan, copies):
             choice, drops = keep_all(plan, key.shape[1]), False
-        self.rectangles, self.table = [], None
+        self.rectangles, self.table = (), None  # the old ones are freed before new ones are cut
         for heads, picked in ((choice.lazy, None), (choice.fetching, choice.picked)):
             if heads:
                 kept = kept_positions(plan, picked, len(heads))
-                self.rectangles.append(cut(key, value, heads, kept, plan.length, plan.ragged))
+                self.rectangles += (cut(key, value, heads, kept, plan.length, plan.ragged),)
         self.lazy = choice.lazy
         self.lossy = self.lossy or (drops and copies is None)
         self.prefix, self.tail, self.counter = plan.length, 0, None
@@ -240,15 +255,15 @@ class SlimLayer:
             self.tail = length - self.prefix
             return
         self.prefix, self.tail, self.tail_keys, self.tail_values = length, 0, None, None
-        self.rectangles = [cropped(rectangle, length) for rectangle in self.rectangles]
+        self.rectangles = tuple(cropped(rectangle, length) for rectangle in self.rectangles)
         for span in self.host:
             span.crop(length)
 
     def select(self, rows: Tensor, listed: list[int]) -> None:
         """Make the batch consist of ``rows``, int64 (B',) on the device; ``listed`` are the same on the host."""
         self.fetched = self.table = None
-        for part in self.rectangles:
-            part.select(rows)
+        for _ in range(len(self.rectangles)):  # the old one is freed before the next is made
+            self.rectangles = (*self.rectangles[1:], self.rectangles[0].selected(rows))
         if self.tail_keys is not None and self.tail_values is not None:
             self.tail_keys, self.tail_values = self.tail_keys[rows], self.tail_values[rows]
         self.queries = collections.deque((x[rows] for x in self.queries), maxlen=PATTERN_QUERIES)

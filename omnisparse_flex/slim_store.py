@@ -94,8 +94,9 @@ class SlimStore:
         plain = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
         require(plain, "attention_mask", rule, type(attention_mask).__name__)
         if self.length:
-            require(batch == self.batch, "batch size", f"be the cache's {self.batch}", batch)
-            require(tokens.device == self.device, "device", f"be the cache's {self.device}", tokens.device)
+            if batch != self.batch or tokens.device != self.device:  # the texts take longer than the comparison
+                require(batch == self.batch, "batch size", f"be the cache's {self.batch}", batch)
+                require(False, "device", f"be the cache's {self.device}", tokens.device)
         else:
             self.batch, self.device = batch, tokens.device
             self.copies = Copies(tokens.device) if self.offload else None
@@ -229,7 +230,10 @@ class SlimStore:
     @property
     def changes(self) -> bool:
         """Whether the next token makes a layer read its pattern anew, or grow."""
-        return any(own.tail >= own.limit or own.is_full for own in self.layers)
+        for own in self.layers:  # noqa: SIM110 (a generator takes twice as long, before every token)
+            if own.tail >= own.limit or own.is_full:
+                return True
+        return False
 
     def replayed(self, queries: dict[int, Tensor]) -> None:
         """Note what a replay of one recorded step did on the device.

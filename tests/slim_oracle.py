@@ -23,12 +23,14 @@ def kept(layer, heads: int) -> torch.Tensor:
 
 
 def oracle_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Dense attention; a single query sees of the prompt only what the slim layer kept."""
+    """Dense attention; decoded tokens, one or a draft of several, see of the prompt only what the slim layer kept."""
     keep = module.slim_keep
     mask = None
-    if query.shape[2] == 1 and keep.shape[2] < key.shape[2]:
-        groups, tail = query.shape[1] // key.shape[1], key.shape[2] - keep.shape[2]
-        mask = torch.nn.functional.pad(keep, (0, tail), value=True).repeat_interleave(groups, 1)[:, :, None]
+    count, length = query.shape[2], key.shape[2]
+    if length - count >= keep.shape[2]:
+        groups = query.shape[1] // key.shape[1]
+        mask = torch.nn.functional.pad(keep, (0, length - keep.shape[2]), value=True).repeat_interleave(groups, 1)
+        mask = mask[:, :, None] & torch.ones(count, length, dtype=torch.bool, device=key.device).tril(length - count)
     out = dense_attention(query, key, value, attention_mask, mask, mask is None, scaling, 0, 0.0)
     return out.transpose(1, 2).contiguous(), None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slim_oracle import masked_like
+import transformers
+from slim_oracle import kept, masked_like
 from test_transformers import bracket
 from test_visual_mask import video_inputs
 from tiny import MODELS, VIDEO, build
 
-from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
+from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
 from omnisparse_flex.slim import Choice
 
 #: Dense prefill, so that only the cache differs from the model as it was.
@@ -21,6 +22,10 @@ MODES = {
     "beams": {"do_sample": False, "num_beams": 3},
     "assisted": {"do_sample": False, "prompt_lookup_num_tokens": 3},
 }
+#: Rows of a cache after beam search that the next turn goes on with: the first beam of each prompt, for all its beams.
+FIRST_BEAMS = (0, 0, 0, 3, 3, 3)
+#: In a second assisted turn transformers passes all given tokens on, cached or not; before 5.23 it also cuts the mask.
+ASSISTED_TURNS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 def is_visual(args, kwargs):
@@ -84,10 +89,22 @@ def longer(inputs, tokens, device, seed):
     return {"input_ids": ids, "attention_mask": grown}
 
 
+def next_turn(mode, inputs, tokens, caches, device, seed):
+    """The conversation goes on, with what a user must give for it: beams chosen, or new tokens only."""
+    if mode == "beams":
+        for cache in caches:
+            cache.reorder_cache(torch.tensor(FIRST_BEAMS, device=device))
+    grown = longer({**inputs, "attention_mask": inputs["attention_mask"][:, -tokens.shape[1] :]}, tokens, device, seed)
+    if mode != "assisted":
+        return grown
+    new, length = grown["input_ids"].shape[1] - tokens.shape[1] + 1, caches[0].get_seq_length()
+    mask = torch.ones(1, length + new, dtype=torch.long, device=device)
+    return {"input_ids": grown["input_ids"][:, -new:], "attention_mask": mask}
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
 def test_full_recall_equals_a_dynamic_cache(name, mode, device):
-    import transformers
     from transformers import DynamicCache
 
     inputs = prompt(device, (70,) if mode == "assisted" else (70, 61))
@@ -95,19 +112,13 @@ def test_full_recall_equals_a_dynamic_cache(name, mode, device):
     plain, slim = build(name, device), changed(name, device, recorder)
     cache = OmniSparseCache(slim, visual_recall=1.0)
     full = DynamicCache(config=plain.config.get_text_config())
-    turns = 3
+    turns = 3 if mode != "assisted" or ASSISTED_TURNS else 1
     for turn in range(turns):
         expected = generate(plain, inputs, full, **MODES[mode])
         tokens = generate(slim, inputs, cache, **MODES[mode])
         assert torch.equal(tokens, expected), turn
-        assert cache.get_seq_length() == full.get_seq_length()
-        # The beams stay in the cache, and transformers 5.17 repeats the prompt in a second assisted turn.
-        if mode == "beams" or (
-            mode == "assisted" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
-        ):
-            turns = 1
-            break
-        inputs = longer(inputs, tokens, device, turn + 7)
+        assert cache.get_seq_length() == full.get_seq_length() == (79, 98, 117)[turn]
+        inputs = next_turn(mode, inputs, tokens, (cache, full), device, turn + 7)
     assert [layer.lazy for layer in cache.layers] == [(), ()]
     # Every graph goes through the cache in both layers; those of decoding through nothing else.
     kinds = [("attn", "cache_store") * 2, ("cache_restore", "attn", "cache_store") * 2, ("cache_attend",) * 2]
@@ -191,31 +202,66 @@ def test_a_long_answer_outgrows_its_room_several_times(device):
     assert torch.equal(tokens, expected)
 
 
-@pytest.mark.parametrize("mode", ["sampling", "beams"])
-def test_other_ways_to_decode_on_a_forced_split(mode, device):
+@pytest.mark.parametrize("mode", ["sampling", "beams", "assisted"])
+@pytest.mark.parametrize("name", MODELS)
+def test_other_ways_to_decode_on_a_forced_split(name, mode, device):
+    """Every row and every token of a draft, on the same keys."""
     from transformers import DynamicCache
 
-    inputs = prompt(device, (90, 71), spans=((10, 50),))
-    slim, oracle = changed("llama", device), build("llama", device)
-    cache = OmniSparseCache(slim)
+    inputs = prompt(device, (90,) if mode == "assisted" else (90, 71), spans=((10, 50),))
+    slim, oracle = changed(name, device), build(name, device)
+    cache, full = OmniSparseCache(slim), DynamicCache(config=oracle.config.get_text_config())
     cache.store.chooser = half_lazy
-    tokens = generate(slim, inputs, cache, new=16, **MODES[mode])
-    assert [layer.lazy for layer in cache.layers] == [(0,), (1,)]
-    with masked_like(cache, oracle):
-        expected = generate(oracle, inputs, DynamicCache(config=oracle.config), new=16, **MODES[mode])
-    assert torch.equal(tokens, expected)
+    for turn in range(3 if mode != "assisted" or ASSISTED_TURNS else 1):
+        tokens = generate(slim, inputs, cache, new=16, **MODES[mode])
+        assert [layer.lazy for layer in cache.layers] == [(0,), (1,)]
+        with masked_like(cache, oracle):
+            assert torch.equal(tokens, generate(oracle, inputs, full, new=16, **MODES[mode])), turn
+        inputs = next_turn(mode, inputs, tokens, (cache, full), device, turn + 7)
 
 
-def test_drafts_on_a_forced_split(device):
-    """Verified several at once, they say what one token at a time says: the test above holds for them too."""
-    inputs, slim = prompt(device, (90,), spans=((10, 50),)), changed("llama", device)
-    results = []
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_and_single_tokens_agree_on_the_same_keys(seed, device):
+    """An assisted answer is the greedy one on the keys that it kept.
+
+    These need not be a greedy answer's: transformers sends the first draft along with the prompt, and the pattern is
+    then read from the question and a few guessed tokens.
+    """
+    from transformers import DynamicCache
+
+    inputs = prompt(device, (90,), seed, spans=((10, 50),))
+    slim, oracle = changed("llama", device), build("llama", device)
+    answers, masks = [], []
     for mode in ("assisted", "greedy"):
         cache = OmniSparseCache(slim)
         cache.store.chooser = half_lazy
-        results.append(generate(slim, inputs, cache, new=16, **MODES[mode]))
-        assert [layer.lazy for layer in cache.layers] == [(0,), (1,)]
-    assert torch.equal(*results)
+        answers.append(generate(slim, inputs, cache, new=16, **MODES[mode]))
+        masks.append(torch.stack([kept(layer, 2) for layer in cache.layers]))
+        with masked_like(cache, oracle):
+            greedy = generate(oracle, inputs, DynamicCache(config=oracle.config), new=16, **MODES["greedy"])
+        assert torch.equal(answers[-1], greedy), mode
+    assert not torch.equal(*masks) or torch.equal(*answers)
+
+
+def test_a_second_assisted_turn_with_the_whole_conversation(device):
+    """transformers feeds all of it again, behind what the cache holds: as with any cache, or refused (5.17)."""
+    from transformers import DynamicCache
+
+    inputs, plain, slim = prompt(device), build("llama", device), changed("llama", device)
+    cache, full = OmniSparseCache(slim, visual_recall=1.0), DynamicCache(config=plain.config)
+    tokens = generate(slim, inputs, cache, **MODES["assisted"])
+    generate(plain, inputs, full, **MODES["assisted"])
+    inputs = longer(inputs, tokens, device, 7)
+    greedy = generate(plain, inputs, None, do_sample=False)
+    expected = generate(plain, inputs, full, **MODES["assisted"])
+    assert full.get_seq_length() == 79 + 98, "transformers has learnt it: lift ASSISTED_TURNS"
+    if ASSISTED_TURNS:
+        assert torch.equal(generate(slim, inputs, cache, **MODES["assisted"]), expected)
+        return
+    with pytest.raises(ConfigError, match="attention_mask must cover 168 tokens"):
+        generate(slim, inputs, cache, **MODES["assisted"])
+    assert cache.get_seq_length() == 79, "what is refused changes nothing"
+    assert torch.equal(generate(slim, inputs, cache, do_sample=False), greedy)
 
 
 @pytest.mark.slow

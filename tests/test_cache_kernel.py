@@ -34,7 +34,7 @@ def layer_of(case, dtype, device, split: bool):
             keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
             counts = torch.randint(0, size + 1, shape[:2], device=device) if batch > 1 else None
             places = torch.zeros(shape[:3], dtype=torch.int32, device=device)
-            layer.rectangles.append(Rectangle(heads, keys, values, places, counts))
+            layer.rectangles += (Rectangle(heads, keys, values, places, counts),)
     layer.prefix = 20
     if tail > 1:
         layer.append(*(torch.randn(batch, kv_heads, tail - 1, dim, device=device).to(dtype) for _ in range(2)))

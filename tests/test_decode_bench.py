@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,11 @@ import bench_compile
 import bench_decode
 import bench_decode_model as bench
 import needle_decode
+import needle_held
+
+from omnisparse_flex.slim import Choice
+from omnisparse_flex.slim_layer import SlimLayer
+from omnisparse_flex.slim_store import SlimStore
 
 
 @pytest.mark.slow
@@ -139,3 +145,84 @@ def test_the_look_up_variants_spend_the_same_memory(name):
     best = mass[0, 0].topk(len(picked)).values.sum()
     share = mass[0, 0, picked].sum() / best
     assert share > 0.8 if variant.keys == "mass" else share < 0.5
+
+
+def test_a_layer_of_lazy_heads_only_fetches_nothing():
+    variant = needle_decode.Variant("slim", 4.0)
+    choice = needle_decode.budgeted(variant, 4096, 512, [])(torch.full((2, 3, 4000), 1e-6), 0)
+    assert choice.lazy == (0, 1, 2) and choice.fetching == () and choice.picked.shape[1] == 0
+
+
+def look_ups(count, tokens=1200):
+    """Items of random tokens with one fact for each question, said twice."""
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randint(10, 100, (count, tokens), generator=generator)
+    answers = torch.randint(100, 180, (count, 2, 3), generator=generator)
+    for fact, places in enumerate(((200, 900), (400, 700))):
+        for place in places:
+            context[:, place : place + 3] = answers[:, fact]
+    first, second = (torch.randint(10, 100, (count, n), generator=generator) for n in (9, 3))
+    return needle_decode.Items(context, first, second, answers)
+
+
+def test_the_look_up_benchmark_writes_after_each_row(monkeypatch, tmp_path, capsys):
+    import summary
+    from tiny import build
+
+    recorded, seen = {}, []
+    monkeypatch.setenv(needle_decode.DISABLE_VARIABLE, "1")  # measure sets it: so it is taken back
+    monkeypatch.setattr(needle_decode, "RESULTS", tmp_path)
+    monkeypatch.setattr(summary, "record", lambda name, value, **facts: recorded.update({name: facts["baseline"]}))
+
+    def done(name, results):
+        needle_decode.keep(name, results, tokens=8000)
+        seen.append((name, sorted(json.loads((tmp_path / "needle_decode_8k.json").read_text())["variants"])))
+        print(needle_decode.line(name, results))
+
+    model = build("llama", head_dim=16).eval().requires_grad_(False)
+    results = needle_decode.measure(model, look_ups(3), 2, 1e9, done)
+    assert [name for name, _ in seen] == [v.name for v in needle_decode.VARIANTS]
+    assert all(len(rows) == number + 1 for number, (_, rows) in enumerate(seen))
+    assert set(recorded) == {f"{name}.8k" for name in needle_decode.FIGURES}
+    assert recorded["needle.second_turn.dropped2_4x.8k"].endswith(
+        "second question, another fact; 2.42x less device memory"
+    )
+    for name, row in results["variants"].items():
+        variant = next(v for v in needle_decode.VARIANTS if v.name == name)
+        assert ("held" in row) == (variant.ratio is not None)
+        if variant.ratio and variant.ratio <= 4:
+            assert row["ratio"] == pytest.approx(variant.ratio, rel=0.02) and 0 <= row["held"]["second_fact"] < 1
+    assert "of the words held when the second question comes" in capsys.readouterr().out
+
+
+def test_the_look_up_benchmark_stops_in_time(monkeypatch):
+    """No row is begun that would not end within the limit, and none is left half done."""
+    monkeypatch.setenv(needle_decode.DISABLE_VARIABLE, "1")
+    monkeypatch.setattr(needle_decode, "run", lambda model, variant, items, span: (items.answers, {}))
+    monkeypatch.setattr(needle_decode, "apply_omnisparse", lambda *args, **kwargs: None)
+    rows = []
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(needle_decode.time, "perf_counter", lambda: next(clock))
+    results = needle_decode.measure(None, look_ups(3), 2, 65, lambda name, results: rows.append(name))
+    assert 1 < len(rows) < len(needle_decode.VARIANTS) and list(results["variants"]) == rows
+    assert all(row["first"] == row["second"] == 1 for row in results["variants"].values())
+
+
+def test_words_of_a_fact_are_found_and_counted():
+    items = look_ups(2)
+    first, second = (needle_held.words_in(items.context, items.answers[:, i]) for i in range(2))
+    assert first.nonzero()[:, 1].tolist() == [200, 201, 202, 900, 901, 902] * 2
+    assert second[0].nonzero()[:, 0].tolist() == [400, 401, 402, 700, 701, 702]
+    picked = torch.stack([torch.arange(700), torch.arange(300, 1000)]).expand(2, -1, -1)
+    store = SlimStore([SlimLayer(0)], lambda mass, layer: Choice((1,), (0, 2), picked), False, 0, 0)
+    visual = torch.zeros(2, 1209, dtype=torch.bool)
+    visual[:, :1200] = True
+    with torch.no_grad():
+        store.begin(torch.zeros(2, 1209), None, visual)
+        store.store_layer(torch.randn(2, 3, 1209, 4), torch.randn(2, 3, 1209, 4), torch.randn(2, 3, 1209, 4), 0, 0.5)
+    shares = torch.stack([needle_held.held_share(store.layers, x) for x in (first, second)], 1)
+    assert shares.shape == (2, 2, 1, 3)
+    assert shares[0, :, 0].tolist() == [[0.5, 0.0, 0.5], [0.5, 0.0, 1.0]]
+    found = needle_held.summary_of(shares, torch.tensor([True, False]))
+    assert found["second_fact"] == 0.5 and found["second_fact_if"] == {"right": 0.5, "wrong": 0.5}
+    assert found["heads_with_all_of_it"] == pytest.approx(1 / 3) and found["first_fact"] == pytest.approx(1 / 3)
