@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -67,8 +68,10 @@ def check(device: str) -> None:
                 assert layer.counter.item() == layer.tail == case[5]
                 assert torch.equal(layer.tail_keys[:, :, layer.tail - 1 : layer.tail], key)
                 assert torch.equal(layer.tail_values[:, :, layer.tail - 1 : layer.tail], value)
-                for part in layer.rectangles:
-                    part.keys, part.values = part.keys.double(), part.values.double()
+                layer.rectangles = tuple(
+                    dataclasses.replace(part, keys=part.keys.double(), values=part.values.double())
+                    for part in layer.rectangles
+                )
                 layer.tail_keys, layer.tail_values = layer.tail_keys.double(), layer.tail_values.double()
                 exact = layer._attend_parts(query.double(), padding, 0.2)
                 size = max(case[4]) + case[5]
