@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.last_rows import BLOCKS
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.segments import tokens_of_blocks
@@ -107,8 +108,15 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[T
         (recall * rows).sum() / rows.sum().clamp(min=1),
         torch.where(rows, recall, 1.0).amin(),
         selection.overflow.sum(),
-        allowed * COSTS[config.scorer],
+        allowed * COSTS[config.scorer] + _last_rows(selection, config),
     )
+
+
+def _last_rows(selection: BlockSelection, config: OmniSparseConfig) -> Tensor:
+    """Products of the exact rows: half of what attention computes for a pair, for some rows of two blocks."""
+    pairs = selection.layout.some[:, :, -BLOCKS:].expand_as(selection.keep[:, :, -BLOCKS:]).sum()
+    batch, heads = selection.keep.shape[:2]
+    return pairs / (batch * heads) * (0.5 * min(config.last_rows // BLOCKS, BLOCK) / BLOCK)
 
 
 def _token_stats(selection: TokenSelection, config: OmniSparseConfig, kv_len: int) -> tuple[Tensor, ...]:

@@ -110,13 +110,13 @@ def whole_blocks(x: Tensor, block: int) -> Tensor:
     length = x.shape[2]
     if isinstance(length, int) and length % block == 0:
         return x
-    return x.index_select(2, _within(torch.arange(_rounded_up(length, block), device=x.device), length))
+    return x.index_select(2, within(torch.arange(_rounded_up(length, block), device=x.device), length))
 
 
 def row_positions(offsets: Tensor, length: int, block: int) -> Tensor:
     """Query positions of one row per block: int64 (NQ, 1), the block's start plus ``offsets``, inside the sequence."""
     starts = torch.arange((length + block - 1) // block, device=offsets.device) * block
-    return _within(starts + offsets, length).unsqueeze(1)
+    return within(starts + offsets, length).unsqueeze(1)
 
 
 def key_units(key: Tensor, block: int, size: int) -> Units:
@@ -136,10 +136,11 @@ def key_units(key: Tensor, block: int, size: int) -> Units:
     starts = torch.arange(count * (block // size), device=key.device) * size
     first = starts.view(count, block // size).transpose(0, 1).view(-1, 1, 1, 1, count)
     share = (length - first).clamp(min=0, max=size).to(torch.float32) / size
-    return Units(vectors, _within(first, length), share.log())
+    return Units(vectors, within(first, length), share.log())
 
 
-def _within(positions: Tensor, length: int) -> Tensor:
+def within(positions: Tensor, length: int) -> Tensor:
+    """Positions inside a sequence: int64 of the same shape, in [0, ``length``)."""
     # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.
     inside: Tensor = torch.ops.omnisparse.realize(positions.clamp(min=0, max=length - 1))
     return inside

@@ -12,6 +12,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.antidiagonal import STRIDE, antidiagonal
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.interval import Grid
+from omnisparse_flex.masks.last_rows import with_last_rows
 from omnisparse_flex.masks.layout import Layout, block_layout, mask_blocks
 from omnisparse_flex.masks.mean_pool import block_mean, mean_pool
 from omnisparse_flex.masks.opaque import OpaqueMask
@@ -63,7 +64,7 @@ def select_blocks(
     scale: float,
     visual: Tensor | None = None,
     q_offset: Tensor | int = 0,
-    adjust: Callable[[Tensor], Tensor] | None = None,
+    adjust: Callable[..., Tensor] | None = None,
     layout: Layout | None = None,
 ) -> BlockSelection:
     """Choose the key blocks of every query block.
@@ -92,6 +93,11 @@ def select_blocks(
 
     score = SCORERS[config.scorer]
     mass = score(query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs)
+    if config.last_rows > 0:
+        mass = with_last_rows(
+            mass, query, key, layout.some, config.last_rows,
+            scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs,
+        )  # fmt: skip
     local_mass = (mass * layout.near).sum(-1)
     pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))
     active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_threshold)
@@ -129,7 +135,7 @@ def _capped(needs: Tensor, max_kv_budget: int | None) -> tuple[Tensor, Tensor]:
     return needs.clamp(max=limit), needs > limit
 
 
-def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A pointwise score change, applied to block logits as if each block were its middle pair.
 
     Our choice: exact for biases linear in the distance, and block means resolve no more.
@@ -139,11 +145,16 @@ def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[[Tensor], T
         score: ``(logits, b, h, q, kv) -> logits`` over broadcastable indices.
 
     Returns:
-        A function of float32 (..., B, Hq, NQ, NK) logits.
+        A function of float32 (..., B, Hq, NQ, NK) logits, NQ all query blocks or those of the slice ``blocks``.
     """
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
     q = torch.arange(grid.q_blocks, device=grid.device).view(1, 1, -1, 1) * grid.block + grid.block // 2
     kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.block + grid.block // 2
     q, kv = q.clamp(max=grid.q_len - 1), kv.clamp(max=grid.kv_len - 1)
-    return lambda logits: score(logits, b, h, q, kv).expand_as(logits)
+
+    def adjusted(logits: Tensor, blocks: slice = slice(None)) -> Tensor:
+        changed: Tensor = score(logits, b, h, q[:, :, blocks], kv).expand_as(logits)
+        return changed
+
+    return adjusted

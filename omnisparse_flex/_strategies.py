@@ -54,6 +54,7 @@ def configs(draw: st.DrawFn) -> OmniSparseConfig:
         target_recall=draw(recall),
         granularity="block",
         scoring=draw(st.sampled_from(("auto", *SCORINGS["block"]))),
+        last_rows=2 * draw(st.integers(0, 130)),
         budget=draw(st.sampled_from(budgets) | fixed),
         max_kv_budget=max_kv_budget,
         lazy_threshold=draw(st.none() | st.floats(0.0, 1.0)),

@@ -34,6 +34,10 @@ class OmniSparseConfig:
             cheapest), ``"antidiagonal"`` (strided sums) or ``"probe"`` (exact rows of sampled
             queries); for tokens ``"one_pass"`` (rows' normalisers guessed) or ``"column_mass"``
             (exact); ``"auto"``: the granularity's first.
+        last_rows: Rows of exact logits that the last two query blocks are chosen by, whatever the
+            estimator: a question at the end of a prompt holds unlike words, which a block's mean
+            hides. An even number; 0: they are estimated like the others. Without effect at token
+            granularity.
         budget: ``"flattest_head"`` gives every head of a layer the budget that its
             flattest head needs; ``"per_head"`` gives each its own; an int is a fixed
             number of tokens.
@@ -51,13 +55,14 @@ class OmniSparseConfig:
         ConfigError: On a wrong type, range or combination.
 
     Source: PAPER "Query selection", "KV selection with head-level dynamic budget
-    allocation". Our choice: the default values; see README "Defaults".
+    allocation". Our choice: ``last_rows`` and the default values; see README "Defaults".
     """
 
     target_recall: float | tuple[float, ...] = 0.95
     granularity: str = "block"
     segment_size: int = 256
     scoring: str = "auto"
+    last_rows: int = 64
     budget: Budget = "flattest_head"
     max_kv_budget: int | None = None
     lazy_threshold: float | None = 0.05
@@ -77,6 +82,8 @@ class OmniSparseConfig:
         _count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
         ok = self.segment_size % SEGMENT_UNIT == 0
         require(ok, "segment_size", f"be a multiple of {SEGMENT_UNIT}", self.segment_size)
+        _count("last_rows", self.last_rows, minimum=0)
+        require(self.last_rows % 2 == 0, "last_rows", "be even", self.last_rows)
         _one_of("lazy_mode", self.lazy_mode, LAZY_MODES)
         if isinstance(self.budget, str):
             _one_of("budget", self.budget, BUDGETS)

@@ -19,7 +19,7 @@ from video_needle.vocabulary import WORDS
 
 #: Visual tokens of the clip, and of the quick one. Which video: the first of the test split.
 LENGTH, QUICK, VIDEO = 8192, 2048, 0
-#: Rules of the demo. Our choice: the library's defaults but for a narrower window, a clip's length allowing no wider.
+#: Rules where the model was trained without any: the defaults but for a window as narrow as the clip is short.
 CONFIG = OmniSparseConfig(target_recall=0.9, window_size=128)
 
 
@@ -44,7 +44,9 @@ def run(weights: Path, *, quick: bool = False, rounds: int = 2) -> dict[str, Any
     progress(f"a clip of {length} visual tokens, {len(asked)} questions; weights from {weights}")
     with progress.step("dense"):
         dense = answers(model, batch, rounds)
-    apply_omnisparse(model, CONFIG, min_seq_len=0)
+    trained = release.facts(weights)["omnisparse"]
+    config = CONFIG if trained is None else OmniSparseConfig.from_dict(trained)
+    apply_omnisparse(model, config, min_seq_len=0, dynamic=False)
     try:
         with progress.step("sparse (compiles first)"), collect_stats(model) as stats:
             sparse = answers(model, batch, rounds)

@@ -27,6 +27,7 @@ from video_needle.families import FAMILIES
 from video_needle.model import make_model
 from video_needle.report import keep_figures, table
 from video_needle.scene import STEPS
+from video_needle.slim import KNOWN
 
 
 def load_model(directory: Path, device: torch.device) -> Any:
@@ -50,6 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=65536, help="visual tokens of a batch")
     parser.add_argument("--recalls", default="0.98,0.95,0.9,0.8,0.6", help="target recalls; empty: none")
     parser.add_argument("--ratios", default="2.4,4,8", help="full cache over slim cache; empty: none")
+    parser.add_argument("--known", default=",".join(KNOWN), help="what of a question is known to the slim cache")
     parser.add_argument("--dense-layers", type=int, default=0, help="first layers that stay dense")
     parser.add_argument("--omnisparse", type=json.loads, default={}, help="further config fields as JSON")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing new after this time")
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recalls, ratios = (tuple(float(x) for x in text.split(",") if x) for text in (options.recalls, options.ratios))
         lengths = [int(n) for n in options.lengths.split(",")]
+        known = tuple(options.known.split(","))
+        require(set(known) <= set(KNOWN), "known", f"hold only {', '.join(KNOWN)}", options.known)
         require(all(n in STEPS for n in lengths), "lengths", f"hold lengths of {sorted(STEPS)}", options.lengths)
         parts = [part for part in options.parts.split(",") if part]
         families = {part: family_of(part) for part in parts if part not in ("dense", "slim")}
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if part == "dense":
             todo.run_dense(weights, model, lengths)
         elif part == "slim":
-            todo.run_slim(weights, model, lengths)
+            todo.run_slim(weights, model, lengths, known)
         else:
             todo.run_family(families[part], weights, model, lengths)
     print(table(todo.rows))

@@ -105,7 +105,7 @@ class Comparison:
         ask = lambda: self._ask(model, length) | {"density": stats.density}  # noqa: E731
         self._once(name, length, label, ask, family=family.name, target=target)
 
-    def run_slim(self, weights: Weights, model: Any, lengths: list[int]) -> None:
+    def run_slim(self, weights: Weights, model: Any, lengths: list[int], how: tuple[str, ...] = KNOWN) -> None:
         """The cache alone, after dense prefill, in the weights' dtype on a CPU and in bfloat16 on a GPU."""
         first = next(iter(weights.values()))
         model.load_state_dict(first)
@@ -117,7 +117,7 @@ class Comparison:
                 small.load_state_dict(state)
                 for length in lengths:
                     for ratio in (None, *self.ratios):
-                        for known in KNOWN:
+                        for known in how:
                             self._slim(name, small, length, ratio, known)
         model.to(torch.float32)
 

@@ -40,7 +40,8 @@ class Family:
         return OmniSparseConfig.from_dict({**base, **self.fields, "target_recall": target})
 
 
-_CONTROL = {"lazy_threshold": None, "max_kv_budget": None, "budget": "per_head", "scoring": "auto"}
+_WINDOW = {"lazy_threshold": None, "max_kv_budget": None, "budget": "per_head", "scoring": "auto"}
+_CONTROL = {**_WINDOW, "last_rows": 0}
 #: ``OmniSparse`` is both selections together; the third mechanism, the slim cache, has rows of its own.
 FAMILIES = {
     family.name: family
@@ -48,6 +49,8 @@ FAMILIES = {
         Family("OmniSparse"),
         Family("window only", _CONTROL, control="window only"),
         Family("random", _CONTROL, control="random"),
+        Family("question rows alone", _WINDOW, control="window only"),
+        Family("estimate alone", {"last_rows": 0}),
         Family("query selection alone", recalls=(ALL_KEYS,)),
         Family("KV selection alone", {"lazy_threshold": None}),
         Family("tokens", {"granularity": "token", "scoring": SCORINGS["token"][0]}),

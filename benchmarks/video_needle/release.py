@@ -47,11 +47,11 @@ def release(directory: Path, out: Path, rows: Sequence[dict[str, Any]] = ()) -> 
     checkpoint.load(directory, model)
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
-    facts = {key: record[key] for key in ("step", "schedule", "omnisparse", "sizes", "versions", "device", "seconds")}
-    facts |= {"words": list(WORDS), "sha256": _hash(out / WEIGHTS), "held_out": record["held_out"][-1:]}
-    (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    told = {key: record[key] for key in ("step", "schedule", "omnisparse", "sizes", "versions", "device", "seconds")}
+    told |= {"words": list(WORDS), "sha256": _hash(out / WEIGHTS), "held_out": record["held_out"][-1:]}
+    (out / FACTS).write_text(json.dumps(told, indent=1) + "\n")
     megabytes = (out / WEIGHTS).stat().st_size / 2**20
-    (out / CARD).write_text(_card(facts, count_parameters(model), megabytes, rows))
+    (out / CARD).write_text(_card(told, count_parameters(model), megabytes, rows))
 
 
 def load(folder: Path) -> Any:
@@ -66,12 +66,8 @@ def load(folder: Path) -> Any:
         require((folder / name).is_file(), "weights", f"be a folder with {name}", str(folder))
     version = tuple(int(part) for part in __version__.split(".")[:2])
     require(version >= TRANSFORMERS, "transformers", "be at least {}.{}".format(*TRANSFORMERS), __version__)
-    try:
-        facts = json.loads((folder / FACTS).read_text())
-        wanted, found = facts["sha256"], _hash(folder / WEIGHTS)
-        words, sizes = facts["words"], facts["sizes"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"weights must come with a {FACTS} of ours, got {error!r}") from error
+    told, found = facts(folder), _hash(folder / WEIGHTS)
+    wanted, words, sizes = told["sha256"], told["words"], told["sizes"]
     require(found == wanted, "weights", f"have the checksum {wanted[:12]} of {FACTS}", found[:12])
     require(words == list(WORDS), "weights", "be of this vocabulary", f"{len(words)} other words")
     config = json.loads((folder / "config.json").read_text())
@@ -82,6 +78,21 @@ def load(folder: Path) -> Any:
         require(not other, "config.json", f"be of the released sizes in {part}", other)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return speed_up_vision(model).eval()
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What a released model is, and how it was made.
+
+    Raises:
+        ConfigError: If the folder's facts are missing or not ours.
+    """
+    try:
+        told: dict[str, Any] = json.loads((folder / FACTS).read_text())
+        missing = {"sha256", "words", "sizes", "omnisparse"} - set(told)
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise ConfigError(f"weights must come with a {FACTS} of ours, got {error!r}") from error
+    require(not missing, "weights", f"come with a {FACTS} of ours", f"one without {sorted(missing)}")
+    return told
 
 
 def _shapes(key: str) -> bool:

@@ -87,6 +87,8 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
 def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY, **measured: str) -> list[str]:
     """Record every figure that the rows can give: at the trained length, the densest sparse row within ``DENSITY``.
 
+    Controls, losses and the cache's ratio are those of the better of the two checkpoints trained with sparsity.
+
     Args:
         rows: Of a comparison.
         path: The summary file.
@@ -113,21 +115,23 @@ def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY, **mea
     accuracy("sparse_training_free", best(DENSE, "OmniSparse"))
     accuracy("dense.4x_length", best(DENSE, "dense", LONGER))
     accuracy("sparse_trained.4x_length", best(SPARSE, "OmniSparse", LONGER))
-    if sparse is not None:
-        label = sparse["inference"].removeprefix("OmniSparse")
+    aware = max((r for r in (sparse, best(TUNED, "OmniSparse")) if r), key=lambda row: row["accuracy"], default=None)
+    if aware is not None:
+        label = aware["inference"].removeprefix("OmniSparse")
         for name, control in (("window_only", "window only"), ("random", "random")):
-            same = [r for r in find(rows, SPARSE, TRAINED, control) if r["inference"] == control + label]
+            same = [r for r in find(rows, aware["checkpoint"], TRAINED, control) if r["inference"] == control + label]
             accuracy(name, same[0] if same else None)
-        figures["video.density"] = (sparse["density"], "share, 0-1", "dense causal attention FLOPs, whole model")
-    if dense is not None and sparse is not None:
-        loss, low, high = behind(sparse, dense)
-        told = f"dense minus sparse-trained, the same {dense['questions']} questions"
+        figures["video.density"] = (aware["density"], "share, 0-1", "dense causal attention FLOPs, whole model")
+    if dense is not None and aware is not None:
+        loss, low, high = behind(aware, dense)
+        told = f"dense minus sparse of checkpoint {aware['checkpoint']}, the same {dense['questions']} questions"
         figures["video.loss_points"] = (loss, "points", told)
         figures["video.ci_points"] = (high - low, "points", f"width of the paired 95 % interval; {told}")
     blind = find(rows, DENSE, TRAINED, "text only")
     if blind:
         figures["video.text_only_accuracy"] = (blind[0]["accuracy"], "share, 0-1", "no event is drawn")
-    slim = [r for r in find(rows, SPARSE, TRAINED, "cache, question known") if r.get("wanted_ratio") == RATIO]
+    slim = [] if aware is None else find(rows, aware["checkpoint"], TRAINED, "cache, question known")
+    slim = [row for row in slim if row.get("wanted_ratio") == RATIO]
     if slim:
         told = f"full cache; accuracy {slim[0]['accuracy']:.3f} of {slim[0]['questions']} questions"
         figures["video.kv_ratio"] = (slim[0]["kv_ratio"], "x", told)

@@ -1,0 +1,88 @@
+"""Exact rows at the end of a prompt: where a question stands, block means of its unlike words resolve nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+from omnisparse_flex.masks.rows import key_units, normalised, within
+
+#: Query blocks that the rows are spread over: a question may straddle the edge between two.
+BLOCKS = 2
+
+
+def with_last_rows(
+    mass: Tensor,
+    query: Tensor,
+    key: Tensor,
+    some: Tensor,
+    count: int,
+    *,
+    scale: float,
+    block: int,
+    adjust: Callable[..., Tensor] | None,
+    allowed: Callable[..., Tensor],
+) -> Tensor:
+    """Replace the estimate of the last query blocks by exact softmax rows of some of their queries.
+
+    Args:
+        mass: float32 (B, Hkv, NQ, NK), what an estimator gave.
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair have zero mass.
+        count: Rows in all, a multiple of ``BLOCKS``, evenly spaced within what each block holds.
+        scale: Logit scale.
+        block: Tokens per block.
+        adjust: The model's own change of the logits at block centres, ``(logits, blocks=slice)``
+            over the query blocks that the slice names; or None.
+        allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices.
+
+    Returns:
+        float32 (B, Hkv, NQ, NK). The products hold B * Hq * ``count`` * S elements at once.
+
+    Source: the last queries as a sample of what a prompt looks for: MInference, arXiv
+    2407.02490 (64 of them), FlexPrefill, arXiv 2502.20766. Our choice: two blocks of
+    queries, because the last one may hold but a few tokens.
+    """
+    batch, heads, length, _ = query.shape
+    kv_heads, blocks, kv_blocks = key.shape[1], mass.shape[2], mass.shape[3]
+    last = min(BLOCKS, blocks)
+    rows, new = _positions(length, blocks - last, last, min(count // BLOCKS, block), block, query.device)
+    units = key_units(key, block, 1)
+    vectors = query.index_select(2, rows.flatten()).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
+    logits = (vectors @ units.vectors.transpose(-1, -2)).unflatten(-1, (kv_blocks, block))
+    logits = logits.unflatten(2, (heads // kv_heads, *rows.shape))
+    # Rows and the keys of a block first: (R, block, B, Hq, last, NK), to which a change of the logits broadcasts.
+    logits = logits.permute(3, 6, 0, 1, 2, 4, 5).flatten(3, 4).float() * scale
+    if adjust is not None:
+        logits = adjust(logits, blocks=slice(blocks - last, None))
+
+    b = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
+    h = torch.arange(heads, device=query.device).view(-1, 1, 1)
+    pairs = allowed(b, h, rows.view(-1, 1, 1, 1, last, 1), units.positions).to(torch.bool)
+    below = some[:, :, blocks - last :]
+    seen = below if below.shape[1] == 1 else below.repeat_interleave(heads // kv_heads, 1)
+    seen = seen & new.view(-1, 1, 1, 1, last, 1)
+    logits = (logits + units.weights).masked_fill(~(pairs & seen), float("-inf"))
+    weights = torch.softmax(torch.logsumexp(logits, dim=1), dim=-1).nan_to_num(0.0)
+    exact = normalised(weights.unflatten(2, (kv_heads, -1)).sum((0, 3)), below)
+    # Realized: Inductor would shift the maps that it fuses into a concatenation, and fail to compare their indices.
+    joined: Tensor = torch.ops.omnisparse.realize(torch.cat((mass[:, :, : blocks - last], exact), dim=2))
+    return joined
+
+
+def _positions(
+    length: int, first: int, count: int, rows: int, block: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Evenly spaced rows of some blocks, the last query among them.
+
+    Returns:
+        int64 (R, ``count``), positions; bool of the same shape, False where a short block's row stands there again.
+    """
+    starts = (first + torch.arange(count, device=device)) * block
+    held = (length - starts).clamp(max=block)
+    ends = torch.arange(rows + 1, device=device).unsqueeze(1) * held // rows
+    return within(starts + (ends[1:] - 1).clamp(min=0), length), ends[1:] > ends[:-1]
