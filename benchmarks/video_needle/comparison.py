@@ -103,7 +103,8 @@ class Comparison:
             target = match_density(lambda x: self._density(model, length, stats, x), model_row["density"])
         self._set_target(model, target)
         ask = lambda: self._ask(model, length) | {"density": stats.density}  # noqa: E731
-        self._once(name, length, label, ask, family=family.name, target=target)
+        config = {**self.base, **family.fields}
+        self._once(name, length, label, ask, family=family.name, target=target, config=config)
 
     def run_slim(self, weights: Weights, model: Any, lengths: list[int], how: tuple[str, ...] = KNOWN) -> None:
         """The cache alone, after dense prefill, in the weights' dtype on a CPU and in bfloat16 on a GPU."""
