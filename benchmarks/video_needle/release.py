@@ -37,7 +37,7 @@ def release(directory: Path, out: Path, rows: Sequence[dict[str, Any]] = ()) -> 
     Args:
         directory: The checkpoint.
         out: Where; made if need be.
-        rows: Of ``compare.py``, for the card's table.
+        rows: Of ``compare.py``; those of the checkpoint, by its folder's name, make the card's table.
 
     Raises:
         ConfigError: If the checkpoint is missing, incomplete or of another model.
@@ -47,11 +47,19 @@ def release(directory: Path, out: Path, rows: Sequence[dict[str, Any]] = ()) -> 
     checkpoint.load(directory, model)
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
-    told = {key: record[key] for key in ("step", "schedule", "omnisparse", "sizes", "versions", "device", "seconds")}
+    told = {"omnisparse": record["omnisparse"], "sizes": record["sizes"], "runs": _runs(record)}
     told |= {"words": list(WORDS), "sha256": _hash(out / WEIGHTS), "held_out": record["held_out"][-1:]}
     (out / FACTS).write_text(json.dumps(told, indent=1) + "\n")
     megabytes = (out / WEIGHTS).stat().st_size / 2**20
-    (out / CARD).write_text(_card(told, count_parameters(model), megabytes, rows))
+    own = [row for row in rows if row["checkpoint"] == directory.name]
+    (out / CARD).write_text(_card(told, count_parameters(model), megabytes, own))
+
+
+def _runs(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a checkpoint was trained by, the first run first: each began with the weights of the one before."""
+    before = record.get("before")
+    own = {key: record[key] for key in ("step", "schedule", "omnisparse", "versions", "device", "seconds")}
+    return [*(_runs(before) if before else []), own]
 
 
 def load(folder: Path) -> Any:
@@ -105,24 +113,29 @@ def _hash(path: Path) -> str:
 
 
 def _card(facts: dict[str, Any], parameters: int, megabytes: float, rows: Sequence[dict[str, Any]]) -> str:
-    plan = facts["schedule"]
     lines = [
         "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# Video needle, a small video-MLLM\n",
         f"Stock `Qwen2_5_VLForConditionalGeneration`, {parameters / 1e6:.1f} M parameters, {megabytes:.1f} MiB in",
         "bfloat16, trained from random weights on the synthetic task of `benchmarks/video_needle`: questions about",
         "coloured shapes that slide through a long clip for a moment. It knows nothing else.\n",
-        f"Attention in training: {'dense' if facts['omnisparse'] is None else facts['omnisparse']}.",
-        f"Seed {plan['seed']}, {facts['step']} steps of {plan['tokens']} visual tokens, stages `{plan['stages']}`,",
-        f"peak learning rate {plan['lr']}, {facts['seconds']:.0f} s on {facts['device']};",
-        f"torch {facts['versions']['torch']},",
-        f"transformers {facts['versions']['transformers']}. Everything follows from the seed.\n",
+        "| run | attention | steps | stages planned (visual tokens:steps) | tokens a step | peak rate | time |",
+        "|---:|---|---:|---|---:|---:|---|",
     ]
+    for number, run in enumerate(facts["runs"], 1):
+        plan, how = run["schedule"], "dense" if run["omnisparse"] is None else f"OmniSparse `{run['omnisparse']}`"
+        time = f"{run['seconds']:.0f} s on {run['device']}"
+        cells = [number, how, run["step"], plan["stages"], plan["tokens"], plan["lr"], time]
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    last = facts["runs"][-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    lines.append(f"\n{versions}. Everything follows from seed {last['schedule']['seed']}.\n")
     lines += [f"Held-out videos, {x['length']} tokens: {describe(x['accuracy'])}.\n" for x in facts["held_out"]]
     if rows:
         from video_needle.report import table
 
         lines += ["Test videos, dense and sparse:\n", table(list(rows)), ""]
-    lines += ["`omnisparse-flex demo --weights` this folder asks it about a generated clip.", ""]
+    lines += ["`omnisparse-flex demo --weights` this folder asks it about a generated clip. Trained on frames of Big Buck Bunny"]
+    lines += ["((c) Blender Foundation, CC BY 3.0) and of the clips `bikes` and `carphone`, shrunk and recoloured.", ""]
     return "\n".join(lines)
 
 
