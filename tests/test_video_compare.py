@@ -110,7 +110,7 @@ def test_points_behind_are_paired():
     assert report.behind(one, two)[0] == -mean
 
 
-def test_figures_are_the_densest_rows_within_the_limit(tmp_path):
+def test_figures_are_the_best_rows_within_the_limit(tmp_path):
     fraction = lambda n: "1" * n + "0" * (12 - n)  # noqa: E731
     rows = [
         row("dense", "dense", fraction(12)),

@@ -47,7 +47,9 @@ def test_a_released_model_is_the_checkpoint_in_bfloat16(folder, tmp_path):
     size = (folder / release.WEIGHTS).stat().st_size
     assert size < 2.2 * sum(parameter.numel() for parameter in read.parameters()) + 20_000
     card = (folder / release.CARD).read_text()
-    assert card.startswith("---\nlicense: apache-2.0") and "| 1 | dense | 1 | 512:6 | 512 |" in card and "seed 0" in card
+    assert (
+        card.startswith("---\nlicense: apache-2.0") and "| 1 | dense | 1 | 512:6 | 512 |" in card and "seed 0" in card
+    )
 
 
 def edit(path, change):

@@ -134,7 +134,9 @@ def _card(facts: dict[str, Any], parameters: int, megabytes: float, rows: Sequen
         from video_needle.report import table
 
         lines += ["Test videos, dense and sparse:\n", table(list(rows)), ""]
-    lines += ["`omnisparse-flex demo --weights` this folder asks it about a generated clip. Trained on frames of Big Buck Bunny"]
+    lines += [
+        "`omnisparse-flex demo --weights` this folder asks it about a generated clip. Trained on frames of Big Buck Bunny"
+    ]
     lines += ["((c) Blender Foundation, CC BY 3.0) and of the clips `bikes` and `carphone`, shrunk and recoloured.", ""]
     return "\n".join(lines)
 

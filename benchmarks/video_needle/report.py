@@ -87,7 +87,7 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY, **measured: str) -> list[str]:
-    """Record every figure that the rows can give: at the trained length, the densest sparse row within ``DENSITY``.
+    """Record every figure that the rows can give: at the trained length, the most accurate row within ``DENSITY``.
 
     Controls, losses and the cache's ratio are those of the better of the two checkpoints trained with sparsity.
 
@@ -102,8 +102,10 @@ def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY, **mea
     figures: dict[str, tuple[float, str, str]] = {"video.chance": (MEAN_CHANCE, "share, 0-1", "mean over kinds")}
 
     def best(checkpoint: str, family: str, length: int = TRAINED) -> dict[str, Any] | None:
-        fitting = [r for r in find(rows, checkpoint, length, family) if family == "dense" or r["density"] <= DENSITY]
-        return fitting[0] if fitting else None
+        own = [r for r in rows if (r["checkpoint"], r["length"]) == (checkpoint, length)]
+        own = [r for r in own if r["family"].split(",")[0] == family]  # "OmniSparse, 64 rows" too
+        own = [r for r in own if family == "dense" or r["density"] <= DENSITY]
+        return max(own, key=lambda row: (row["accuracy"], -row["density"]), default=None)
 
     def accuracy(name: str, row: dict[str, Any] | None) -> None:
         if row is not None:
