@@ -135,9 +135,10 @@ def _card(facts: dict[str, Any], parameters: int, megabytes: float, rows: Sequen
 
         lines += ["Test videos, dense and sparse:\n", table(list(rows)), ""]
     lines += [
-        "`omnisparse-flex demo --weights` this folder asks it about a generated clip. Trained on frames of Big Buck Bunny"
+        "`omnisparse-flex demo --weights` this folder asks it about a generated clip. Trained on frames of Big Buck",
+        "Bunny ((c) Blender Foundation, CC BY 3.0) and of the clips `bikes` and `carphone`, shrunk and recoloured.",
+        "",
     ]
-    lines += ["((c) Blender Foundation, CC BY 3.0) and of the clips `bikes` and `carphone`, shrunk and recoloured.", ""]
     return "\n".join(lines)
 
 
