@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class OmniSparseCache:
             (``memory_report``). Dynamo still checks its guards for each token: a change of weights, hooks
             or modes ends the recording. Steps that cannot be recorded (beams, drafts, padded batches, no
             ``position_ids``, several devices) run as compiled code, and ``rewrite_report`` says why. No
-            effect elsewhere. Custom operators of a model must do all their work on the device, or switch it off.
+            effect elsewhere. Custom operators of a model must do all their work on the device, or switch it off;
+            so must who frees weights by resizing their memory in place (FSDP).
 
     Raises:
         ConfigError: If the model was not changed by ``apply_omnisparse``, has layers without full
@@ -86,6 +87,8 @@ class OmniSparseCache:
         rule = functools.partial(choose, recall=visual_recall, most=config.max_kv_budget)
         self.store = SlimStore(layers, lambda mass, layer: rule(mass), offload, config.sink_size, config.window_size)
         self.replay = Replay(self.store, CudaGraphs()) if cuda_graphs else None
+        # What a call still has to do when its recorded step runs already; see ``Entry.prepare``.
+        self.omnisparse_later: list[Callable[[], None]] = []
         self.owner = -1
         self._decoder = weakref.ref(entry.module)
         self.reset()

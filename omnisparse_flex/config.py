@@ -34,10 +34,6 @@ class OmniSparseConfig:
             cheapest), ``"antidiagonal"`` (strided sums) or ``"probe"`` (exact rows of sampled
             queries); for tokens ``"one_pass"`` (rows' normalisers guessed) or ``"column_mass"``
             (exact); ``"auto"``: the granularity's first.
-        last_rows: Rows of exact logits that the last two query blocks are chosen by, whatever the
-            estimator: a question at the end of a prompt holds unlike words, which a block's mean
-            hides. An even number; 0: they are estimated like the others. Without effect at token
-            granularity.
         budget: ``"flattest_head"`` gives every head of a layer the budget that its
             flattest head needs; ``"per_head"`` gives each its own; an int is a fixed
             number of tokens.
@@ -50,6 +46,11 @@ class OmniSparseConfig:
             and the residual stream alone carries it.
         sink_size: First tokens every query keeps, in tokens.
         window_size: Latest tokens every query keeps, in tokens, itself included.
+        last_rows: Rows of exact logits that the last two query blocks are chosen by, whatever the
+            estimator: a question at the end of a prompt holds unlike words, which a block's mean
+            hides. Products are rounded to the queries' dtype. The blocks are the tensor's: of a
+            right-padded row they hold padding. An even number; 0: they are estimated like the
+            others. Without effect at token granularity.
 
     Raises:
         ConfigError: On a wrong type, range or combination.
@@ -62,13 +63,13 @@ class OmniSparseConfig:
     granularity: str = "block"
     segment_size: int = 256
     scoring: str = "auto"
-    last_rows: int = 64
     budget: Budget = "flattest_head"
     max_kv_budget: int | None = None
     lazy_threshold: float | None = 0.05
     lazy_mode: str = "local"
     sink_size: int = 64
     window_size: int = 256
+    last_rows: int = 64
 
     def __post_init__(self) -> None:
         """Normalise ``target_recall`` and check every field."""

@@ -79,7 +79,6 @@ class Entry:
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
         self.records = True  # decode steps, until one could not be recorded
-        self.later: list[Callable[[], None]] = []
         self.compiled = self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +100,7 @@ class Entry:
             with cache.omnisparse_call(self, kwargs):
                 return cache.omnisparse_run(self, args, {**kwargs, "omnisparse_cache": cache})
         finally:
-            self.later.clear()  # of a call that was refused
+            cache.omnisparse_later.clear()  # of a call that was refused
 
     def prepare(self, kwargs: dict[str, Any], act: Callable[[], None]) -> None:
         """Do what the module's graph needs for this call.
@@ -113,16 +112,17 @@ class Entry:
             kwargs: The call's.
             act: Does it.
         """
-        waits = getattr(kwargs.get("past_key_values"), "omnisparse_waits", None)
-        if waits is not None and waits(kwargs):
-            self.later.append(act)
+        cache: Any = kwargs.get("past_key_values")
+        if hasattr(cache, "omnisparse_waits") and cache.omnisparse_waits(kwargs):
+            cache.omnisparse_later.append(act)
         else:
             act()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module, its state prepared."""
-        while self.later:
-            self.later.pop(0)()
+        later = getattr(kwargs.get("past_key_values"), "omnisparse_later", ())
+        while later:
+            later.pop(0)()
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
         runs = self.backend.log.runs

@@ -217,6 +217,8 @@ class VisualMaskHook:
         """Store the mask of this call in the entry's state."""
         if torch.compiler.is_compiling() or self.entry is None:
             return
+        # The first step of a call: what is there yet is left of one that an exception ended before the decoder.
+        getattr(kwargs.get("past_key_values"), "omnisparse_later", []).clear()
         self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
 
     def tell(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -26,9 +26,6 @@ FLASH_HEAD_DIMS = (64, 128)
 FLASH_CAPABILITY = 9
 #: A block of queries. Shorter calls (decoding) were never run.
 FLASH_MIN_QUERIES = 128
-#: From here a training step is faster on FLASH: a step of attention at 8K (10 % of the blocks, H200, D = 128) takes
-#: 3.4 ms, 2.5 ms on Triton; at 16K 3.5 ms, at 32K 6.4 ms and 10.6 ms (benchmarks/results/train.json).
-FLASH_MIN_TRAINED = 16384
 
 
 def has_flash() -> bool:
@@ -53,8 +50,7 @@ def kernel_options(
     """Options of one site's kernel.
 
     Args:
-        kernel: ``"auto"`` (FLASH where it is installed, takes the site and pays, else Triton), ``"triton"`` or
-            ``"flash"``.
+        kernel: ``"auto"`` (FLASH where it is installed and takes the site, else Triton), ``"triton"`` or ``"flash"``.
         query: (B, Hq, L, D), real or fake.
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
@@ -72,9 +68,6 @@ def kernel_options(
     reason = ""
     if wanted:
         reason = _flash_refuses(query, key, value, dtype, capability) or _flash_refuses_mods(plain_scores, captures)
-        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        if not reason and kernel == "auto" and trained and query.shape[2] < FLASH_MIN_TRAINED:
-            reason = f"a training step of fewer than {FLASH_MIN_TRAINED} tokens (it is slower)"
         if not reason:
             return FLASH, ""
     return TRITON_OPTIONS.get((capability, int(query.shape[3])), ()), reason

@@ -31,15 +31,14 @@ def hopper(monkeypatch):
 class Fake:
     """What the choice reads of a tensor."""
 
-    def __init__(self, head_dim, device="cuda", length=512, trained=False):
-        self.shape, self.device, self.requires_grad = (1, 8, length, head_dim), torch.device(device), trained
+    def __init__(self, head_dim, device="cuda", length=512):
+        self.shape, self.device = (1, 8, length, head_dim), torch.device(device)
 
 
 def choose(
-    kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None, captures=False, length=512,
-    trained=False,
-):  # fmt: skip
-    shapes = [Fake(d, device, length, trained) for d in (dim, dim, value_dim or dim)]
+    kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None, captures=False, length=512
+):
+    shapes = [Fake(d, device, length) for d in (dim, dim, value_dim or dim)]
     return kernel_options(kernel, *shapes, dtype, plain_scores=plain, captures=captures)
 
 
@@ -76,14 +75,6 @@ def test_triton_without_a_word_where_flash_is_not_installed(hopper, monkeypatch)
 def test_what_flash_does_not_take_runs_on_triton_by_name(hopper, kernel, changes, reason):
     options, why = choose(kernel, **changes)
     assert FLASH[0] not in options and why == reason
-
-
-def test_a_short_training_step_runs_on_triton(hopper):
-    assert choose(length=8192) == (FLASH, "") == choose(length=16384, trained=True) == choose("flash", trained=True)
-    options, why = choose(length=16383, trained=True)
-    assert options == TUNED and why == "a training step of fewer than 16384 tokens (it is slower)"
-    with torch.no_grad():
-        assert choose(length=8192, trained=True) == (FLASH, "")
 
 
 def test_symbolic_sizes_run_on_triton(hopper):
@@ -136,7 +127,6 @@ class Elsewhere:
 
     def __init__(self, tensor):
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device("cuda")
-        self.requires_grad = tensor.requires_grad
 
 
 @pytest.fixture

@@ -188,7 +188,6 @@ def test_visual_tokens_of_replayed_steps_are_remembered(device):
 def test_a_mask_function_that_fails_breaks_the_cache(device):
     """It is asked when the step runs already: the cache says so at the next call."""
     from omnisparse_flex import ConfigError
-    from omnisparse_flex.entry import entry_of
 
     model, cache, _ = started(device)
     hook = next(h for m in model.modules() for h in m._forward_pre_hooks.values() if hasattr(h, "given"))
@@ -197,7 +196,56 @@ def test_a_mask_function_that_fails_breaks_the_cache(device):
         feed(model, cache, torch.full((1, 1), 20), 96)
     with pytest.raises(ConfigError, match="cache must be reset after a call that failed"):
         feed(model, cache, torch.full((1, 1), 20), 96)
-    assert entry_of(model).later == []
+    assert cache.omnisparse_later == []
+
+
+def test_a_call_that_ends_before_the_decoder_leaves_nothing_to_the_next(device):
+    """Its mask is of other lengths: whoever ran next would select by it."""
+    from omnisparse_flex.entry import entry_of
+
+    model, cache, _ = started(device)
+
+    def refuse(*_):
+        raise RuntimeError("not now")
+
+    hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="not now"):
+        feed(model, cache, torch.full((1, 1), 20), 96)
+    hook.remove()
+    other = prompt(device, (150,), spans=((10, 100),))
+    with torch.no_grad():
+        model(**other)
+    assert entry_of(model).state.visual.shape == (1, 150)
+    feed(model, cache, torch.full((1, 1), 20), 96)
+    assert cache.omnisparse_later == [] and cache._omnisparse_visual.shape == (1, 97)
+
+
+def test_a_refused_thread_takes_nothing_from_the_call_in_progress(device):
+    import threading
+
+    from omnisparse_flex import ConfigError
+
+    model, cache, _ = started(device)
+    other, _ = recording(model)
+    with torch.no_grad():
+        model(**prompt(device, (90,), spans=SPAN), past_key_values=other)
+    feed(model, other, prompt(device, (6,), 3, spans=())["input_ids"], 90)
+    feed_, refused = cache.replay._feed, []
+
+    def meanwhile(call):
+        def run():
+            with pytest.raises(ConfigError) as error:
+                feed(model, other, torch.full((1, 1), 21), 96)
+            refused.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        feed_(call)
+
+    cache.replay._feed = meanwhile
+    feed(model, cache, torch.full((1, 1), 20), 96)
+    assert refused and cache._omnisparse_visual.shape == (1, 97)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -54,6 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--known", default=",".join(KNOWN), help="what of a question is known to the slim cache")
     parser.add_argument("--dense-layers", type=int, default=0, help="first layers that stay dense")
     parser.add_argument("--omnisparse", type=json.loads, default={}, help="further config fields as JSON")
+    parser.add_argument("--tag", default="", help="told behind a family's name: tells rows of other rules apart")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing new after this time")
     parser.add_argument("--figures", action="store_true", help="record the summary's figures from what there is")
     return parser.parse_args(arguments)
@@ -74,8 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         families = {part: family_of(part) for part in parts if part not in ("dense", "slim")}
         pairs = [pair.partition("=")[::2] for pair in options.checkpoint]
         todo = Comparison(
-            options.out, options.videos, options.tokens, recalls, options.dense_layers, options.omnisparse, ratios
-        )
+            options.out, options.videos, options.tokens, recalls, options.dense_layers, options.omnisparse, ratios,
+            options.tag,
+        )  # fmt: skip
         models = {name: load_model(Path(directory), device) for name, directory in pairs}
         sizes = {str(checkpoint.read_record(Path(directory))["sizes"]) for _, directory in pairs}
         require(len(sizes) == 1, "checkpoint", "be of one model config", sorted(sizes))

@@ -40,6 +40,7 @@ class Comparison:
         dense_layers: First layers that stay dense.
         base: Fields of every sparse config.
         ratios: Full cache over slim cache.
+        tag: Tells rows of these rules from rows of others in one folder: ``"OmniSparse, 64 rows"``; "": none.
         deadline: Time (``time.monotonic``) after which no further run is begun.
     """
 
@@ -50,6 +51,7 @@ class Comparison:
     dense_layers: int
     base: dict[str, Any]
     ratios: tuple[float, ...] = (2.4, 4.0, 8.0)
+    tag: str = ""
     deadline: float = float("inf")
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -91,20 +93,21 @@ class Comparison:
             remove_omnisparse(model)
 
     def _sparse(self, family: Family, name: str, model: Any, length: int, stats: Stats, recall: float) -> None:
-        label, target = f"{family.name} at recall {recall:g}", recall
+        own, plain = (f"{x}, {self.tag}" if self.tag else x for x in (family.name, "OmniSparse"))
+        label, target = f"{own} at recall {recall:g}", recall
         if family.recalls is not None:
-            label = family.name
+            label = own
         if time.monotonic() > self.deadline or self.find(name, length, label):
             return
         if family.control is not None:
-            model_row = self.find(name, length, f"OmniSparse at recall {recall:g}")
+            model_row = self.find(name, length, f"{plain} at recall {recall:g}")
             if model_row is None:
                 return
             target = match_density(lambda x: self._density(model, length, stats, x), model_row["density"])
         self._set_target(model, target)
         ask = lambda: self._ask(model, length) | {"density": stats.density}  # noqa: E731
         config = {**self.base, **family.fields}
-        self._once(name, length, label, ask, family=family.name, target=target, config=config)
+        self._once(name, length, label, ask, family=own, target=target, config=config)
 
     def run_slim(self, weights: Weights, model: Any, lengths: list[int], how: tuple[str, ...] = KNOWN) -> None:
         """The cache alone, after dense prefill, in the weights' dtype on a CPU and in bfloat16 on a GPU."""

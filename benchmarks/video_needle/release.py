@@ -51,8 +51,7 @@ def release(directory: Path, out: Path, rows: Sequence[dict[str, Any]] = ()) -> 
     told |= {"words": list(WORDS), "sha256": _hash(out / WEIGHTS), "held_out": record["held_out"][-1:]}
     (out / FACTS).write_text(json.dumps(told, indent=1) + "\n")
     megabytes = (out / WEIGHTS).stat().st_size / 2**20
-    own = [row for row in rows if row["checkpoint"] == directory.name]
-    (out / CARD).write_text(_card(told, count_parameters(model), megabytes, own))
+    (out / CARD).write_text(_card(told, count_parameters(model), megabytes, rows, directory.name))
 
 
 def _runs(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,7 +111,7 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _card(facts: dict[str, Any], parameters: int, megabytes: float, rows: Sequence[dict[str, Any]]) -> str:
+def _card(facts: dict[str, Any], parameters: int, megabytes: float, rows: Sequence[dict[str, Any]], name: str) -> str:
     lines = [
         "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# Video needle, a small video-MLLM\n",
         f"Stock `Qwen2_5_VLForConditionalGeneration`, {parameters / 1e6:.1f} M parameters, {megabytes:.1f} MiB in",
@@ -128,12 +127,14 @@ def _card(facts: dict[str, Any], parameters: int, megabytes: float, rows: Sequen
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     last = facts["runs"][-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    lines.append(f"\n{versions}. Everything follows from seed {last['schedule']['seed']}.\n")
+    seed = last["schedule"]["seed"]
+    lines.append(f"\n{versions}. First weights and data follow from seed {seed}; on a GPU sums may round")
+    lines.append("differently from run to run, and a run with fewer steps than planned was stopped by its clock.\n")
     lines += [f"Held-out videos, {x['length']} tokens: {describe(x['accuracy'])}.\n" for x in facts["held_out"]]
     if rows:
         from video_needle.report import table
 
-        lines += ["Test videos, dense and sparse:\n", table(list(rows)), ""]
+        lines += ["Test videos, dense and sparse:\n", table(list(rows), name), ""]
     lines += [
         "`omnisparse-flex demo --weights` this folder asks it about a generated clip. Trained on frames of Big Buck",
         "Bunny ((c) Blender Foundation, CC BY 3.0) and of the clips `bikes` and `carphone`, shrunk and recoloured.",

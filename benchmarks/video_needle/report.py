@@ -51,18 +51,24 @@ def behind(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, fl
 
 
 def find(rows: list[dict[str, Any]], checkpoint: str, length: int, family: str) -> list[dict[str, Any]]:
-    """Rows of one checkpoint, length and family, the densest first."""
-    found = [r for r in rows if (r["checkpoint"], r["length"], r["family"]) == (checkpoint, length, family)]
+    """Rows of one checkpoint, length and family, whatever their tag, the densest first."""
+    own = [row for row in rows if (row["checkpoint"], row["length"]) == (checkpoint, length)]
+    found = [row for row in own if row["family"] == family or row["family"].startswith(f"{family}, ")]
     return sorted(found, key=lambda row: -row["density"])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown; each against its own checkpoint's dense inference, and against the first checkpoint's."""
+def table(rows: list[dict[str, Any]], only: str | None = None) -> str:
+    """The rows in Markdown; each against its own checkpoint's dense inference, and against the first checkpoint's.
+
+    Args:
+        rows: All there are.
+        only: The checkpoint whose rows are shown; None: all.
+    """
     lines = [
         "| checkpoint | tokens | inference | density | cache | accuracy | behind its own dense | behind dense |",
         "|---|---:|---|---:|---:|---|---|---|",
     ]
-    for row in rows:
+    for row in (row for row in rows if only in (None, row["checkpoint"])):
         low, high = (100 * x for x in row["interval"])
         name = row["inference"]
         cache = f"{row['kv_ratio']:.2f}x" if row.get("wanted_ratio") else ""
@@ -102,9 +108,7 @@ def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY, **mea
     figures: dict[str, tuple[float, str, str]] = {"video.chance": (MEAN_CHANCE, "share, 0-1", "mean over kinds")}
 
     def best(checkpoint: str, family: str, length: int = TRAINED) -> dict[str, Any] | None:
-        own = [r for r in rows if (r["checkpoint"], r["length"]) == (checkpoint, length)]
-        own = [r for r in own if r["family"].split(",")[0] == family]  # "OmniSparse, 64 rows" too
-        own = [r for r in own if family == "dense" or r["density"] <= DENSITY]
+        own = [r for r in find(rows, checkpoint, length, family) if family == "dense" or r["density"] <= DENSITY]
         return max(own, key=lambda row: (row["accuracy"], -row["density"]), default=None)
 
     def accuracy(name: str, row: dict[str, Any] | None) -> None:
