@@ -208,8 +208,8 @@ def test_user_visual_mask_is_checked_per_call(device):
 
 def test_stats_and_density(device):
     model = build("llama", device, **text_config(num_hidden_layers=2))
-    config = OmniSparseConfig(target_recall=(1.0, 0.5), lazy_threshold=None, sink_size=16, window_size=16)
-    apply_omnisparse(model, config, min_seq_len=0, inner="aot_eager")
+    rules = {"lazy_threshold": None, "sink_size": 16, "window_size": 16, "last_rows": 0}
+    apply_omnisparse(model, OmniSparseConfig(target_recall=(1.0, 0.5), **rules), min_seq_len=0, inner="aot_eager")
     with torch.no_grad(), collect_stats(model, exact=True, maps=True) as stats:
         model(**batch((900,), device))
     (layer,) = stats.per_layer()

@@ -123,7 +123,7 @@ def test_the_picture_shows_what_was_measured(bench, tmp_path):
     found = {(kernel, point[0]): point for kernel, points in plot.series(content).items() for point in points}
     assert found.keys() == rows.keys()
     for name, (_, call, on_device) in found.items():
-        assert call == pytest.approx(rows[name]["speedup"]) and on_device > 0.98 * call
+        assert call == pytest.approx(rows[name]["speedup"]) and on_device > 0.95 * call
     plot.draw(content, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 

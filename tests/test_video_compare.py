@@ -89,7 +89,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
     for name in ("dense", "sparse"):
         sparse = new[name, "OmniSparse at recall 0.5"]
         assert 0 < sparse["density"] < 1.1, "so short a video keeps nearly all, and scores count too"
-        assert new[name, "random at recall 0.5"]["density"] >= sparse["density"]
+        assert new[name, "random at recall 0.5"]["density"] >= min(sparse["density"], 1), "it has no scores to count"
         assert new[name, "query selection alone"]["density"] > sparse["density"]
     with pytest.raises(ConfigError, match="out must hold rows of at least 9 videos, got 4"):
         compare.Comparison(tmp_path / "out", 9, 1024, (), 0, {})
@@ -148,6 +148,6 @@ def test_step_times_are_of_the_same_batch_dense_and_sparse(tmp_path):
     assert step_time.main([*line, "--omnisparse", '{"target_recall": 0.5}']) == 0
     found = json.loads((tmp_path / "step_time.json").read_text())
     assert found["query"] == [1, 2, 512 + 26, 32] and found["key"] == [1, 1, 512 + 26, 32]
-    assert 0 < found["density"] < 1
+    assert 0 < found["density"] < 1.1
     assert all(found[part][how] > 0 for part in ("step_ms", "attention_ms") for how in ("dense", "sparse"))
     assert step_time.main([*line, "--omnisparse", '{"target_recall": 5}']) == 2
