@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreter import needs_scalars, run_interpreted
 
 from omnisparse_flex.masks import blocks
 from omnisparse_flex.masks.blocks import block_lists
@@ -84,18 +80,6 @@ def test_the_kernel_on_the_gpu(shape, density):
     assert blocks._kernel()(*(x.expand(shape) for x in maps(shape, "cuda"))) is not None
 
 
-def _interprets() -> bool:
-    """From 2.4 on, numpy refuses what the interpreter of Triton 3.6 does with scalars."""
-    new = tuple(int(x) for x in numpy.__version__.split(".")[:2]) >= (2, 4)
-    return importlib.util.find_spec("triton") is not None and not new
-
-
-@pytest.mark.skipif(not _interprets(), reason="needs Triton, and a numpy that its interpreter can use")
+@needs_scalars
 def test_in_the_interpreter():
-    """A process of its own: Triton decides when it is imported."""
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parent), str(here), *sys.path])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    code = "import test_block_lists; test_block_lists.check_interpreted()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_interpreted("test_block_lists", "check_interpreted()")

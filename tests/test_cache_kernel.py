@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import needs_interpreter, run_interpreted
 
 CASES = [  # B, Hkv, group, D, keys of the two rectangles, tail, with padding
     (1, 4, 7, 128, (300, 90), 5, False),
@@ -85,15 +81,9 @@ def test_on_the_gpu():
     check("cuda")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@needs_interpreter
 def test_in_the_interpreter():
-    """A process of its own: Triton decides when it is imported."""
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parent), str(here), *sys.path])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    code = "import test_cache_kernel; test_cache_kernel.check('cpu')"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_interpreted("test_cache_kernel", "check('cpu')")
 
 
 @pytest.mark.gpu
