@@ -15,8 +15,9 @@ from omnisparse_flex.masks.capture import Captures
 from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
-from omnisparse_flex.masks.select import BLOCK, at_centres, dense_selection, grid_of, select_blocks
+from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, grid_of, select_blocks
 from omnisparse_flex.sink_copies import original, spread
+from omnisparse_flex.select_op import call_select_op
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import attend_tokens
 from omnisparse_flex.token_op import call_token_op
@@ -146,10 +147,16 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
     """The kept and the full block maps of a site."""
     if site.config is None:
         return dense_selection(query, key, site.mask)
-    adjust = None
-    if site.changes_scores:
-        adjust = at_centres(grid_of(query, key), site.plain_score)
-    selection = select_blocks(
+    selection = call_select_op(query, key, site) if site.rules else _select(query, key, scale, site)
+    if site.write is not None:
+        site.write(site.measured(selection, query, key))
+    return selection.keep, selection.layout.full
+
+
+def _select(query: Tensor, key: Tensor, scale: float, site: Site) -> BlockSelection:
+    assert site.config is not None
+    adjust = at_centres(grid_of(query, key), site.plain_score) if site.changes_scores else None
+    return select_blocks(
         query,
         key,
         site.mask,
@@ -161,9 +168,6 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
         adjust=adjust,
         layout=site.layout,
     )
-    if site.write is not None:
-        site.write(site.measured(selection, query, key))
-    return selection.keep, selection.layout.full
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

@@ -232,6 +232,11 @@ def _compile(
     return cast(CompiledFn, compile_fx(graph_module, list(inputs), config_patches=patches))
 
 
+def compile_graph(graph_module: GraphModule, inputs: Sequence[Any]) -> CompiledFn:
+    """Inductor as models go through it, for a graph in which there is nothing to rewrite."""
+    return _compile(graph_module, inputs, "inductor", _device_of(inputs))
+
+
 def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
     return (x for x in inputs if isinstance(x, Tensor))
 

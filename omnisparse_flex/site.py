@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ class Site:
         layout: The part of the selection that layers of one mask share; None: made here.
         write: Called with what the selection left behind, to record statistics; or None.
         exact: ``write`` wants true recalls too.
-        rules: Name under which ``token_op`` knows this site's constants, where a graph is traced; or "".
+        rules: Name under which the operators know this site's constants, where a graph is traced; or "".
     """
 
     config: OmniSparseConfig | None
@@ -92,3 +93,39 @@ class Site:
         """``score`` over the site's own buffers, outside a kernel and without gradients."""
         load = plain_load([x.detach() for x in self.bias_buffers])
         return self.score(load, score, b, h, q, kv, *self.score_buffers)
+
+
+#: Sites without tensors, by name.
+_SITES: dict[str, Site] = {}
+
+
+def register(site: Site) -> str:
+    """Keep what is constant about a site.
+
+    Args:
+        site: Any site with a ``MaskProgram``; its tensors are left out.
+
+    Returns:
+        Its name: the same in every process, for the same constants, unless the site holds a function of its own.
+    """
+    assert isinstance(site.mask, MaskProgram)
+    bare = dataclasses.replace(
+        site,
+        mask=MaskProgram(site.mask.expr),
+        target=1.0,
+        score_buffers=(),
+        bias_buffers=(),
+        visual=None,
+        q_offset=0,
+        layout=None,
+        write=None,
+        exact=False,
+    )
+    name = hashlib.sha256(repr(bare).encode()).hexdigest()[:16]
+    _SITES[name] = bare
+    return name
+
+
+def registered(name: str) -> Site:
+    """The site without tensors that ``register`` was given."""
+    return _SITES[name]

@@ -8,7 +8,6 @@ a site lies in a registry, under a name that spells it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from omnisparse_flex.masks.layout import Layout
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import STATS, Measured
 from omnisparse_flex.masks.select import grid_of
-from omnisparse_flex.site import Site
+from omnisparse_flex.site import Site, registered
 from omnisparse_flex.token_attention import attend_tokens
 
 _lib = torch.library.Library("omnisparse", "FRAGMENT")
@@ -28,37 +27,6 @@ _TENSORS = (
 # record: 0 = nothing, 1 = statistics and picture, 2 = true recalls too.
 _lib.define(f"attend_tokens({_TENSORS}, int record) -> (Tensor, Tensor, Tensor, Tensor)")
 _lib.define(f"attend_tokens_backward(Tensor grad, {_TENSORS}) -> (Tensor, Tensor, Tensor)")
-
-#: Sites without tensors, by name.
-_SITES: dict[str, Site] = {}
-
-
-def register(site: Site) -> str:
-    """Keep what is constant about a site.
-
-    Args:
-        site: Any site with a ``MaskProgram``; its tensors are left out.
-
-    Returns:
-        Its name: the same in every process, for the same constants, unless the site holds a function of its own.
-    """
-    assert isinstance(site.mask, MaskProgram)
-    bare = dataclasses.replace(
-        site,
-        mask=MaskProgram(site.mask.expr),
-        target=1.0,
-        score_buffers=(),
-        bias_buffers=(),
-        visual=None,
-        q_offset=0,
-        layout=None,
-        write=None,
-        exact=False,
-    )
-    name = hashlib.sha256(repr(bare).encode()).hexdigest()[:16]
-    _SITES[name] = bare
-    return name
-
 
 def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     """``attend_tokens`` through the operator; the arguments are the same."""
@@ -94,7 +62,7 @@ def _site(
     bias_buffers: list[Tensor],
     rules: str,
 ) -> Site:
-    bare = _SITES[rules]
+    bare = registered(rules)
     assert isinstance(bare.mask, MaskProgram)
     return dataclasses.replace(
         bare,

@@ -20,7 +20,7 @@ from omnisparse_flex.masks.select import grid_of
 from omnisparse_flex.passes.cacheable import importable
 from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations, shape_of, value_of
 from omnisparse_flex.site import Site as AttentionSite
-from omnisparse_flex.token_op import register
+from omnisparse_flex.site import register
 
 
 def lower(rewrite: Rewrite) -> None:
@@ -121,7 +121,8 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
         "kernel_options": options,
     }
     expr, offset, layer, target = site.expr, site.offset, site.layer, config.recall_of(site.layer)
-    if config.granularity == "token" and not dense:
+    plain = site.mods is None and site.bias is None and site.softcap == 0
+    if not dense and (config.granularity == "token" or (settings.lists and plain)):
         fixed["rules"] = register(AttentionSite(mask=MaskProgram(expr), **fixed))
 
     def call(

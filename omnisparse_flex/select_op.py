@@ -1,0 +1,134 @@
+"""The choice of blocks as one operator, compiled once for all layers.
+
+Layers differ in their tensors alone. Written into the graph, the selection is lowered by Inductor in
+every layer anew, some eighty kernels each time, which is most of what a model takes to compile. Here
+the graph holds one opaque operator, and behind it lies one graph of its own for each set of rules.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import types
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.masks.layout import Layout
+from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.select import BlockSelection, grid_of, select_blocks
+from omnisparse_flex.site import Site, registered
+
+_lib = torch.library.Library("omnisparse", "FRAGMENT")
+# record: all of the selection, for statistics; else ``keep`` alone, and the rest empty.
+_lib.define(
+    "select_blocks(Tensor query, Tensor key, Tensor[] layout, Tensor target, Tensor[] mask_buffers, str rules, "
+    "bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+#: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
+_PARTS = (
+    ("keep", torch.bool, True),
+    ("mass", torch.float32, True),
+    ("needs", torch.int64, False),
+    ("budget", torch.int64, False),
+    ("active", torch.bool, False),
+    ("lazy", torch.bool, False),
+    ("overflow", torch.bool, False),
+)
+
+
+def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
+    """``select_blocks`` through the operator.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        site: A site with a layout and a name for its rules, whose logits are plain products.
+
+    Returns:
+        The selection; without ``site.write`` everything but ``keep`` and ``layout`` is empty.
+    """
+    assert site.layout is not None and isinstance(site.mask, MaskProgram)
+    parts = torch.ops.omnisparse.select_blocks(
+        query,
+        key,
+        list(site.layout),
+        torch.as_tensor(site.target, dtype=torch.float32, device=query.device),
+        list(site.mask.buffers),
+        site.rules,
+        site.write is not None,
+    )
+    return BlockSelection(layout=site.layout, **{name: x for (name, *_), x in zip(_PARTS, parts, strict=True)})
+
+
+def _select(
+    query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, buffers: Sequence[Tensor], rules: str,
+    record: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    run = compiled(rules, record, len(layout))
+    # Grad mode and autocast are part of Dynamo's guards: one state, whoever calls. The inputs have followed autocast.
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        made = run(query.detach(), key.detach(), target, *layout, *buffers)
+    blank = (query.new_empty(0, dtype=dtype) for _, dtype, _ in _PARTS[len(made) :])
+    return (*made, *blank)
+
+
+def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The selection by its rules' name, a function of tensors alone."""
+    site = registered(rules)
+    assert site.config is not None and isinstance(site.mask, MaskProgram)
+    config, expr, scale = site.config, site.mask.expr, site.scale
+    names = [name for name, *_ in _PARTS] if record else ["keep"]
+
+    def select(query: Tensor, key: Tensor, target: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        chosen = select_blocks(
+            query,
+            key,
+            MaskProgram(expr, rest[maps:]),
+            config,
+            target=target,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            layout=Layout(*rest[:maps]),
+        )
+        # Copies: an operator's results may not share memory with its inputs, nor with each other.
+        return tuple(torch.ops.omnisparse.realize(getattr(chosen, name)) for name in names)
+
+    return select
+
+
+@functools.cache
+def compiled(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
+    """One graph for all layers with these rules; compiled when first called, and again for a second length."""
+    from omnisparse_flex.backend import compile_graph
+    from omnisparse_flex.passes.cacheable import importable
+
+    function = _plain(rules, record, maps)
+    assert isinstance(function, types.FunctionType)
+    # Dynamo takes it for one call, which AOTAutograd traces through: as in a model's graph.
+    function = torch.compiler.allow_in_graph(importable(function, rules))
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return FUNCTION(*tensors)  # noqa: F821
+
+    name = "omnisparse_select"
+    own = types.FunctionType(run.__code__.replace(co_name=name), {"__builtins__": builtins, "FUNCTION": function}, name)
+    return torch.compile(own, backend=compile_graph, fullgraph=True)
+
+
+def _fake(
+    query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, buffers: Sequence[Tensor], rules: str,
+    record: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    grid = grid_of(query, key)
+    shape = (query.shape[0], key.shape[1], grid.q_blocks, grid.kv_blocks)
+    wanted = len(_PARTS) if record else 1
+    return tuple(
+        query.new_empty((shape if keys else shape[:3]) if i < wanted else (0,), dtype=dtype)
+        for i, (_, dtype, keys) in enumerate(_PARTS)
+    )
+
+
+_lib.impl("select_blocks", _select, "CompositeExplicitAutograd")
+torch.library.register_fake("omnisparse::select_blocks", _fake, lib=_lib)
