@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from omnisparse_flex import sink_copies
+from omnisparse_flex import select_op, sink_copies
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
@@ -17,7 +17,6 @@ from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, grid_of, select_blocks
 from omnisparse_flex.sink_copies import original, spread
-from omnisparse_flex.select_op import call_select_op
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import attend_tokens
 from omnisparse_flex.token_op import call_token_op
@@ -147,7 +146,8 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
     """The kept and the full block maps of a site."""
     if site.config is None:
         return dense_selection(query, key, site.mask)
-    selection = call_select_op(query, key, site) if site.rules else _select(query, key, scale, site)
+    once = site.rules and query.device.type in select_op.DEVICES
+    selection = select_op.call_select_op(query, key, site) if once else _select(query, key, scale, site)
     if site.write is not None:
         site.write(site.measured(selection, query, key))
     return selection.keep, selection.layout.full

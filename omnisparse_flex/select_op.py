@@ -27,6 +27,8 @@ _lib.define(
     "bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+#: Where graphs call the operator. Not on CUDA, where it has not been run yet: there the selection is part of the graph.
+DEVICES = ("cpu",)
 #: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
 _PARTS = (
     ("keep", torch.bool, True),

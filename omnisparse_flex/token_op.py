@@ -28,6 +28,7 @@ _TENSORS = (
 _lib.define(f"attend_tokens({_TENSORS}, int record) -> (Tensor, Tensor, Tensor, Tensor)")
 _lib.define(f"attend_tokens_backward(Tensor grad, {_TENSORS}) -> (Tensor, Tensor, Tensor)")
 
+
 def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     """``attend_tokens`` through the operator; the arguments are the same."""
     device = query.device

@@ -14,6 +14,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from omnisparse_flex import select_op
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks import select
 
@@ -65,11 +66,13 @@ def scoring(name: str | None) -> Iterator[None]:
     require(name in SCORERS, "control", f"be one of {', '.join(SCORERS)}", name)
     known = select.SCORERS["mean_pool"]
     select.SCORERS["mean_pool"] = SCORERS[name]
+    select_op.compiled.cache_clear()
     try:
         with torch._functorch.config.patch(enable_autograd_cache=False):
             yield
     finally:
         select.SCORERS["mean_pool"] = known
+        select_op.compiled.cache_clear()
 
 
 def match_density(density_at: Callable[[float], float], wanted: float, tries: int = 8) -> float:
