@@ -29,6 +29,8 @@ _lib.define(
 
 #: Where graphs call the operator. Not on CUDA, where it has not been run yet: there the selection is part of the graph.
 DEVICES = ("cpu",)
+#: Graphs for one set of rules (a length, all lengths, one row and several, ...); past it the selection runs uncompiled.
+RECOMPILE_LIMIT = 32
 #: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
 _PARTS = (
     ("keep", torch.bool, True),
@@ -70,8 +72,9 @@ def _select(
     record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     run = compiled(rules, record, len(layout))
+    limits = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
     # Grad mode and autocast are part of Dynamo's guards: one state, whoever calls. The inputs have followed autocast.
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False), limits:
         made = run(query.detach(), key.detach(), target, *layout, *buffers)
     blank = (query.new_empty(0, dtype=dtype) for _, dtype, _ in _PARTS[len(made) :])
     return (*made, *blank)
@@ -116,7 +119,7 @@ def compiled(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor,
 
     name = "omnisparse_select"
     own = types.FunctionType(run.__code__.replace(co_name=name), {"__builtins__": builtins, "FUNCTION": function}, name)
-    return torch.compile(own, backend=compile_graph, fullgraph=True)
+    return torch.compile(own, backend=compile_graph)
 
 
 def _fake(
