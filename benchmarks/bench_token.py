@@ -31,7 +31,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.expr import causal
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import BLOCK
-from omnisparse_flex.site import Site
+from omnisparse_flex.site import Site, register
 from omnisparse_flex.timing import milliseconds
 from omnisparse_flex.token_attention import (
     attend_and_select,
@@ -41,7 +41,7 @@ from omnisparse_flex.token_attention import (
     segments_of_site,
     takes_kernels,
 )
-from omnisparse_flex.token_op import call_token_op, register
+from omnisparse_flex.token_op import call_token_op
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADS, KV_HEADS, DIM = 28, 4, 128

@@ -6,20 +6,19 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from omnisparse_flex import kernel_choice
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost import Shape, costs_of, expected_share
 from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.inductor import CompiledFn, compile_graph, device_of, tensors_of
 from omnisparse_flex.kernel_choice import KERNELS, has_flash
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
-from omnisparse_flex.passes.cacheable import cacheable_functions
 from omnisparse_flex.passes.rewrite import Site, shape_of
 from omnisparse_flex.report import RewriteReport, SiteReport
 
@@ -27,8 +26,6 @@ INNERS = ("auto", "inductor", "aot_eager", "eager")
 
 #: Queries below which a device that was never measured stays dense. Our choice: twice what an H200 needs.
 UNMEASURED = 16384
-
-CompiledFn = Callable[..., Any]
 
 
 @dataclasses.dataclass(eq=False)
@@ -97,7 +94,7 @@ class Backend:
 
     def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CompiledFn:
         """Rewrite one captured graph and hand it to the inner compiler."""
-        device, needs_grad = _device_of(inputs), _needs_grad(inputs)
+        device, needs_grad = device_of(inputs), _needs_grad(inputs)
         inner = self.inner_for(device, needs_grad)
         settings = Settings(
             config=self.config,
@@ -109,7 +106,7 @@ class Backend:
         read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]
         around = self.log.on_graph(self.log.graphs) if self.log.on_graph else contextlib.nullcontext()
         with around:
-            compiled = _compile(graph_module, inputs, inner, device, **kwargs)
+            compiled = _compile(graph_module, inputs, inner, kwargs.get("mode"))
         # Only now: the inner compiler may raise to make Dynamo start over with other sizes.
         log, number = self.log, self.log.graphs
         self._record(rewrite, inner)
@@ -211,44 +208,17 @@ def site_report(site: Site, graph: int) -> SiteReport:
     return SiteReport(graph, site.layer, site.path, site.kind, f"({shape})", int(kv_heads), reason)
 
 
-def _compile(
-    graph_module: GraphModule, inputs: Sequence[Any], inner: str | CompiledFn, device: torch.device, **kwargs: Any
-) -> CompiledFn:
-    if inner != "inductor":
-        from torch._dynamo.backends.registry import lookup_backend  # not at import: it loads every compiler
+def _compile(graph_module: GraphModule, inputs: Sequence[Any], inner: str | CompiledFn, mode: str | None) -> CompiledFn:
+    if inner == "inductor":
+        return compile_graph(graph_module, inputs, mode)
+    from torch._dynamo.backends.registry import lookup_backend  # not at import: it loads every compiler
 
-        compiler = inner if callable(inner) else lookup_backend(inner)
-        return cast(CompiledFn, compiler(graph_module, list(inputs)))
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    # The cache's key holds this option, and with it our source.
-    patches: dict[str, Any] = {"unsafe_marked_cacheable_functions": cacheable_functions(graph_module)}
-    if mode := kwargs.get("mode"):
-        patches.update(list_mode_options(mode))
-    if device.type == "cpu":
-        # The C++ flex template takes no epilogue, and a fused one fails to compile.
-        patches["epilogue_fusion"] = False
-    return cast(CompiledFn, compile_fx(graph_module, list(inputs), config_patches=patches))
-
-
-def compile_graph(graph_module: GraphModule, inputs: Sequence[Any]) -> CompiledFn:
-    """Inductor as models go through it, for a graph in which there is nothing to rewrite."""
-    return _compile(graph_module, inputs, "inductor", _device_of(inputs))
-
-
-def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
-    return (x for x in inputs if isinstance(x, Tensor))
-
-
-def _device_of(inputs: Sequence[Any]) -> torch.device:
-    devices = [x.device for x in _tensors(inputs)]
-    cuda = [d for d in devices if d.type != "cpu"]
-    return cuda[0] if cuda else torch.device("cpu")
+    compiler = inner if callable(inner) else lookup_backend(inner)
+    return cast(CompiledFn, compiler(graph_module, list(inputs)))
 
 
 def _needs_grad(inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(inputs))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(inputs))
 
 
 def _check_flash(kernel: str) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from omnisparse_flex.cacheable import importable
+from omnisparse_flex.inductor import compile_graph
 from omnisparse_flex.masks.layout import Layout
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import BlockSelection, grid_of, select_blocks
@@ -27,10 +29,12 @@ _lib.define(
     "bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-#: Where graphs call the operator. Not on CUDA, where it has not been run yet: there the selection is part of the graph.
-DEVICES = ("cpu",)
+#: Where graphs call the operator.
+DEVICES = ("cpu", "cuda")
 #: Graphs for one set of rules (a length, all lengths, one row and several, ...); past it the selection runs uncompiled.
 RECOMPILE_LIMIT = 32
+#: What a graph of the selection calls; each has globals of its own, which hold its own.
+FUNCTION: Callable[..., tuple[Tensor, ...]]
 #: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
 _PARTS = (
     ("keep", torch.bool, True),
@@ -106,9 +110,6 @@ def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, .
 @functools.cache
 def compiled(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
     """One graph for all layers with these rules; compiled when first called, and again for a second length."""
-    from omnisparse_flex.backend import compile_graph
-    from omnisparse_flex.passes.cacheable import importable
-
     function = _plain(rules, record, maps)
     assert isinstance(function, types.FunctionType)
     # Dynamo takes it for one call, which AOTAutograd traces through: as in a model's graph.

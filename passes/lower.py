@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from omnisparse_flex.attention import attend, autocast_dtype, scalar
+from omnisparse_flex.cacheable import importable
 from omnisparse_flex.kernel_choice import Options, kernel_options
 from omnisparse_flex.masks.expr import Const, Expr, Load
 from omnisparse_flex.masks.layout import Layout, block_layout
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import Measured
 from omnisparse_flex.masks.select import grid_of
-from omnisparse_flex.passes.cacheable import importable
 from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations, shape_of, value_of
 from omnisparse_flex.site import Site as AttentionSite
 from omnisparse_flex.site import register

@@ -12,7 +12,7 @@ from torch.package import sys_importer
 
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.passes.cacheable import importable
+from omnisparse_flex.cacheable import importable
 
 
 def make(constant: object) -> types.FunctionType:
@@ -58,7 +58,7 @@ def test_the_cache_is_hit_by_the_same_rules_only() -> None:
     again, warm = compile_and_run(OmniSparseConfig(budget=0, lazy_threshold=None, sink_size=0, window_size=1))
     wider, other = compile_and_run(OmniSparseConfig(budget=128, lazy_threshold=None, sink_size=0, window_size=1))
     assert "autograd_cache_bypass" not in cold
-    assert warm.get("autograd_cache_hit") == 1
+    assert warm.get("autograd_cache_hit") == 2, "the graph, and the choice of blocks"
     assert "autograd_cache_hit" not in other
     assert torch.equal(first, again)
     assert not torch.equal(first, wider)

@@ -84,8 +84,8 @@ def test_all_layers_share_one_graph(monkeypatch):
         graphs.append(graph_module)
         return inner(graph_module, inputs)
 
-    inner = backend.compile_graph
-    monkeypatch.setattr(backend, "compile_graph", compile_graph)
+    inner = select_op.compile_graph
+    monkeypatch.setattr(select_op, "compile_graph", compile_graph)
     model = build("llama", "cpu", num_hidden_layers=3)
     ids = torch.randint(10, 180, (1, 600), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

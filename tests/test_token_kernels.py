@@ -22,9 +22,9 @@ from omnisparse_flex.masks.segments import segments_of, tokens_of_blocks
 from omnisparse_flex.masks.select import BLOCK, grid_of
 from omnisparse_flex.masks.tokens import kept_pairs
 from omnisparse_flex.reference import materialize_mask
-from omnisparse_flex.site import Site
+from omnisparse_flex.site import Site, register
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle
-from omnisparse_flex.token_op import call_token_op, register
+from omnisparse_flex.token_op import call_token_op
 
 CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
 SMALL = [AttentionShape(1, 1, 2, 520, 520, 16), AttentionShape(2, 2, 1, 140, 520, 16)]

@@ -7,9 +7,9 @@ import torch
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.expr import Const, causal
 from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.site import Site
+from omnisparse_flex.site import Site, register
 from omnisparse_flex.testing import AttentionShape
-from omnisparse_flex.token_op import call_token_op, register
+from omnisparse_flex.token_op import call_token_op
 
 CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
 
