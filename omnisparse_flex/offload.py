@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 #: Tokens copied to the host at a time: what a copy needs on the device beside the layer itself.
-CHUNK = 8192
+CHUNK = 2048
 #: Copies to the host under way at a time.
 IN_FLIGHT = 16
 

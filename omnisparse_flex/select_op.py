@@ -77,8 +77,9 @@ def _select(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     run = compiled(rules, record, len(layout))
     limits = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
-    # Grad mode and autocast are part of Dynamo's guards: one state, whoever calls. The inputs have followed autocast.
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False), limits:
+    # Dynamo guards on grad mode, autocast and dispatch keys: one state for all. The inputs have followed autocast.
+    below = torch._C._AutoDispatchBelowADInplaceOrView()  # where a first call is, and later ones are not
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False), below, limits:
         made = run(query.detach(), key.detach(), target, *layout, *buffers)
     blank = (query.new_empty(0, dtype=dtype) for _, dtype, _ in _PARTS[len(made) :])
     return (*made, *blank)

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.gpu
 #: Two tensors of 32 MiB in each layer, beside weights and activations of a narrow model.
 LAYERS, TOKENS, HEADS, DIM = 8, 16384, 8, 128
 LAYER_BYTES = 2 * TOKENS * HEADS * DIM * 2
+#: What reading a pattern takes beside them, and the copies to the host that are under way.
+ROOM = LAYER_BYTES // 8
 WIDE = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": DIM, "max_position_embeddings": 32768}
 NARROW = {"hidden_size": 256, "intermediate_size": 256}
 
@@ -58,5 +60,5 @@ def test_a_prefill_peaks_below_slim_cache_and_one_full_layer(offload):
     peak, cache = peak_of(slimmed)
     report = cache.memory_report()
     assert report.full == LAYERS * LAYER_BYTES and report.ratio > 4 and (report.host > 0) == offload
-    bound = alone + report.device + LAYER_BYTES
+    bound = alone + report.device + LAYER_BYTES + ROOM
     assert peak <= bound < whole, (peak, bound, whole)

