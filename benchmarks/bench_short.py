@@ -31,7 +31,7 @@ RULES = OmniSparseConfig(budget=2 * K)
 DENSE = OmniSparseConfig(target_recall=1.0)
 BATCHES = (1, 4)
 #: In K tokens; 4 rows of the longest do not fit beside the dense decoder's own intermediate results.
-LENGTHS = {1: (1, 2, 4, 6, 8, 12, 16, 32, 64), 4: (1, 2, 4, 8, 16)}
+LENGTHS = {1: (1, 2, 4, 8, 12, 16, 32, 64, 128), 4: (1, 2, 4, 8, 16)}
 KINDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
