@@ -43,11 +43,15 @@ def importable(function: FunctionType, *ambient: object) -> FunctionType:
 
 
 def cacheable_functions(graph_module: GraphModule) -> dict[str, str]:
-    """Inductor's ``unsafe_marked_cacheable_functions``: ours in this graph, keyed by our source."""
+    """Inductor's ``unsafe_marked_cacheable_functions``: ours in this graph, keyed by our source.
+
+    Our own name is among them: a graph without any function of ours is compiled under our rules, too.
+    """
     from torch._inductor import config  # not at import: it is slow to load
 
     names = {_name_of(node.target) for node in graph_module.graph.nodes if node.op == "call_function"}
-    marked = {name: source_digest() for name in sorted(names) if name.startswith(f"{__name__}.")}
+    ours = [__name__, *sorted(name for name in names if name.startswith(f"{__name__}."))]
+    marked = dict.fromkeys(ours, source_digest())
     return {**config.unsafe_marked_cacheable_functions, **marked}
 
 

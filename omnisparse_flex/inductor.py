@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from omnisparse_flex import read_back
 from omnisparse_flex.cacheable import cacheable_functions
 
 CompiledFn = Callable[..., Any]
@@ -35,6 +36,8 @@ def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], mode: str | 
     if device_of(inputs).type == "cpu":
         # The C++ flex template takes no epilogue, and a fused one fails to compile.
         patches["epilogue_fusion"] = False
+    else:
+        read_back.mend()
     return cast(CompiledFn, compile_fx(graph_module, list(inputs), config_patches=patches))
 
 
