@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from omnisparse_flex.kernel_choice import has_flash
 from omnisparse_flex.timing import Function
@@ -86,3 +88,27 @@ def dense_attention(scale: float) -> dict[str, Function]:
 
         found["fa4"] = flash4
     return found
+
+
+def causal_blocks(tokens: int, device: str, block: int = 128) -> BlockMask:
+    """Causality as FlexAttention's block lists: the diagonal in part, what is before it in full."""
+    count = -(-tokens // block)
+    rows = torch.arange(count, device=device, dtype=torch.int32)
+    own_first = ((rows[:, None] + rows) % count).to(torch.int32)[None, None]
+    before = rows.expand(1, 1, count, count).contiguous()
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(rows)[None, None],
+        own_first,
+        rows[None, None],
+        before,
+        BLOCK_SIZE=block,
+        mask_mod=lambda b, h, q, kv: q >= kv,
+        seq_lengths=(tokens, tokens),
+    )
+
+
+@functools.cache
+def flex_dense(tokens: int, scale: float, device: str = "cuda") -> Function:
+    """FlexAttention's own dense causal attention at one length; compiled when first called."""
+    mask, compiled = causal_blocks(tokens, device), torch.compile(flex_attention, dynamic=False)
+    return lambda query, key, value: compiled(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)

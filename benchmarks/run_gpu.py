@@ -43,6 +43,7 @@ SCRIPTS = (
     Script("prefill", "bench_prefill.py", 260),
     Script("train", "bench_train.py", 180),
     Script("token", "bench_token.py", 180),
+    Script("quality_speed", "bench_quality_speed.py", 300),
     Script("decode", "bench_decode.py", 120),
     Script("decode_model", "bench_decode_model.py", 240),
     Script("short", "bench_short.py", 240),
