@@ -1,4 +1,4 @@
-"""What a looped reduction stores and reads back: a barrier lies between, and a compiled norm says the same every time."""
+"""What a looped reduction stores and reads back: a barrier lies between, and a compiled norm is the same every time."""
 
 from __future__ import annotations
 
