@@ -20,7 +20,7 @@ from omnisparse_flex.masks.pick_kernel import masses_needed, pick
 from omnisparse_flex.masks.queries import LAZY_STRIDE, REDUNDANCY_THRESHOLD
 from omnisparse_flex.masks.rectangle_kernel import Lists, attend_lists
 from omnisparse_flex.masks.segments import SegmentLayout, pack_rows, segments_of
-from omnisparse_flex.masks.tokens import TokenSelection
+from omnisparse_flex.masks.tokens import TokenSelection, columns
 
 #: Masses held at once, over all heads: 128 MiB in float32.
 CHUNK_MASSES = 1 << 25
@@ -104,7 +104,7 @@ def _choose(
     stops = (ends * flags).amax(-1).clamp(max=kv_len).expand(size)
     flags = flags.expand(*size, -1)
     most = kv_len if config.max_kv_budget is None else min(config.max_kv_budget, kv_len)
-    keys = torch.empty((*row_count.shape, max(1, most)), dtype=torch.int32, device=device)
+    keys = torch.empty((*row_count.shape, columns(config, most)), dtype=torch.int32, device=device)
     step = max(1, CHUNK_MASSES // (row_count.shape[0] * row_count.shape[1] * flags.shape[-1] * block))
     found = []
     for start in range(0, row_count.shape[2], step):

@@ -110,12 +110,17 @@ def select_tokens(
         lazy,
         rows,
         row_count,
-        order[..., : max(1, most)],  # a rectangle has a column, used or not
+        order[..., : columns(config, most)],
         key_count,
         needs,
         total,
         overflow & (row_count > 0),
     )
+
+
+def columns(config: OmniSparseConfig, most: int) -> int:
+    """Columns of the lists of keys, where a head gets at most ``most``: one at least, used or not."""
+    return max(1, min(most, config.budget) if isinstance(config.budget, int) else most)
 
 
 def active_tokens(

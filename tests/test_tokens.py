@@ -165,6 +165,14 @@ def test_a_small_bound_is_kept(most):
     assert selection.key_count.max() == most and selection.overflow.any()
 
 
+@pytest.mark.parametrize(("budget", "most", "width"), [(5, None, 5), (5, 7, 5), (0, None, 1), ("per_head", 7, 7)])
+def test_lists_are_no_wider_than_a_budget_can_be(budget, most, width):
+    shape = AttentionShape(1, 2, 1, 700, 700, 16)
+    config = dataclasses.replace(TOKENS, target_recall=0.99, lazy_threshold=None, budget=budget, max_kv_budget=most)
+    _, selection, *_ = run(shape, inputs(shape, "cpu", grad=False), config, MaskProgram(causal_expr()))
+    assert selection.keys.shape[-1] == width and selection.overflow.any() == (most is not None)
+
+
 @settings(max_examples=50)
 @given(small_shapes(), st.integers(0, 2**16))
 def test_the_estimate_is_the_true_mass(shape, seed):
