@@ -135,12 +135,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     )
     if copied > 0:
         key, value, keep, full = spread(key, value, keep, full, sinks=copied, block=BLOCK)
-    has_lse = _has_lse(query, site)
-    if site.sinks is not None and not has_lse:
-        fold = {"kv_heads": kv_heads, "groups": groups, "block": BLOCK}
-        key, value, keep, full, mask_mod, score_mod = with_sink_block(
-            key, value, keep, full, mask_mod, score_mod, **fold
-        )
+    needs_lse = site.sinks is not None and _has_lse(query, site)
+    if site.sinks is not None and not needs_lse:
+        operands = (key, value, keep, full, mask_mod, score_mod)
+        key, value, keep, full, mask_mod, score_mod = with_sink_block(*operands, kv_heads=kv_heads, groups=groups)
         score_buffers = (*score_buffers, torch.ops.omnisparse.realize(site.sinks))
     out, lse = call_flex(
         query,
@@ -154,7 +152,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         score_mod=score_mod,
         score_buffers=score_buffers,
         scale=scale,
-        needs_lse=site.sinks is not None and has_lse,
+        needs_lse=needs_lse,
         options=dict(site.kernel_options),
     )
     out = out.reshape(batch, kv_heads * groups, *out.shape[2:])

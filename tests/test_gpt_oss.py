@@ -18,6 +18,7 @@ from omnisparse_flex import (
     remove_omnisparse,
     rewrite_report,
 )
+from omnisparse_flex.backend import Backend
 from omnisparse_flex.entry import entry_of
 from omnisparse_flex.integration import attention_forward
 
@@ -152,6 +153,16 @@ def test_attention_dropout_keeps_the_sinks(implementation, device):
     assert (dropped[0] - expected).abs().max() > 0.1 * expected.abs().max(), "nothing was dropped"
     spread = dropped.std(0) / 20
     assert ((dropped.mean(0) - expected).abs() < 6 * spread + 1e-6).all()
+
+
+def test_attention_dropout_is_reported(device):
+    sinks = torch.full((2,), 8.0, device=device)
+    tensors = [torch.randn(1, 2, 140, 16, device=device) for _ in range(3)]
+    call = lambda q, k, v, s: attention_forward(torch.nn.Identity(), q, k, v, None, dropout=0.5, s_aux=s)[0]  # noqa: E731
+    backend = Backend(EVERYTHING, min_seq_len=0, inner="eager")
+    out = torch.compile(call, backend=backend, fullgraph=True)(*tensors, sinks)
+    assert [site.reason for site in backend.log.sites] == ["attention dropout is 0.5: no flex kernel drops weights"]
+    assert 0 < out.abs().max() < 0.2, "the sinks hold most of the mass"
 
 
 def test_sinks_of_another_shape_are_refused(device):
