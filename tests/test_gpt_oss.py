@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from slim_oracle import masked_like
+from test_cache import changed, half_lazy, prompt, steps
 from test_training import gradients, worst
 from test_transformers import bracket
 from tiny import batch, build
@@ -193,30 +195,19 @@ FULL = {"layer_types": ["full_attention"] * 2}
 
 
 def test_a_slim_cache_has_the_sinks_too(device):
-    """Everything kept: the tokens are a full cache's, over two rectangles, the tail and the sink."""
-    inputs = batch((90, 71), device)
-    model = build("gpt_oss", device, **FULL)
-    expected = model.generate(
-        **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
-    visual = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool, device=device)
-    visual[:, 20:60] = True
-    apply_omnisparse(model, EVERYTHING, min_seq_len=0, inner="eager", visual_mask=visual)
-    cache = OmniSparseCache(model, visual_recall=1.0)
-    cache.store.chooser = both_fetch_all
-    found = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
-        output_logits=True,
-    )  # fmt: skip
-    assert torch.equal(found.sequences, expected.sequences)
-    for one, other in zip(found.logits, expected.logits, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    """Lazy and fetching heads, the tail and the sink: as a full cache of the same keys, masked the same way."""
+    from transformers import DynamicCache
 
-
-def both_fetch_all(mass, layer):
-    from omnisparse_flex.slim import choose
-
-    return choose(mass, recall=1.0, most=None)
+    inputs = prompt(device, (90, 71), spans=((10, 50), (55, 60)))
+    oracle, slim = build("gpt_oss", device, **FULL), changed("gpt_oss", device, **FULL)
+    cache, full = OmniSparseCache(slim), DynamicCache(config=oracle.config)
+    cache.store.chooser = half_lazy
+    tokens, logits = steps(slim, inputs, cache, do_sample=False)
+    assert [layer.lazy for layer in cache.memory_report().layers] == [(0,), (1,)]
+    with masked_like(cache, oracle):
+        expected, dense = steps(oracle, inputs, full, do_sample=False)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
 
 
 def test_a_slim_cache_refuses_windows(device):
