@@ -11,11 +11,13 @@ from omnisparse_flex import select_op, sink_copies
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
+from omnisparse_flex.logit_sinks import check_sinks, discount
 from omnisparse_flex.masks.capture import Captures
 from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, grid_of, select_blocks
+from omnisparse_flex.sink_block import with_sink_block
 from omnisparse_flex.sink_copies import original, spread
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import attend_tokens
@@ -40,6 +42,7 @@ def sparse_attention(
     score_mod: ScoreMod | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """OmniSparse attention over dense tensors; eagerly or under ``torch.compile``.
 
@@ -55,6 +58,8 @@ def sparse_attention(
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, pointwise.
         scale: Logit scale; None: 1 / sqrt(D).
         enable_gqa: Allow Hq to be a multiple of Hkv.
+        sinks: (Hq,), logit of each head's virtual key, which joins the softmax's denominator and has no value, as in
+            gpt-oss; it may require gradients. None: no sink.
 
     Returns:
         (B, Hq, L, Dv). A query with no allowed key gives 0.
@@ -63,9 +68,12 @@ def sparse_attention(
         ConfigError: On mismatched shapes or types, before anything is computed.
 
     Source: PAPER "KV selection", "Query selection". Our choice: lower-right causality,
-    because a query block after a cache is the common case.
+    because a query block after a cache is the common case. Recall is of the real tokens' mass:
+    what is selected does not depend on ``sinks``.
     """
     _check(query, key, value, visual_mask, enable_gqa)
+    if sinks is not None:
+        check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]
     offset = kv_len - q_len if is_causal else 0
     order = causal_program(offset, query.device) if is_causal else NO_MASK
@@ -81,6 +89,7 @@ def sparse_attention(
         scale=scale,
         visual=visual_mask,
         q_offset=offset,
+        sinks=sinks,
     )
     return attend(query, key, value, site)
 
@@ -110,10 +119,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     selection = () if site.lists or site.config is None else (torch.ops.omnisparse.realize(keep),)
     captures = Captures.of((*site.mask.buffers, *selection), query.device)
     needs_grad = _needs_grad(query, key, value, *site.bias_buffers, *site.score_buffers)
-    sinks = _sinks_to_copy(key, site) if needs_grad else 0
-    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=len(selection) > 0, sinks=sinks)
+    copied = _sinks_to_copy(key, site) if needs_grad else 0
+    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=len(selection) > 0, sinks=copied)
     score_captures = Captures.of(site.bias_buffers, query.device)
-    score_mod = _folded_score(site, score_captures, kv_heads, groups, sinks=sinks)
+    score_mod = _folded_score(site, score_captures, kv_heads, groups, sinks=copied)
+    score_buffers = (*site.score_buffers, *score_captures.tensors)
 
     # KV heads move into the batch: the heads of a group then share one row of block lists.
     batch = query.shape[0]
@@ -123,9 +133,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     keep, full = (
         x.expand(batch, kv_heads, *x.shape[2:]).reshape(batch * kv_heads, 1, *x.shape[2:]) for x in (keep, full)
     )
-    if sinks > 0:
-        key, value, keep, full = spread(key, value, keep, full, sinks=sinks, block=BLOCK)
-    out = call_flex(
+    if copied > 0:
+        key, value, keep, full = spread(key, value, keep, full, sinks=copied, block=BLOCK)
+    needs_lse = site.sinks is not None and _has_lse(query, site)
+    if site.sinks is not None and not needs_lse:
+        operands = (key, value, keep, full, mask_mod, score_mod)
+        key, value, keep, full, mask_mod, score_mod = with_sink_block(*operands, kv_heads=kv_heads, groups=groups)
+        score_buffers = (*score_buffers, torch.ops.omnisparse.realize(site.sinks))
+    out, lse = call_flex(
         query,
         key,
         value,
@@ -135,11 +150,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         mask_mod=mask_mod,
         mask_buffers=captures.tensors,
         score_mod=score_mod,
-        score_buffers=(*site.score_buffers, *score_captures.tensors),
+        score_buffers=score_buffers,
         scale=scale,
+        needs_lse=needs_lse,
         options=dict(site.kernel_options),
     )
-    return out.reshape(batch, kv_heads * groups, *out.shape[2:])
+    out = out.reshape(batch, kv_heads * groups, *out.shape[2:])
+    if site.sinks is None or lse is None:
+        return out
+    return discount(out, lse.reshape(out.shape[:3]), site.sinks)
+
+
+def _has_lse(query: Tensor, site: Site) -> bool:
+    """Whether the flex kernel that runs ``site`` returns its log-sum-exp; Inductor's on the CPU does not."""
+    return query.device.type != "cpu" or not (site.lists or torch.compiler.is_dynamo_compiling())
 
 
 def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,8 @@ class OmniSparseCache:
     ``reset`` the cache). After beam search, let ``reorder_cache`` choose the beams to go on with.
 
     Source: PAPER "KV-cache slimming". Our choice: the mass is of exact softmax rows; one rule,
-    ``visual_recall``, decides both which heads are lazy and how much the others fetch.
+    ``visual_recall``, decides both which heads are lazy and how much the others fetch. Logit sinks
+    join the softmax of every decoded token; the mass is of the real tokens alone.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> OmniSparseCache:

@@ -26,8 +26,9 @@ class Calls(Protocol):
         """The layer's full keys and values, new ones included."""
 
     def attend_layer(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, layer: int, scale: float
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, layer: int, scale: float,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Add new keys and attend over all that is kept."""
 
 
@@ -62,9 +63,10 @@ def _restore(key: Tensor, value: Tensor, past: int, owner: int, layer: int) -> t
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, owner: int, layer: int, scale: float
-) -> Tensor:
-    return _cache_of(owner).attend_layer(query, key, value, padding, layer, scale)
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sinks: Tensor | None, owner: int, layer: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    return _cache_of(owner).attend_layer(query, key, value, padding, layer, scale, sinks)
 
 
 def _fake_store(out: Tensor, query: Tensor, key: Tensor, value: Tensor, owner: int, layer: int, scale: float) -> None:
@@ -80,8 +82,9 @@ def _fake_restore(key: Tensor, value: Tensor, past: int, owner: int, layer: int)
 
 
 def _fake_attend(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, owner: int, layer: int, scale: float
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, sinks: Tensor | None, owner: int, layer: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
@@ -89,8 +92,8 @@ _lib = torch.library.Library("omnisparse", "FRAGMENT")
 for _schema in (
     "cache_store(Tensor(a!) out, Tensor query, Tensor key, Tensor value, int owner, int layer, float scale) -> ()",
     "cache_restore(Tensor key, Tensor value, SymInt past, int owner, int layer) -> (Tensor, Tensor)",
-    "cache_attend(Tensor query, Tensor key, Tensor value, Tensor? padding, int owner, int layer, float scale)"
-    " -> Tensor",
+    "cache_attend(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? sinks, int owner, int layer, "
+    "float scale) -> Tensor",
 ):
     # A replayed CUDA graph would run the kernels and not the bookkeeping: the compiler must split around us.
     _lib.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))

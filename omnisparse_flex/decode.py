@@ -58,8 +58,9 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
 
 
 def attend_parts(
-    query: Tensor, parts: Sequence[Rectangle], tail_key: Tensor, tail_value: Tensor, real: Tensor | None, scale: float
-) -> Tensor:
+    query: Tensor, parts: Sequence[Rectangle], tail_key: Tensor, tail_value: Tensor, real: Tensor | None, scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The latest tokens over a layer's rectangles and its tail, on dense kernels.
 
     Args:
@@ -69,6 +70,7 @@ def attend_parts(
         tail_value: (B, Hkv, T, Dv).
         real: bool (B, T), tokens of the tail that exist, or None: all. A rectangle holds no padding.
         scale: Logit scale.
+        sinks: (Hq,), logit of each head's virtual key without a value, or None.
 
     Returns:
         (B, Hq, L, Dv) in query's dtype.
@@ -85,6 +87,10 @@ def attend_parts(
     if real is not None:
         allowed = real[:, None, None] if allowed is None else allowed & real[:, None, None]
     tail = attend_keys(rows, tail_key, tail_value, allowed, scale)
+    if sinks is not None:
+        # A key without a value: once it belongs to one of the parts, it belongs to the union.
+        logit = sinks.to(tail[1].dtype).view(kv_heads, groups).repeat_interleave(count, 1)
+        tail = tail[0] * torch.sigmoid(tail[1] - logit)[..., None], torch.logaddexp(tail[1], logit)
     out = rows.new_empty(batch, kv_heads, groups * count, tail_value.shape[3])
     for part in parts:
         columns = slice(None) if len(part.heads) == kv_heads else list(part.heads)

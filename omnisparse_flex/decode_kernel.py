@@ -98,10 +98,10 @@ def _runs(
 
 @triton.jit(do_not_specialize=["runs"])
 def _merge(
-    parts, lse, out, tail, runs,
-    GROUP: tl.constexpr, DIM: tl.constexpr, RUNS: tl.constexpr,
+    parts, lse, out, tail, sinks, runs,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, RUNS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The runs of one query head, merged; the tail has grown by one."""
+    """The runs of one query head and its sink, merged; the tail has grown by one."""
     row, member = tl.program_id(0), tl.program_id(1)
     if (row == 0) & (member == 0):
         tl.store(tail, tl.load(tail) + 1)
@@ -110,8 +110,14 @@ def _merge(
     slots = (row.to(tl.int64) * runs + places) * GROUP + member
     logs = tl.load(lse + slots, mask=there, other=float("-inf"))
     most = tl.max(logs, 0)
-    weights = tl.exp2(logs - tl.where(most == float("-inf"), 0.0, most))
+    if SINKS:
+        sink = tl.load(sinks + (row % KV_HEADS) * GROUP + member).to(tl.float32) * 1.4426950408889634
+        most = tl.maximum(most, sink)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    weights = tl.exp2(logs - most)
     total = tl.sum(weights, 0)
+    if SINKS:
+        total += tl.exp2(sink - most)
     own = tl.load(parts + slots[:, None] * DIM + dims[None, :], mask=there[:, None], other=0.0)
     merged = tl.sum(own * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out + (row.to(tl.int64) * GROUP + member) * DIM + dims, merged.to(out.dtype.element_ty))
@@ -120,6 +126,7 @@ def _merge(
 def attend_token(
     query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Rectangle], columns: Tensor, counts: Tensor,
     tail_key: Tensor, tail_value: Tensor, tail: Tensor, first: int, padding: Tensor | None, scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Add one token to a layer's tail, and attend over everything that the layer keeps.
 
@@ -139,6 +146,7 @@ def attend_token(
         first: Position of the tail's first token.
         padding: uint8 (B, length), contiguous, 0 = no token; or None.
         scale: Logit scale.
+        sinks: (Hq,), contiguous, logit of each head's virtual key without a value, or None.
 
     Returns:
         (B, Hq, 1, D). A query without any key gives 0.
@@ -164,7 +172,10 @@ def attend_token(
         KV_HEADS=kv_heads, ROWS=max(ROWS, triton.next_power_of_2(group)), BLOCK=BLOCK, STEPS=run // BLOCK,
         PADDED=padding is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", **fixed,
     )  # fmt: skip
-    _merge[(batch * kv_heads, group)](partial, lse, out, tail, runs, RUNS=triton.next_power_of_2(runs), **fixed)
+    _merge[(batch * kv_heads, group)](
+        partial, lse, out, tail, lse if sinks is None else sinks, runs,
+        KV_HEADS=kv_heads, RUNS=triton.next_power_of_2(runs), SINKS=sinks is not None, **fixed,
+    )  # fmt: skip
     return out
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import omnisparse_flex.cache_ops
-import omnisparse_flex.ops  # noqa: F401  (defines the marker)
+import omnisparse_flex.cache_ops  # noqa: F401  (defines operators that the attention function calls)
 from omnisparse_flex.entry import Entry, VisualMask, check_visual
 from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.logit_sinks import check_sinks
+from omnisparse_flex.ops import dense_attention
 
 #: The attention implementation's name inside transformers.
 NAME = "omnisparse"
@@ -50,6 +51,7 @@ def attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     omnisparse_cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -65,15 +67,17 @@ def attention_forward(
         dropout: Probability; above 0 the call is plain SDPA, which the passes then skip.
         softcap: Soft cap of the logits, or None.
         is_causal: Overrides the module's own ``is_causal``.
+        s_aux: (Hq,), the layer's logit sinks, or None.
         omnisparse_cache: The ``OmniSparseCache`` of this call, or None.
         **kwargs: Ignored, except those that only plain SDPA can honour.
 
     Returns:
         (B, L, Hq, Dv) and no weights.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ConfigError("model must not use attention sinks in its logits, got s_aux: they have no sparse form yet")
-    if dropout > 0 or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+    if s_aux is not None:
+        check_sinks(s_aux, query, "s_aux")
+        _refuse_beside_sinks(softcap if dropout > 0 else None, **kwargs)
+    if (dropout > 0 and s_aux is None) or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -84,12 +88,15 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(module, "layer_idx", -1)
+    if dropout > 0:  # with sinks, which transformers' own function would ignore
+        out = dense_attention(query, key, value, padding, mask, causal, scaling, layer, 0.0, s_aux, dropout)
+        return out.transpose(1, 2).contiguous(), None
     if omnisparse_cache is not None:
         if mask is not None or not causal or softcap:
             raise ConfigError("attention must be plain and causal with OmniSparseCache, got another mask or a soft cap")
         if omnisparse_cache.mode == "decode":
             owner = omnisparse_cache.owner
-            out = torch.ops.omnisparse.cache_attend(query, key, value, padding, owner, layer, scaling)
+            out = torch.ops.omnisparse.cache_attend(query, key, value, padding, s_aux, owner, layer, scaling)
             return out.transpose(1, 2).contiguous(), None
     out = torch.ops.omnisparse.attn(
         query,
@@ -101,10 +108,22 @@ def attention_forward(
         scaling,
         layer,
         softcap or 0.0,
+        s_aux,
     )
     if omnisparse_cache is not None:
         torch.ops.omnisparse.cache_store(out, query, key, value, omnisparse_cache.owner, layer, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_beside_sinks(softcap: float | None, position_bias: Any = None, cache: Any = None, **kwargs: Any) -> None:
+    """Refuse what only transformers' own function can compute, and without sinks.
+
+    Raises:
+        ConfigError: By name.
+    """
+    for name, value in (("softcap (with dropout)", softcap), ("position_bias", position_bias), ("cache", cache)):
+        if value is not None:
+            raise ConfigError(f"attention must not have both s_aux and {name}, got {type(value).__name__}")
 
 
 def mask_forward(
@@ -162,12 +181,20 @@ def find_decoder(model: Any) -> nn.Module:
     decoder = getattr(decoder, "language_model", decoder)
     if not any(hasattr(module, "layer_idx") for module in decoder.modules()):
         raise ConfigError(f"model must have attention layers, got {type(model).__name__} without any")
-    if not getattr(decoder, "_supports_sdpa", False):
+    if not (getattr(decoder, "_supports_sdpa", False) or _lacks_sdpa_for_sinks(decoder)):
         raise ConfigError(f"model must support sdpa attention, got {type(decoder).__name__} with eager attention only")
     if not decoder._can_set_attn_implementation():
         raise ConfigError(f"model must use transformers' attention interface, got {type(decoder).__name__}")
     module: nn.Module = decoder
     return module
+
+
+def _lacks_sdpa_for_sinks(decoder: nn.Module) -> bool:
+    """Whether the decoder has logit sinks, which keep transformers from SDPA, and could run flex attention instead."""
+    flex = bool(getattr(decoder, "_supports_flex_attn", False))
+    return flex and any(
+        hasattr(module, "layer_idx") and getattr(module, "sinks", None) is not None for module in decoder.modules()
+    )
 
 
 def layer_count(decoder: Any) -> int:

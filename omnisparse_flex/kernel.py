@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from omnisparse_flex.masks.blocks import block_mask_from_maps
 from omnisparse_flex.masks.select import BLOCK
@@ -27,8 +28,9 @@ def call_flex(
     score_buffers: tuple[Tensor, ...],
     scale: float,
     needs_grad: bool,
+    needs_lse: bool,
     options: dict[str, Any],
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Attend over the kept blocks.
 
     Args:
@@ -43,10 +45,12 @@ def call_flex(
         score_buffers: Its trailing arguments; they may require gradients.
         scale: Logit scale.
         needs_grad: A backward will follow.
+        needs_lse: The log-sum-exp is wanted too. Inductor's CPU kernel has none.
         options: Kernel options.
 
     Returns:
-        (Z, G, L, Dv).
+        (Z, G, L, Dv), and the natural log-sum-exp of the logits (Z, G, L) or None; it is float32 (float64),
+        differentiable, -inf or any number where a row has no key.
     """
     block_mask = block_mask_from_maps(
         keep,
@@ -57,7 +61,7 @@ def call_flex(
         transposed=needs_grad,
     )
     if torch.compiler.is_dynamo_compiling():
-        return _call_function(query, key, value, block_mask, score_mod, score_buffers, scale, options)
+        return _call_function(query, key, value, block_mask, score_mod, score_buffers, scale, needs_lse, options)
     # The public function refuses CPU gradients, and closures under AOT tracing: call the operator
     # itself, with every captured tensor as a trailing argument.
     complete = {
@@ -65,15 +69,15 @@ def call_flex(
         "ROWS_GUARANTEED_SAFE": False,
         "BLOCKS_ARE_CONTIGUOUS": False,
         "WRITE_DQ": True,
-        "OUTPUT_LOGSUMEXP": needs_grad,
+        "OUTPUT_LOGSUMEXP": needs_grad or needs_lse,
         "OUTPUT_MAX": False,
         **options,
     }
     lists = (*block_mask.as_tuple()[:-1], mask_mod)
     # The stubs of the operator do not know that it takes the captured tensors.
     hop: Callable[..., Any] = flex_hop
-    out: Tensor = hop(query, key, value, score_mod, lists, scale, complete, score_buffers, mask_buffers)[0]
-    return out
+    out, lse, *_ = hop(query, key, value, score_mod, lists, scale, complete, score_buffers, mask_buffers)
+    return out, lse * math.log(2) if needs_lse else None  # the operator's own is to the base 2
 
 
 def _call_function(
@@ -84,10 +88,12 @@ def _call_function(
     score_mod: Callable[..., Tensor],
     score_buffers: tuple[Tensor, ...],
     scale: float,
+    needs_lse: bool,
     options: dict[str, Any],
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """The same call as Dynamo can trace it: captured tensors in closures."""
-    return flex_attention(
+    flex: Callable[..., Any] = flex_attention  # its stubs have one overload for each way to ask
+    found = flex(
         query,
         key,
         value,
@@ -95,5 +101,7 @@ def _call_function(
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] > 1,
-        kernel_options=options or None,  # type: ignore[arg-type]
+        kernel_options=options or None,
+        return_aux=AuxRequest(lse=True) if needs_lse else None,
     )
+    return (found[0], found[1].lse) if needs_lse else (found, None)

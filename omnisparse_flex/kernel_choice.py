@@ -46,6 +46,7 @@ def kernel_options(
     *,
     plain_scores: bool,
     captures: bool,
+    sinks: bool = False,
 ) -> tuple[Options, str]:
     """Options of one site's kernel.
 
@@ -57,6 +58,7 @@ def kernel_options(
         dtype: What attention computes in, autocast considered.
         plain_scores: Logits are scaled dot products: no bias, soft cap or score_mod.
         captures: The mask reads tensors.
+        sinks: The site has logit sinks.
 
     Returns:
         The options, and why a wanted FLASH kernel is not taken ("" if it is, or was not wanted).
@@ -67,7 +69,9 @@ def kernel_options(
     wanted = kernel == "flash" or (kernel == "auto" and has_flash())
     reason = ""
     if wanted:
-        reason = _flash_refuses(query, key, value, dtype, capability) or _flash_refuses_mods(plain_scores, captures)
+        reason = _flash_refuses(query, key, value, dtype, capability) or _flash_refuses_mods(
+            plain_scores, captures, sinks
+        )
         if not reason:
             return FLASH, ""
     return TRITON_OPTIONS.get((capability, int(query.shape[3])), ()), reason
@@ -102,7 +106,9 @@ def _flash_refuses(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype
     return "deterministic algorithms" if torch.are_deterministic_algorithms_enabled() else ""
 
 
-def _flash_refuses_mods(plain_scores: bool, captures: bool) -> str:
+def _flash_refuses_mods(plain_scores: bool, captures: bool, sinks: bool) -> str:
+    if sinks:  # its log-sum-exp has no gradient
+        return "logit sinks"
     if not plain_scores:
         return "logits with a bias, soft cap or score_mod"
     # Torch 2.11 frees what the mask captures before the kernel reads it (pytorch/pytorch#181800; 2.13 has the mend).

@@ -29,10 +29,10 @@ def listed_gradients(
         value: (B, Hkv, S, Dv).
         segments: The always-kept blocks.
         chosen: ``rows``, ``row_count``, ``keys`` and ``key_count`` of the ``TokenSelection``.
-        site: Mask, scale and segment size.
+        site: Mask, scale, segment size and logit sinks.
 
     Returns:
-        Of query, key and value, each of its shape and dtype.
+        Of query, key and value, each of its shape and dtype. Those of the sinks need no listed keys.
     """
     rows, row_count, keys, key_count = chosen
     # What is not chosen may be any number.
@@ -42,6 +42,6 @@ def listed_gradients(
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         near = attend_near(q, k, v, segments, site)
         far = attend_gathered(q, k, v, rows, row_count, keys, key_count, site)
-        out = merge(*near, *far)
+        out = merge(*near, *far, site.sinks)
     of_query, of_key, of_value = torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))
     return of_query, of_key, of_value

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omnisparse_flex.logit_sinks import dense_with_sinks, softmax_with_sinks
+
 _lib = torch.library.Library("omnisparse", "DEF")
 
 _lib.define(
     "attn(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? mask, bool is_causal, "
-    "float scale, int layer, float softcap) -> Tensor"
+    "float scale, int layer, float softcap, Tensor? sinks=None) -> Tensor"
 )
 _lib.define("bind(Tensor? visual, Tensor recall, Tensor? stats, Tensor? maps, Tensor? recalls) -> Tensor")
 _lib.define("realize(Tensor x) -> Tensor")
@@ -33,6 +35,8 @@ def dense_attention(
     scale: float,
     layer: int,
     softcap: float,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """What the marker means, densely: (B, Hq, L, D) queries over (B, Hkv, S, D) keys.
 
@@ -46,6 +50,8 @@ def dense_attention(
         scale: Logit scale.
         layer: Decoder layer number; carried for the passes, without effect here.
         softcap: ``c`` of ``c * tanh(logit / c)``; 0: none.
+        sinks: (Hq,), logit of each head's virtual key without a value, or None; never soft-capped.
+        dropout: Probability; the marker itself has none. Needs ``softcap`` 0.
 
     Returns:
         (B, Hq, L, Dv). A query with no key gives 0.
@@ -54,6 +60,8 @@ def dense_attention(
     if mask is None and padding is None and softcap == 0 and (q_len == kv_len or q_len == 1 or not is_causal):
         # SDPA takes no symbolic bool.
         upper_left = True if is_causal and q_len > 1 else False  # noqa: SIM210
+        if sinks is not None:
+            return dense_with_sinks(query, key, value, sinks, None, upper_left, scale, dropout)
         return F.scaled_dot_product_attention(query, key, value, is_causal=upper_left, scale=scale, enable_gqa=True)
     if mask is None and is_causal:
         rows = torch.arange(q_len, device=query.device)[:, None] + (kv_len - q_len)
@@ -61,6 +69,8 @@ def dense_attention(
     if padding is not None:
         keys = padding[:, None, None, :]
         mask = keys if mask is None else mask & keys
+    if softcap == 0 and sinks is not None:
+        return dense_with_sinks(query, key, value, sinks, mask, False, scale, dropout)
     # A mask and enable_gqa together leave the fused CUDA kernels: repeat instead.
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -69,6 +79,8 @@ def dense_attention(
     logits = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    if sinks is not None:
+        return softmax_with_sinks(logits, sinks).to(value.dtype) @ value
     return torch.softmax(logits.float(), -1).nan_to_num(0.0).to(value.dtype) @ value
 
 

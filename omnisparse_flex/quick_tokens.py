@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from omnisparse_flex.guard import guarded
 from omnisparse_flex.listed_gradients import listed_gradients
+from omnisparse_flex.logit_sinks import discount
 from omnisparse_flex.masks.blocks import block_lists
 from omnisparse_flex.masks.plain import PlainMask
 from omnisparse_flex.masks.quick_select import select_quickly
@@ -33,7 +34,7 @@ def attend_quickly(
         query: (B, Hq, L, D), D a power of 2 from 16 to 256; float16, bfloat16 or float32.
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, D).
-        site: Rules and scale; nothing of it changes scores.
+        site: Rules, scale and logit sinks; nothing of it changes scores.
         plain: Its mask.
         segments: Its always-kept blocks.
         text: bool (B or 1, L), queries that are always active.
@@ -46,7 +47,7 @@ def attend_quickly(
     tensors = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
     real = None if plain.real is None else plain.real.contiguous().view(torch.uint8)
     found: list[TokenSelection] = []
-    out: Tensor = _Attend.apply(*tensors, site, plain.offset, real, segments, text, found)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attend.apply(*tensors, site.sinks, site, plain.offset, real, segments, text, found)  # type: ignore[no-untyped-call]
     return out, found[0]
 
 
@@ -68,12 +69,16 @@ _gradients = guarded(gradients, "the token kernels failed, gradients of token at
 
 
 class _Attend(torch.autograd.Function):
-    """Both parts forward; backward each part with the merged output and log-sum-exp, which makes it the union's."""
+    """Both parts forward; backward each part with the merged output and log-sum-exp, which makes it the union's.
+
+    A sink is one more part, without a value: it enters the merged output and log-sum-exp, and only its own
+    gradient is new.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, site: Site, offset: Tensor | None, real: Tensor | None,
-        segments: SegmentLayout, text: Tensor, found: list[TokenSelection],
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site, offset: Tensor | None,
+        real: Tensor | None, segments: SegmentLayout, text: Tensor, found: list[TokenSelection],
     ) -> Tensor:  # fmt: skip
         assert site.config is not None
         segment, scale, plain = site.config.segment_size, site.scale_for(query), PlainMask(offset, real)
@@ -86,16 +91,18 @@ class _Attend(torch.autograd.Function):
         )
         far = far_lists(selection, segment, plain)
         attend_lists(query, key, value, out, lse, far, scale, goes_on=True)
+        if sinks is not None:
+            out, lse = discount(out, lse, sinks), torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         found.append(selection)
         tensors = [(x.rows, x.row_count, x.keys, x.key_count) for x in (near, far)]
-        ctx.save_for_backward(query, key, value, out, lse, offset, real, *tensors[0], *tensors[1])
+        ctx.save_for_backward(query, key, value, sinks, out, lse, offset, real, *tensors[0], *tensors[1])
         ctx.site, ctx.segments = site, segments
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, offset, real, *lists = ctx.saved_tensors
+        query, key, value, sinks, out, lse, offset, real, *lists = ctx.saved_tensors
         segment, scale = ctx.site.config.segment_size, ctx.site.scale_for(query)
         near_rows, near_row_count, near_keys, near_key_count, rows, row_count, keys, key_count = lists
         near = Lists(near_rows, near_row_count, near_keys, near_key_count, BLOCK, segment, offset, real)
@@ -104,4 +111,12 @@ class _Attend(torch.autograd.Function):
         if found is None:
             chosen = (rows, row_count, keys, key_count)
             found = listed_gradients(grad, query, key, value, ctx.segments, chosen, ctx.site)
-        return (*found, None, None, None, None, None, None)
+        of_sinks = None if sinks is None else _of_sinks(grad, out, lse, sinks)
+        return (*found, of_sinks, None, None, None, None, None, None)
+
+
+def _of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Gradient of the sinks (Hq,): minus each one's share of a row's mass times that row's output along ``grad``."""
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    along = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return -(share * along).sum((0, 2)).to(sinks.dtype)

@@ -59,6 +59,8 @@ def dense_attention(
     transformers' eager attention, with ``score_mod`` last.
     """
     _check(query, key, value, mask)
+    if sinks is not None:
+        require(tuple(sinks.shape) == (query.shape[1],), "sinks", f"have shape ({query.shape[1]},)", tuple(sinks.shape))
     with torch.autocast(query.device.type, enabled=False):  # autocast would undo ``dtype``
         scores = dense_logits(query, key, scale, dtype)
         if softcap is not None:

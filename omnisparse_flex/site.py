@@ -36,6 +36,9 @@ class Site:
         scale: Logit scale; None: 1 / sqrt(D).
         visual: bool (B, S), tokens eligible for selection, or None.
         q_offset: Position of query 0 among the keys.
+        sinks: (Hq,), logit of each head's virtual key without a value, or None; may require gradients. It takes
+            its share of the mass after the selection. Our choice: recall is of the real tokens' mass, so what
+            is selected does not depend on the sinks.
         lists: The kernel honours block lists (Inductor). Otherwise (eager, aot_eager) the
             selection rides in the ``mask_mod``.
         kernel_options: Options for the flex kernel.
@@ -56,6 +59,7 @@ class Site:
     scale: float | None = None
     visual: Tensor | None = None
     q_offset: Tensor | int = 0
+    sinks: Tensor | None = None
     lists: bool = False
     kernel_options: tuple[tuple[str, Any], ...] = ()
     layout: Layout | None = None
@@ -117,6 +121,7 @@ def register(site: Site) -> str:
         bias_buffers=(),
         visual=None,
         q_offset=0,
+        sinks=None,
         layout=None,
         write=None,
         exact=False,

@@ -201,7 +201,10 @@ class SlimLayer:
             self.tail_keys, self.tail_values = grown
         return self.tail_keys, self.tail_values
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Add tokens, and attend over everything the layer keeps.
 
         Args:
@@ -210,6 +213,7 @@ class SlimLayer:
             value: (B, Hkv, L, Dv).
             padding: bool (B, length) or None; of the tail only: a rectangle holds no padding.
             scale: Logit scale.
+            sinks: (Hq,), logit of each head's virtual key without a value, or None.
 
         Returns:
             (B, Hq, L, Dv) in query's dtype.
@@ -217,13 +221,14 @@ class SlimLayer:
         if takes_token(query, value) and (kernel := token_kernel()) is not None:
             own = (x.contiguous() for x in (query, key, value))
             bits = None if padding is None else padding.contiguous().view(torch.uint8)
+            own_sinks = None if sinks is None else sinks.contiguous()
             tail = (*self._room(key, value), self._count(query.device), self.prefix)
-            out = kernel(*own, self.rectangles, *self._table(), *tail, bits, scale)
+            out = kernel(*own, self.rectangles, *self._table(), *tail, bits, scale, own_sinks)
             if out is not None:
                 self.tail += 1
                 return out
         self.append(key, value)
-        return self._attend_parts(query, padding, scale)
+        return self._attend_parts(query, padding, scale, sinks)
 
     def _count(self, device: torch.device) -> Tensor:
         """Tokens in the tail as the device counts them, int32 (1,): no number travels while it decodes."""
@@ -240,12 +245,12 @@ class SlimLayer:
             self.table = order.int(), torch.cat(counts, 1)[:, order].int()
         return self.table
 
-    def _attend_parts(self, query: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+    def _attend_parts(self, query: Tensor, padding: Tensor | None, scale: float, sinks: Tensor | None = None) -> Tensor:
         """``attend`` on dense kernels, part by part; the tokens are in the tail already."""
         assert self.tail_keys is not None and self.tail_values is not None
         tail = self.tail_keys[:, :, : self.tail], self.tail_values[:, :, : self.tail]
         real = None if padding is None else padding[:, self.prefix : self.length]
-        return attend_parts(query, self.rectangles, *tail, real, scale)
+        return attend_parts(query, self.rectangles, *tail, real, scale, sinks)
 
     def crop(self, length: int) -> None:
         """Forget tokens from position ``length`` on."""

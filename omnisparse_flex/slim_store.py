@@ -210,8 +210,9 @@ class SlimStore:
         return full_key, full_value
 
     def attend_layer(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, layer: int, scale: float
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, layer: int, scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Add the call's keys and values to a layer, and attend over all it keeps."""
         own = self.layers[layer]
         if self.ahead:  # that token is void: this call decodes another one in its place
@@ -225,7 +226,7 @@ class SlimStore:
                 self.recorded[layer] = query.clone()
         elif own.tail > own.limit - PATTERN_QUERIES:  # those that the next reading will ask
             own.queries.extend(query[:, :, i : i + 1].clone() for i in range(query.shape[2]))
-        return own.attend(query, key, value, self.marks if padding is None else padding, scale)
+        return own.attend(query, key, value, self.marks if padding is None else padding, scale, sinks)
 
     @property
     def changes(self) -> bool:

@@ -35,7 +35,8 @@ class LayerStats:
         estimated_recall: The estimator's own mean recall (uncalibrated).
         worst_estimated_recall: Its minimum over heads and query blocks.
         overflow_rows: Query blocks whose need exceeded ``max_kv_budget``.
-        true_recall: Mean true recall of each query head; empty without ``exact=True``.
+        true_recall: Mean true recall of each query head; empty without ``exact=True``. Of the tokens' mass: a
+            logit sink's is not counted.
         worst_true_recall: Minimum true recall of each query head.
     """
 

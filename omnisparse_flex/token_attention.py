@@ -59,7 +59,7 @@ def attend_and_select(query: Tensor, key: Tensor, value: Tensor, site: Site) -> 
     selection = choose(query, key, near_lse, segments, text, site)
     chosen = (selection.rows, selection.row_count, selection.keys, selection.key_count)
     far, far_lse = attend_gathered(query, key, value, *chosen, site)
-    return merge(near, near_lse, far, far_lse).to(value.dtype), selection
+    return merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype), selection
 
 
 def takes_kernels(query: Tensor, value: Tensor, site: Site) -> bool:
@@ -117,22 +117,28 @@ def attend_near(
     return attend_gathered(query, key, value, rows, every, keys, kept.sum(-1), site)
 
 
-def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
-    """One softmax from two over disjoint keys.
+def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """One softmax from two over disjoint keys, and the sinks.
 
     Args:
-        a: (..., Dv), softmax-weighted values of the one.
-        a_lse: (...), its log-sum-exp; -inf where it has no key.
-        b: (..., Dv) of the other.
-        b_lse: (...).
+        a: (B, Hq, L, Dv), softmax-weighted values of the one.
+        a_lse: (B, Hq, L), its log-sum-exp; -inf where it has no key.
+        b: (B, Hq, L, Dv) of the other.
+        b_lse: (B, Hq, L).
+        sinks: (Hq,), logit of each head's virtual key without a value, or None.
 
     Returns:
-        (..., Dv); 0 where neither has a key. Differentiable, log-sum-exps included.
+        (B, Hq, L, Dv); 0 where neither has a key. Differentiable, log-sum-exps and sinks included.
     """
     top = torch.maximum(a_lse, b_lse).detach()
+    logit = None if sinks is None else sinks.to(top.dtype)[:, None]
+    if logit is not None:
+        top = torch.maximum(top, logit.detach())
     top = top.masked_fill(top == -torch.inf, 0.0)
     weight_a, weight_b = torch.exp(a_lse - top).unsqueeze(-1), torch.exp(b_lse - top).unsqueeze(-1)
     total = weight_a + weight_b
+    if logit is not None:
+        total = total + torch.exp(logit - top).unsqueeze(-1)
     return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
 
 

@@ -21,12 +21,12 @@ from omnisparse_flex.token_attention import attend_tokens
 
 _lib = torch.library.Library("omnisparse", "FRAGMENT")
 _TENSORS = (
-    "Tensor query, Tensor key, Tensor value, Tensor[] layout, Tensor? visual, Tensor target, Tensor q_offset, "
-    "Tensor[] mask_buffers, Tensor[] score_buffers, Tensor[] bias_buffers, str rules"
+    "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] layout, Tensor? visual, Tensor target, "
+    "Tensor q_offset, Tensor[] mask_buffers, Tensor[] score_buffers, Tensor[] bias_buffers, str rules"
 )
 # record: 0 = nothing, 1 = statistics and picture, 2 = true recalls too.
 _lib.define(f"attend_tokens({_TENSORS}, int record) -> (Tensor, Tensor, Tensor, Tensor)")
-_lib.define(f"attend_tokens_backward(Tensor grad, {_TENSORS}) -> (Tensor, Tensor, Tensor)")
+_lib.define(f"attend_tokens_backward(Tensor grad, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
@@ -37,6 +37,7 @@ def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
         query,
         key,
         value,
+        site.sinks,
         [] if site.layout is None else list(site.layout),
         site.visual,
         torch.as_tensor(site.target, dtype=torch.float32, device=device),
@@ -54,6 +55,7 @@ def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
 
 
 def _site(
+    sinks: Tensor | None,
     layout: list[Tensor],
     visual: Tensor | None,
     target: Tensor,
@@ -73,6 +75,7 @@ def _site(
         bias_buffers=tuple(bias_buffers),
         visual=visual,
         q_offset=q_offset,
+        sinks=sinks,
         layout=Layout(*layout) if layout else None,
         rules="",
     )
@@ -111,23 +114,22 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Ten
 
 
 def _backward_impl(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *constants: object
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *constants: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything once more, with gradients: the selection is a function of the same inputs, so it is the same."""
-    site = _site(*constants)  # type: ignore[arg-type]
     with torch.enable_grad(), _as_given(query):
-        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        out = attend_tokens(q, k, v, site)
-    grads = torch.autograd.grad(out, (q, k, v), grad)
-    dq, dk, dv = (x.contiguous() for x in grads)
-    return dq, dk, dv
+        tensors = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
+        q, k, v, *own = tensors
+        out = attend_tokens(q, k, v, _site(own[0] if own else None, *constants))  # type: ignore[arg-type]
+    dq, dk, dv, *found = (x.contiguous() for x in torch.autograd.grad(out, tensors, grad))
+    return dq, dk, dv, found[0] if found else query.new_empty(0)
 
 
 def _backward_fake(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *constants: object
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *constants: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    return dq, dk, dv
+    return dq, dk, dv, query.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
@@ -148,9 +150,9 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
             given.append(saved.pop(0) if form else None)
         else:
             given.append([saved.pop(0) for _ in range(form)])
-    grads = torch.ops.omnisparse.attend_tokens_backward(grad.contiguous(), *given)
-    others = [[None] * len(x) if isinstance(x, list) else None for x in given[3:]]
-    return (*grads, *others, None)
+    *grads, of_sinks = torch.ops.omnisparse.attend_tokens_backward(grad.contiguous(), *given)
+    others = [[None] * len(x) if isinstance(x, list) else None for x in given[4:]]
+    return (*grads, None if given[3] is None else of_sinks, *others, None)
 
 
 _lib.impl("attend_tokens", _forward, "CompositeExplicitAutograd")

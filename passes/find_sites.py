@@ -68,7 +68,7 @@ def _match(scope: Scope, node: Node) -> Site | None:
 
 
 def _marker(scope: Scope, node: Node) -> Site:
-    query, key, value, padding, mask, is_causal, scale, layer, softcap = node.args
+    query, key, value, padding, mask, is_causal, scale, layer, softcap, *sinks = node.args
     return Site(
         "marker",
         scope,
@@ -81,6 +81,7 @@ def _marker(scope: Scope, node: Node) -> Site:
         causal="lower_right" if is_causal and mask is None else "none",
         scale=number_of(scale),
         softcap=number_of(softcap) or 0.0,
+        sinks=sinks[0] if sinks else None,  # type: ignore[arg-type]
         layer=layer,  # type: ignore[arg-type]
     )
 

@@ -43,12 +43,12 @@ def lower(rewrite: Rewrite) -> None:
 
 
 def _operands(site: Site, rewrite: Rewrite, layouts: dict[Hashable, Node]) -> tuple[Node | None, ...]:
-    """(query, key, value, layout, visual, recall, stats, maps, recalls, *mask, *bias leaves, *score operands)."""
+    """(query, key, value, sinks, layout, visual, recall, stats, maps, recalls, *mask, *bias, *score operands)."""
     state = tuple(None if node is None else site.scope.carry(node, rewrite.root) for node in _state_for(site, rewrite))
     leaves = [_leaf_operand(leaf, site.scope) for leaf in (*site.leaves, *site.bias_leaves)]
     scores = site.mods[2] if site.mods is not None else ()
     layout = _layout_node(site, rewrite.settings, state[0], layouts)
-    return (site.query, site.key, site.value, layout, *state, *leaves, *scores)
+    return (site.query, site.key, site.value, site.sinks, layout, *state, *leaves, *scores)
 
 
 def _layout_node(site: Site, settings: Settings, visual: Node | None, layouts: dict[Hashable, Node]) -> Node | None:
@@ -129,6 +129,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
         layout: Layout | None,
         visual: Tensor | None,
         recall: Tensor | None,
@@ -145,6 +146,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
             target=target if recall is None else _recall_of(recall, layer, query.device),
             visual=None if visual is None else visual.to(query.device),
             q_offset=q_offset,
+            sinks=sinks,
             layout=layout,
             write=None if stats is None else _writer(layer, stats, maps, recalls),
             exact=recalls is not None,
@@ -166,8 +168,8 @@ def _kernel_options(site: Site, settings: Settings, dense: bool) -> tuple[Option
     query, key, value = (value_of(x) for x in (site.query, site.key, site.value))
     dtype = autocast_dtype(query.device.type) or query.dtype
     plain = site.mods is None and site.bias is None and site.softcap == 0
-    captures = len(site.leaves) > 0
-    return kernel_options(settings.kernel, query, key, value, dtype, plain_scores=plain, captures=captures)
+    facts = {"plain_scores": plain, "captures": len(site.leaves) > 0, "sinks": site.sinks is not None}
+    return kernel_options(settings.kernel, query, key, value, dtype, **facts)
 
 
 def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:

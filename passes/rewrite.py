@@ -99,6 +99,7 @@ class Site:
         causal: ``"none"``, ``"upper_left"`` (SDPA) or ``"lower_right"`` (decoders with a cache).
         scale: Logit scale, None: 1 / sqrt(D).
         softcap: 0: none.
+        sinks: (Hq,) node, logit of each head's virtual key without a value, or None.
         dropout: Probability.
         layer: Decoder layer, 0-based; order of appearance where the model does not say.
         path: Module path, for the report.
@@ -125,6 +126,7 @@ class Site:
     causal: str = "none"
     scale: float | None = None
     softcap: float = 0.0
+    sinks: Node | None = None
     dropout: float = 0.0
     layer: int = -1
     path: str = ""

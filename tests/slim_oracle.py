@@ -22,7 +22,7 @@ def kept(layer, heads: int) -> torch.Tensor:
     return mask[:, :, :-1]
 
 
-def oracle_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def oracle_attention(module, query, key, value, attention_mask, scaling=None, s_aux=None, **kwargs):
     """Dense attention; decoded tokens, one or a draft of several, see of the prompt only what the slim layer kept."""
     keep = module.slim_keep
     mask = None
@@ -31,7 +31,7 @@ def oracle_attention(module, query, key, value, attention_mask, scaling=None, **
         groups = query.shape[1] // key.shape[1]
         mask = torch.nn.functional.pad(keep, (0, length - keep.shape[2]), value=True).repeat_interleave(groups, 1)
         mask = mask[:, :, None] & torch.ones(count, length, dtype=torch.bool, device=key.device).tril(length - count)
-    out = dense_attention(query, key, value, attention_mask, mask, mask is None, scaling, 0, 0.0)
+    out = dense_attention(query, key, value, attention_mask, mask, mask is None, scaling, 0, 0.0, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -45,6 +45,7 @@ def masked_like(cache, model):
     AttentionMaskInterface.register(NAME, mask_forward)
     decoder = find_decoder(model)
     configs = attention_configs(decoder)
+    before = [config._attn_implementation_internal for config in configs]
     for config in configs:
         config._attn_implementation_internal = NAME
     for module in decoder.modules():
@@ -54,5 +55,5 @@ def masked_like(cache, model):
     try:
         yield
     finally:
-        for config in configs:
-            config._attn_implementation_internal = "sdpa"
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name

@@ -48,7 +48,7 @@ class Recorder:
 
 def changed(name, device, inner="eager", **changes):
     model = build(name, device, **changes)
-    mask = is_visual if name == "llama" else None
+    mask = is_visual if name in ("llama", "gpt_oss") else None
     return apply_omnisparse(model, RULES, min_seq_len=DENSE, inner=inner, visual_mask=mask)
 
 

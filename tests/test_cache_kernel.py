@@ -57,9 +57,11 @@ def check(device: str) -> None:
             for split in (True, False):
                 layer, padding = layer_of(case, dtype, device, split)
                 query, key, value = token_of(case, dtype, device)
+                # Of the order of the log-sum-exps, in one of the two dtypes that a model may hold them in.
+                sinks = 5 + torch.randn(query.shape[1], device=device).to(dtype) if split else None
                 bits = None if padding is None else padding.view(torch.uint8)
                 tail = (*layer._room(key, value), layer._count(query.device), layer.prefix)
-                out = attend_token(query, key, value, layer.rectangles, *layer._table(), *tail, bits, 0.2)
+                out = attend_token(query, key, value, layer.rectangles, *layer._table(), *tail, bits, 0.2, sinks)
                 layer.tail += 1
                 assert layer.counter.item() == layer.tail == case[5]
                 assert torch.equal(layer.tail_keys[:, :, layer.tail - 1 : layer.tail], key)
@@ -69,7 +71,7 @@ def check(device: str) -> None:
                     for part in layer.rectangles
                 )
                 layer.tail_keys, layer.tail_values = layer.tail_keys.double(), layer.tail_values.double()
-                exact = layer._attend_parts(query.double(), padding, 0.2)
+                exact = layer._attend_parts(query.double(), padding, 0.2, None if sinks is None else sinks.double())
                 size = max(case[4]) + case[5]
                 # Products and sums in float32, weights and result rounded to the inputs' type.
                 tolerance = 4 * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * (case[3] + size)

@@ -36,10 +36,18 @@ class Fake:
 
 
 def choose(
-    kernel="auto", dim=128, dtype=torch.bfloat16, device="cuda", plain=True, value_dim=None, captures=False, length=512
+    kernel="auto",
+    dim=128,
+    dtype=torch.bfloat16,
+    device="cuda",
+    plain=True,
+    value_dim=None,
+    captures=False,
+    length=512,
+    sinks=False,
 ):
     shapes = [Fake(d, device, length) for d in (dim, dim, value_dim or dim)]
-    return kernel_options(kernel, *shapes, dtype, plain_scores=plain, captures=captures)
+    return kernel_options(kernel, *shapes, dtype, plain_scores=plain, captures=captures, sinks=sinks)
 
 
 def symbol(value):
@@ -70,6 +78,7 @@ def test_triton_without_a_word_where_flash_is_not_installed(hopper, monkeypatch)
         ({"plain": False}, "logits with a bias, soft cap or score_mod"),
         ({"captures": True}, "a mask that reads tensors"),
         ({"length": 127}, "127 queries"),
+        ({"sinks": True}, "logit sinks"),
     ],
 )
 def test_what_flash_does_not_take_runs_on_triton_by_name(hopper, kernel, changes, reason):

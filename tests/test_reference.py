@@ -199,6 +199,10 @@ Q, K = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 5, 8)
             lambda: dense_attention(Q[:, :3], K, K),
             "key must have a number of heads that divides 3, got 2",
         ),
+        (
+            lambda: dense_attention(Q, K, K, sinks=torch.zeros(1, 4)),
+            "sinks must have shape (4,), got (1, 4)",
+        ),
         (lambda: dense_attention(Q, K, K, mask=torch.zeros(3, 5)), "mask must be a bool tensor, got torch.float32"),
         (
             lambda: materialize_mask(lambda b, h, q, kv: q - kv, 1, 1, 2, 2),

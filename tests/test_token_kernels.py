@@ -23,7 +23,7 @@ from omnisparse_flex.masks.select import BLOCK, grid_of
 from omnisparse_flex.masks.tokens import kept_pairs
 from omnisparse_flex.reference import materialize_mask
 from omnisparse_flex.site import Site, register
-from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle
+from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, dense_oracle
 from omnisparse_flex.token_op import call_token_op
 
 CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
@@ -64,16 +64,26 @@ def run(inputs, site):
     return attend_quickly(query, key, value, site, plain, segments, text)
 
 
-def check_attention(shape, device, dtype=torch.float32, **fields):
+def check_attention(shape, device, dtype=torch.float32, sinks=False, **fields):
     """Output and gradients are those of dense attention under what the selection denotes."""
     site, inputs = site_of(shape, device, **fields), tensors(shape, device, dtype)
+    logits = torch.linspace(-1, 7, shape.heads, device=device).requires_grad_() if sinks else None
+    site = dataclasses.replace(site, sinks=logits)
     out, selection = run(inputs, site)
     places = torch.arange(shape.q_len, device=device)
     own = materialize_mask(site.mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, torch.device(device))
     kept = kept_pairs(selection, places, shape.kv_len, site.config, BLOCK) & own
     assert shape.kv_len < 500 or kept.sum() < own.sum(), "a test of nothing"
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    assert_close_to_oracle(out, *inputs, kept, grad_output=grad)
+    oracle = {} if logits is None else {"sinks": logits.detach()}
+    assert_close_to_oracle(out, *inputs, kept, grad_output=grad, **oracle)
+    if logits is not None:
+        (got,) = torch.autograd.grad(out, logits, grad)
+        exact = dense_oracle(*(x.detach() for x in inputs), mask=kept, sinks=logits)
+        (wanted,) = torch.autograd.grad(exact, logits, grad.double())
+        # A sum over all rows of an output that was rounded to its type.
+        bound = 4 * torch.finfo(dtype).eps * float(grad.abs().sum()) / shape.heads
+        assert wanted.abs().max() > 0.02 and (got.double() - wanted).abs().max() <= bound
     return selection
 
 
@@ -147,12 +157,12 @@ def check_pick(device, size=3000):
             torch.testing.assert_close(chosen[0, h, m].cpu(), ranked[0, h, m, :count].sum())
 
 
-def check_gradients_in_tensor_code(shape, device, dtype=torch.float32):
+def check_gradients_in_tensor_code(shape, device, dtype=torch.float32, **fields):
     """Where only the kernels of the gradients fail, they are those of the selection that the others made."""
     from omnisparse_flex import quick_tokens
 
     with mock.patch.object(quick_tokens, "_gradients", lambda *_: None):
-        check_attention(shape, device, dtype)
+        check_attention(shape, device, dtype, **fields)
 
 
 def check_a_nan_key(shape, device, at=300):
@@ -170,7 +180,8 @@ def check_interpreted():
     check_pick("cpu", 20000)
     for shape in SMALL:
         check_attention(shape, "cpu", padded=shape.batch > 1)
-    check_gradients_in_tensor_code(SMALL[1], "cpu")
+    check_attention(SMALL[1], "cpu", padded=True, sinks=True)
+    check_gradients_in_tensor_code(SMALL[1], "cpu", sinks=True)
     check_a_nan_key(SMALL[1], "cpu")
     check_selection(SMALL[0], "cpu", CONFIG)
     check_selection(SMALL[1], "cpu", dataclasses.replace(CONFIG, budget="per_head", lazy_threshold=None))
@@ -186,6 +197,13 @@ def check_interpreted():
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_attention_on_the_gpu(shape, dtype, padded):
     check_attention(shape, "cuda", dtype, padded=padded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_with_logit_sinks_on_the_gpu(dtype):
+    check_attention(SHAPES[1], "cuda", dtype, sinks=True)
+    check_gradients_in_tensor_code(SHAPES[1], "cuda", dtype, sinks=True)
 
 
 @pytest.mark.gpu

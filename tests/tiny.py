@@ -93,12 +93,30 @@ def llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**text_config(**changes)))
 
 
+def gpt_oss(**changes):
+    """Logit sinks that matter, alternating windows, experts that Dynamo captures and that run in float64 too."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    fields = {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 40,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "experts_implementation": "batched_mm",
+    }
+    model = GptOssForCausalLM(GptOssConfig(**text_config(**fields | changes)))
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    return model
+
+
 MODELS = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "llava_onevision": llava_onevision, "llama": llama}
 
 
 def build(name: str, device: torch.device | str = "cpu", seed: int = 0, **changes):
     torch.manual_seed(seed)
-    return MODELS[name](**changes).eval().to(device)
+    return {**MODELS, "gpt_oss": gpt_oss}[name](**changes).eval().to(device)
 
 
 def batch(lengths, device: torch.device | str = "cpu", *, left: bool = True, seed: int = 1):
