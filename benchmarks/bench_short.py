@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,17 @@ class Decoder:
         return len(rewrite_report(self.model).rewritten)
 
 
-def times(decoder: Decoder, shapes: list[tuple[int, int]], device: str, deadline: float) -> dict[str, float]:
-    """Milliseconds by ``"prefill B x N"`` and ``"decode B x N"``."""
+def times(decoder: Decoder, batch: int, tokens: int, device: str) -> dict[str, float]:
+    """Milliseconds of ``"prefill B x N"`` and ``"decode B x N"``."""
     from transformers import DynamicCache
 
-    config, found = decoder.model.config, {}
-    for batch, tokens in shapes:
-        if time.perf_counter() > deadline:
-            break
-        inputs = torch.randn(batch, tokens, config.hidden_size, device=device, dtype=decoder.model.dtype)
-        found[f"prefill {batch} x {tokens}"] = milliseconds(decoder.prefill, [(inputs,)], runs=3, queued=1).median
-        past = DynamicCache(config=config)
-        decoder.model(inputs_embeds=inputs, past_key_values=past, use_cache=True)
-        token = inputs[:, :1]
-        found[f"decode {batch} x {tokens}"] = milliseconds(decoder.decode, [(token, past)], runs=9, queued=1).median
-    return found
+    config = decoder.model.config
+    inputs = torch.randn(batch, tokens, config.hidden_size, device=device, dtype=decoder.model.dtype)
+    prefill = milliseconds(decoder.prefill, [(inputs,)], runs=3, queued=1).median
+    past = DynamicCache(config=config)
+    decoder.model(inputs_embeds=inputs, past_key_values=past, use_cache=True)
+    decode = milliseconds(decoder.decode, [(inputs[:, :1], past)], runs=9, queued=1).median
+    return {f"prefill {batch} x {tokens}": prefill, f"decode {batch} x {tokens}": decode}
 
 
 def graphs_over_lengths(model: Any, device: str, longest: int) -> int:
@@ -90,25 +87,30 @@ def graphs_over_lengths(model: Any, device: str, longest: int) -> int:
     return graphs
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All shapes, dense and as chosen."""
+def measure(options: argparse.Namespace, done: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All shapes, dense and as chosen; after each one ``done`` is told of the result so far."""
     start = time.perf_counter()
-    model: Any = build(options)
+    models: list[Any] = [build(options), build(options)]
     lengths = {1: (0.25, 0.5)} if options.quick else LENGTHS
     shapes = [(batch, int(n * K)) for batch, of_batch in lengths.items() for n in of_batch]
-    result: dict[str, Any] = {"layers": options.layers, "budget": RULES.budget}
+    result: dict[str, Any] = {"layers": options.layers, "budget": RULES.budget, "dense": {}, "chosen": {}}
     with torch.no_grad(), sdpa_kernel(KINDS, set_priority=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "omnisparse: rewrote no attention site")
-        for name, config in (("dense", DENSE), ("chosen", RULES)):
-            decoder = Decoder(model, config)
-            result[name] = times(decoder, shapes, options.device, start + options.seconds)
-            result[f"{name}_report"] = rewrite_report(decoder.model).to_dict()["notes"]
+        decoders = {"dense": Decoder(models[0], DENSE), "chosen": Decoder(models[1], RULES)}
+        for batch, tokens in shapes:
+            if time.perf_counter() - start > options.seconds:
+                break
+            for name, decoder in decoders.items():
+                result[name] |= times(decoder, batch, tokens, options.device)
+                result[f"{name}_report"] = rewrite_report(decoder.model).to_dict()["notes"]
+            dense = result["dense"]
+            result["slowdown_pct"] = {name: 100 * (took / dense[name] - 1) for name, took in result["chosen"].items()}
+            done(result)
+        for decoder in decoders.values():
             decoder.close()
-        result["graphs_over_20_lengths"] = graphs_over_lengths(
-            model, options.device, 2 * K if options.quick else 20 * K
-        )
-    both = [name for name in result["dense"] if name in result["chosen"]]
-    result["slowdown_pct"] = {name: 100 * (result["chosen"][name] / result["dense"][name] - 1) for name in both}
+        longest = 2 * K if options.quick else 20 * K
+        result["graphs_over_20_lengths"] = graphs_over_lengths(models[1], options.device, longest)
+    done(result)
     return result
 
 
@@ -117,7 +119,7 @@ def show(result: dict[str, Any]) -> None:
     for name, change in result["slowdown_pct"].items():
         dense, chosen = result["dense"][name], result["chosen"][name]
         print(f"  {name:18s} dense {dense:9.3f} ms, chosen {chosen:9.3f} ms, {change:+.1f} %")
-    print(f"  {result['graphs_over_20_lengths']} graphs over 20 lengths; {'; '.join(result['chosen_report'])}")
+    print(f"  {result.get('graphs_over_20_lengths', '?')} graphs over 20 lengths; {'; '.join(result['chosen_report'])}")
 
 
 def keep(result: dict[str, Any]) -> None:
@@ -132,8 +134,9 @@ def keep(result: dict[str, Any]) -> None:
     )
     value = round(result["slowdown_pct"][worst], 2)
     summary.record("short.worst_slowdown_pct", value, unit="%", baseline=baseline, script=__file__)
-    graphs, what = result["graphs_over_20_lengths"], "1K to 20K tokens, one model"
-    summary.record("compile.graphs_over_20_lengths", graphs, unit="graphs", baseline=what, script=__file__)
+    if "graphs_over_20_lengths" in result:
+        graphs, what = result["graphs_over_20_lengths"], "1K to 20K tokens, one model"
+        summary.record("compile.graphs_over_20_lengths", graphs, unit="graphs", baseline=what, script=__file__)
 
 
 def main() -> int:
@@ -141,15 +144,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=100.0, help="start no shape of a decoder after so long")
+    parser.add_argument("--seconds", type=float, default=100.0, help="start no shape after so long")
     parser.add_argument("--quick", action="store_true", help="2 small layers, short; records nothing")
     options = parser.parse_args()
     options.hidden = "small" if options.quick else "7b"
     options.layers = 2 if options.quick else options.layers
-    result = measure(options)
-    show(result)
-    if not options.quick:
-        keep(result)
+    show(measure(options, (lambda result: None) if options.quick else keep))
     return 0
 
 
