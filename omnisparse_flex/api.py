@@ -76,7 +76,7 @@ def apply_omnisparse(
     require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
     require(dynamic in (None, True, False), "dynamic", "be None, True or False", dynamic)
     config = OmniSparseConfig() if config is None else config
-    backend = Backend(config, min_seq_len=min_seq_len, kernel=kernel, inner=inner)
+    backend = Backend(config, min_seq_len=min_seq_len, kernel=kernel, inner=inner, static=dynamic is False)
     refuse_compiled(model)
     if isinstance(visual_mask, Tensor) or not callable(visual_mask):
         check_visual(visual_mask, None, None)

@@ -71,8 +71,9 @@ class Backend:
         min_seq_len: int | str = "auto",
         kernel: str = "auto",
         inner: str | CompiledFn = "auto",
+        static: bool = False,
     ) -> None:
-        """Check the options; see ``apply_omnisparse`` for their meaning.
+        """Check the options; see ``apply_omnisparse`` for their meaning, and ``passes.Settings`` for ``static``.
 
         Raises:
             ConfigError: On an unknown or mistyped option.
@@ -89,6 +90,7 @@ class Backend:
         self.min_seq_len = min_seq_len
         self.kernel = kernel
         self.inner = inner
+        self.static = static
         self.log = Log()
         self.last: Rewrite | None = None
 
@@ -101,6 +103,7 @@ class Backend:
             least=functools.partial(self.threshold, device),
             lists=inner == "inductor",
             kernel=self.kernel,
+            static=self.static,
         )
         rewrite = run_pipeline(graph_module, settings)
         read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]

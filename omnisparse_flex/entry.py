@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.cache_ops import Owner
+from omnisparse_flex.dynamo_settings import dynamo_settings
 from omnisparse_flex.errors import ConfigError, require
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.
@@ -126,7 +127,7 @@ class Entry:
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
         runs = self.backend.log.runs
-        with torch._dynamo.config.patch(self._settings()):
+        with dynamo_settings(**self._settings()):
             result = self.compiled(*args, **kwargs)
         ran = self.backend.log.runs - runs
         if ran > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,13 +16,19 @@ from omnisparse_flex.cacheable import cacheable_functions
 CompiledFn = Callable[..., Any]
 
 
-def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], mode: str | None = None) -> CompiledFn:
+def compile_graph(
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    mode: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> CompiledFn:
     """Compile a graph that Dynamo captured.
 
     Args:
         graph_module: The graph, rewritten where it is to be.
         inputs: Its example inputs.
         mode: As in ``torch.compile``.
+        options: Further options of Inductor.
 
     Returns:
         The compiled callable.
@@ -33,6 +40,7 @@ def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], mode: str | 
     patches: dict[str, Any] = {"unsafe_marked_cacheable_functions": cacheable_functions(graph_module)}
     if mode:
         patches.update(list_mode_options(mode))
+    patches.update(options)
     if device_of(inputs).type == "cpu":
         # The C++ flex template takes no epilogue, and a fused one fails to compile.
         patches["epilogue_fusion"] = False

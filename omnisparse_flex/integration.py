@@ -74,6 +74,8 @@ def attention_forward(
     Returns:
         (B, L, Hq, Dv) and no weights.
     """
+    if kwargs.get("sinks") is not None:
+        raise ConfigError("attention must name its logit sinks s_aux, one for each head, got another kind: sinks")
     if s_aux is not None:
         check_sinks(s_aux, query, "s_aux")
         _refuse_beside_sinks(softcap if dropout > 0 else None, **kwargs)

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omnisparse_flex.decode import attend_keys
 from omnisparse_flex.errors import require
 
+#: Logits before scaling that a sink's channels hold; float16 ends at 65504.
+LARGEST = 6e4
 #: Channels added to queries and keys that carry the sink: fused kernels want head_dim divisible by 8.
 CHANNELS = 8
 
@@ -79,8 +82,9 @@ def dense_with_sinks(
     if query.shape[2] == 1 and dropout == 0:
         return _one_query(query, key, value, sinks, mask, scale)
     dim, value_dim, kv_len = query.shape[3], value.shape[3], key.shape[2]
-    # Two channels hold the sink's high and low bits: half precision would round a large sink.
-    logit = sinks / scale
+    # Two channels hold the sink's high and low bits: half precision would round a large sink. One that no logit
+    # comes near, up or down, need not be told from a greater: its channel must stay finite, times 0 too.
+    logit = (sinks.to(torch.promote_types(sinks.dtype, torch.float32)) / scale).clamp(-LARGEST, LARGEST)
     high = logit.detach().to(torch.bfloat16).to(logit.dtype)
     channels = F.pad(torch.stack([high, logit - high], -1), (0, CHANNELS - 2)).to(query.dtype)
     query = torch.cat([query, channels[:, None].expand(*query.shape[:3], CHANNELS)], 3)
@@ -110,11 +114,14 @@ def softmax_with_sinks(logits: Tensor, sinks: Tensor) -> Tensor:
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """A decoded token: its logits are few, and copies of all keys would cost more than reading them."""
-    kv_heads = key.shape[1]
-    logits = query.unflatten(1, (kv_heads, -1)).squeeze(3) @ key.transpose(-1, -2) * scale
-    logits = logits.flatten(1, 2).unsqueeze(2)
+    rows = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
+    if mask is None and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, sinks))):
+        out, lse = (x.flatten(1, 2).unsqueeze(2) for x in attend_keys(rows, key, value, None, scale))
+        return discount(out, lse, sinks).to(value.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = (rows.to(wide) * scale @ key.to(wide).transpose(-1, -2)).flatten(1, 2).unsqueeze(2)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
     weights = softmax_with_sinks(logits, sinks).to(value.dtype)
-    out: Tensor = weights.squeeze(2).unflatten(1, (kv_heads, -1)) @ value
-    return out.flatten(1, 2).unsqueeze(2)
+    summed: Tensor = weights.squeeze(2).unflatten(1, (key.shape[1], -1)) @ value
+    return summed.flatten(1, 2).unsqueeze(2)

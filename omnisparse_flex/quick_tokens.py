@@ -117,6 +117,7 @@ class _Attend(torch.autograd.Function):
 
 def _of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Gradient of the sinks (Hq,): minus each one's share of a row's mass times that row's output along ``grad``."""
-    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    logit = sinks.to(lse.dtype)[:, None]
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(logit - lse))  # neither a key nor a sink
     along = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     return -(share * along).sum((0, 2)).to(sinks.dtype)

@@ -8,6 +8,7 @@ threads to the load than to the store. Threads then read what others have not wr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from typing import Any
@@ -25,8 +26,9 @@ def mend() -> bool:
     from torch._inductor.codegen import common, triton
 
     # Torch's own mend looks at the same set, in the Triton kernels' own ``load``.
-    if "invalidated_stores" in inspect.getsource(triton.TritonKernel.load):
-        return False
+    with contextlib.suppress(OSError):  # a torch without its sources: two barriers do no harm
+        if "invalidated_stores" in inspect.getsource(triton.TritonKernel.load):
+            return False
     plain = common.CSEProxy.load
 
     def load(self: Any, name: str, index: Any) -> Any:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import builtins
 import functools
+import hashlib
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from omnisparse_flex.cacheable import importable
-from omnisparse_flex.inductor import compile_graph
+from omnisparse_flex.dynamo_settings import dynamo_settings
+from omnisparse_flex.inductor import CompiledFn, compile_graph
 from omnisparse_flex.masks.layout import Layout
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import BlockSelection, grid_of, select_blocks
@@ -33,6 +37,10 @@ _lib.define(
 DEVICES = ("cpu", "cuda")
 #: Graphs for one set of rules (a length, all lengths, one row and several, ...); past it the selection runs uncompiled.
 RECOMPILE_LIMIT = 32
+#: Sets of rules and inputs whose graphs are kept.
+KEPT = 64
+#: Graphs compiled so far in this process.
+graphs = 0
 #: What a graph of the selection calls; each has globals of its own, which hold its own.
 FUNCTION: Callable[..., tuple[Tensor, ...]]
 #: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
@@ -75,8 +83,9 @@ def _select(
     query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, buffers: Sequence[Tensor], rules: str,
     record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    run = compiled(rules, record, len(layout))
-    limits = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
+    kind = (int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, query.device.type)
+    run = compiled(rules, record, len(layout), kind)
+    limits = dynamo_settings(recompile_limit=RECOMPILE_LIMIT)
     # Dynamo guards on grad mode, autocast and dispatch keys: one state for all. The inputs have followed autocast.
     below = torch._C._AutoDispatchBelowADInplaceOrView()  # where a first call is, and later ones are not
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False), below, limits:
@@ -108,9 +117,12 @@ def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, .
     return select
 
 
-@functools.cache
-def compiled(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
-    """One graph for all layers with these rules; compiled when first called, and again for a second length."""
+@functools.lru_cache(KEPT)
+def compiled(rules: str, record: bool, maps: int, kind: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """One graph for all layers with these rules and this ``kind`` of inputs (heads, width, dtype, device).
+
+    It is compiled when first called, for one length, and once more for all when there is a second.
+    """
     function = _plain(rules, record, maps)
     assert isinstance(function, types.FunctionType)
     # Dynamo takes it for one call, which AOTAutograd traces through: as in a model's graph.
@@ -119,9 +131,18 @@ def compiled(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor,
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         return FUNCTION(*tensors)  # noqa: F821
 
-    name = "omnisparse_select"
+    # By its name Dynamo remembers which sizes of a function changed before: those of other rules say nothing.
+    told = hashlib.sha256(repr((rules, record, kind)).encode()).hexdigest()[:12]
+    name = f"omnisparse_select_{told}"
     own = types.FunctionType(run.__code__.replace(co_name=name), {"__builtins__": builtins, "FUNCTION": function}, name)
-    return torch.compile(own, backend=compile_graph)
+    return torch.compile(own, backend=_compile, dynamic=False if registered(rules).static else None)
+
+
+def _compile(graph_module: GraphModule, inputs: Sequence[Any]) -> CompiledFn:
+    global graphs
+    graphs += 1
+    # All layers run it, perhaps inside another recording: it must not be recorded by itself.
+    return compile_graph(graph_module, inputs, options={"triton.cudagraphs": False})
 
 
 def _fake(

@@ -41,6 +41,7 @@ class Site:
             is selected does not depend on the sinks.
         lists: The kernel honours block lists (Inductor). Otherwise (eager, aot_eager) the
             selection rides in the ``mask_mod``.
+        static: Graphs are of one length each.
         kernel_options: Options for the flex kernel.
         layout: The part of the selection that layers of one mask share; None: made here.
         write: Called with what the selection left behind, to record statistics; or None.
@@ -61,6 +62,7 @@ class Site:
     q_offset: Tensor | int = 0
     sinks: Tensor | None = None
     lists: bool = False
+    static: bool = False
     kernel_options: tuple[tuple[str, Any], ...] = ()
     layout: Layout | None = None
     write: Callable[[Measured], None] | None = None

@@ -81,7 +81,7 @@ def _marker(scope: Scope, node: Node) -> Site:
         causal="lower_right" if is_causal and mask is None else "none",
         scale=number_of(scale),
         softcap=number_of(softcap) or 0.0,
-        sinks=sinks[0] if sinks else None,  # type: ignore[arg-type]
+        sinks=sinks[0] if sinks else node.kwargs.get("sinks"),  # type: ignore[arg-type]
         layer=layer,  # type: ignore[arg-type]
     )
 

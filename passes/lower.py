@@ -118,6 +118,7 @@ def _function(site: Site, settings: Settings) -> Callable[..., Tensor]:
         "bias": site.bias,
         "scale": site.scale,
         "lists": settings.lists,
+        "static": settings.static,
         "kernel_options": options,
     }
     expr, offset, layer, target = site.expr, site.offset, site.layer, config.recall_of(site.layer)

@@ -155,12 +155,14 @@ class Settings:
         least: Queries below which a site with these heads stays dense; 0 switches every fallback off.
         lists: The inner compiler honours block lists (Inductor).
         kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
+        static: Every graph is of one length (``dynamic=False``).
     """
 
     config: OmniSparseConfig
     least: Callable[[Shape], int] = lambda shape: 0
     lists: bool = True
     kernel: str = "triton"
+    static: bool = False
 
 
 @dataclasses.dataclass(eq=False)

@@ -86,17 +86,54 @@ def test_the_marker_is_dense_attention_with_sinks(case, dtype, device):
     check(out, tensors, sinks, allowed, scale=0.3, **({"softcap": 2.0} if given["softcap"] else {}))
 
 
-def test_half_precision_keeps_a_large_sink(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_half_precision_keeps_a_large_sink(dtype, device):
     """s / scale is 335, which bfloat16 alone would round by 1, and so the logit by 0.2."""
     query = key = torch.full((1, 2, 70, 16), 4.5, dtype=torch.bfloat16, device=device)  # logits of 64.8
     value = torch.randn(query.shape, generator=torch.Generator().manual_seed(0)).to(query)
-    out = torch.ops.omnisparse.attn(query, key, value, None, None, True, 0.2, 0, 0.0, torch.full((2,), 67.0).to(device))
+    out = torch.ops.omnisparse.attn(
+        query, key, value, None, None, True, 0.2, 0, 0.0, torch.full((2,), 67.0).to(device, dtype)
+    )
     order = test_attention.causal_mask(AttentionShape(1, 2, 1, 70, 70, 16), device)
     exact, rounded = (
         dense_oracle(query, key, value, mask=order, scale=0.2, sinks=torch.full((2,), logit, device=device))
         for logit in (67.0, 66.8)
     )
     assert (rounded - exact).abs().max() > 4 * (out.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(70, 70), (1, 70)], ids=str)
+def test_a_sink_out_of_reach_is_none(lengths, dtype, device):
+    """Minus infinity, and what half precision cannot hold once it is divided by the scale."""
+    tensors = [x.to(dtype) for x in test_attention.inputs(SHAPE._replace(q_len=lengths[0]), device, torch.float32)]
+    given = (None, None, True, 0.1, 0, 0.0)
+    with torch.no_grad():
+        want = torch.ops.omnisparse.attn(*tensors, *given)
+        for logit in (-torch.inf, -1e4):
+            out = torch.ops.omnisparse.attn(*tensors, *given, torch.full((SHAPE.heads,), logit, device=device))
+            torch.testing.assert_close(out, want, atol=2e-3 if dtype == torch.float16 else 2e-2, rtol=2e-2)
+
+
+def test_one_query_is_as_exact_as_many(device):
+    """Logits are products in float32, whatever the inputs' type."""
+    shape = AttentionShape(1, 2, 4, 1, 2000, 64)
+    tensors = [(3 * x.detach()).bfloat16() for x in test_attention.inputs(shape, device, torch.float32)]
+    sinks = torch.full((shape.heads,), 40.0, device=device)
+    with torch.no_grad():
+        out = torch.ops.omnisparse.attn(*tensors, None, None, True, 0.125, 0, 0.0, sinks)
+    exact = dense_oracle(*tensors, mask=None, scale=0.125, sinks=sinks)
+    assert (out.double() - exact).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+def test_sinks_by_keyword_reach_the_site(device):
+    tensors = [x.detach() for x in test_attention.inputs(AttentionShape(1, 2, 1, 300, 300, 16), device, torch.float32)]
+    sinks, own = torch.ones(2, device=device), Backend(OmniSparseConfig(), min_seq_len=0, inner="eager")
+    run = torch.compile(
+        lambda q, k, v, s: torch.ops.omnisparse.attn(q, k, v, None, None, True, 0.25, 0, 0.0, sinks=s), backend=own
+    )
+    run(*tensors, sinks)
+    assert own.last.sites[0].rewritten and own.last.sites[0].sinks is not None
 
 
 # --- sparse: both granularities ----------------------------------------------

@@ -80,9 +80,9 @@ def test_the_operator_keeps_torch_s_rules():
 def test_all_layers_share_one_graph(monkeypatch):
     graphs = []
 
-    def compile_graph(graph_module, inputs):
+    def compile_graph(graph_module, inputs, **options):
         graphs.append(graph_module)
-        return inner(graph_module, inputs)
+        return inner(graph_module, inputs, **options)
 
     inner = select_op.compile_graph
     monkeypatch.setattr(select_op, "compile_graph", compile_graph)
@@ -99,24 +99,44 @@ def test_all_layers_share_one_graph(monkeypatch):
     assert len(stats.per_layer()) == 3 and not torch.allclose(dense, sparse, atol=1e-3)
 
 
-def test_changed_logits_stay_in_the_graph():
+@pytest.mark.slow
+def test_changed_logits_stay_in_the_graph(monkeypatch):
     """Their change reads tensors and functions of the model's, which no name spells."""
-    attended = []
+    attended, calling = [], select_op.call_select_op
+    monkeypatch.setattr(select_op, "call_select_op", lambda *args: attended.append(1) or calling(*args))
 
-    def count(*args):
-        attended.append(args)
+    def attention(query, key, value, cap):
+        return torch.ops.omnisparse.attn(query, key, value, None, None, True, 0.25, 0, cap)
 
-    called = select_op.call_select_op
-    select_op.call_select_op = count
-    try:
+    for cap in (20.0, 0.0):
+        own = backend.Backend(CONFIGS[0], min_seq_len=0, inner="inductor")
+        with torch.no_grad():
+            torch.compile(attention, backend=own, dynamic=False)(*torch.randn(3, 1, 2, 300, 16), cap)
+        assert [site.rewritten for site in own.last.sites] == [True]
+        assert bool(attended) == (cap == 0)
 
-        def capped(query, key, value):
-            logits = 20 * torch.tanh(query @ key.transpose(-1, -2) / 20)
-            order = torch.ones(300, 300, dtype=torch.bool).tril()
-            return torch.softmax(logits.masked_fill(~order, float("-inf")), -1) @ value
 
-        run = torch.compile(capped, backend=backend.Backend(CONFIGS[0], min_seq_len=0, inner="inductor"))
-        out = run(*torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(0)))
-        assert out.shape == (1, 2, 300, 16) and not attended
-    finally:
-        select_op.call_select_op = called
+def test_rules_and_shapes_have_graphs_of_their_own():
+    """By its name Dynamo remembers which sizes of a function changed."""
+    site, *_ = site_of(CONFIGS[0], (300, 300))
+    kinds = [(4, 2, 16, torch.float32, "cpu"), (8, 8, 32, torch.float32, "cpu")]
+    names = {select_op.compiled(site.rules, record, 6, kind).__name__ for kind in kinds for record in (False, True)}
+    assert len(names) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True])
+def test_static_graphs_are_static_here_too(static, monkeypatch):
+    sizes, inner = [], select_op.compile_graph
+
+    def compile_graph(graph_module, inputs, **options):
+        sizes.append([x for x in inputs if isinstance(x, torch.SymInt)])
+        return inner(graph_module, inputs, **options)
+
+    monkeypatch.setattr(select_op, "compile_graph", compile_graph)
+    before = select_op.graphs
+    for length in (700, 900):
+        site, query, key = site_of(CONFIGS[1], (length, length))
+        site = dataclasses.replace(site, static=static, rules=register(dataclasses.replace(site, static=static)))
+        call_select_op(query, key, site)
+    assert select_op.graphs == before + 2 and bool(sizes[1]) != static

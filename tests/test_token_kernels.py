@@ -64,10 +64,20 @@ def run(inputs, site):
     return attend_quickly(query, key, value, site, plain, segments, text)
 
 
+def attended_lse(inputs):
+    """Log-sum-exps (B, Hq, L) of dense attention, by and large."""
+    query, key = (x.detach().double() for x in inputs[:2])
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return torch.logsumexp(query @ key.transpose(-1, -2) * query.shape[3] ** -0.5, -1).float()
+
+
 def check_attention(shape, device, dtype=torch.float32, sinks=False, **fields):
     """Output and gradients are those of dense attention under what the selection denotes."""
     site, inputs = site_of(shape, device, **fields), tensors(shape, device, dtype)
-    logits = torch.linspace(-1, 7, shape.heads, device=device).requires_grad_() if sinks else None
+    logits = None
+    if sinks:  # a sink takes a good part of a row's mass
+        level = attended_lse(inputs).mean((0, 2)) + torch.linspace(-1, 1, shape.heads, device=device)
+        logits = level.requires_grad_()
     site = dataclasses.replace(site, sinks=logits)
     out, selection = run(inputs, site)
     places = torch.arange(shape.q_len, device=device)
@@ -81,9 +91,9 @@ def check_attention(shape, device, dtype=torch.float32, sinks=False, **fields):
         (got,) = torch.autograd.grad(out, logits, grad)
         exact = dense_oracle(*(x.detach() for x in inputs), mask=kept, sinks=logits)
         (wanted,) = torch.autograd.grad(exact, logits, grad.double())
-        # A sum over all rows of an output that was rounded to its type.
-        bound = 4 * torch.finfo(dtype).eps * float(grad.abs().sum()) / shape.heads
-        assert wanted.abs().max() > 0.02 and (got.double() - wanted).abs().max() <= bound
+        # A sum over all rows, whose outputs were rounded to their type: signs differ, and so do most errors.
+        bound = 8 * torch.finfo(dtype).eps * float(grad.double().square().sum().sqrt()) * shape.head_dim**0.5
+        assert wanted.abs().max() > 4 * bound and (got.double() - wanted).abs().max() <= bound, (got, wanted, bound)
     return selection
 
 

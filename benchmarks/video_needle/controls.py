@@ -52,7 +52,7 @@ def _normalised(mass: Tensor, some: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def scoring(name: str | None) -> Iterator[None]:
-    """While open, whatever is compiled scores blocks by the control ``name``; None changes nothing.
+    """While open, whatever runs or is compiled scores blocks by the control ``name``; None changes nothing.
 
     AOTAutograd's cache knows our functions by names that spell the rules, not the scorer behind them: it would
     hand one control the graph of the other, so it stays closed.
