@@ -109,10 +109,13 @@ def test_the_runner_goes_on_after_a_failure(bench, tmp_path, monkeypatch, capfd)
 def test_short_lengths_name_what_ran(bench, monkeypatch):
     short = bench("bench_short")
     monkeypatch.setattr(Backend, "inner_for", lambda *_: "eager")
-    monkeypatch.setattr(short, "graphs_over_lengths", lambda model, device, longest: longest)
-    result = short.measure(argparse.Namespace(quick=True, device="cpu", hidden="small", layers=2, seconds=60.0))
-    names = {f"{what} 1 x {tokens}" for what in ("prefill", "decode") for tokens in (256, 512)}
-    assert set(result["slowdown_pct"]) == names and result["graphs_over_20_lengths"] == 2048
+    monkeypatch.setattr(short, "graphs_over_lengths", lambda model, device, longest: (longest, 3))
+    seen = []
+    options = argparse.Namespace(quick=True, device="cpu", hidden="small", layers=2, seconds=60.0)
+    result = short.measure(options, lambda so_far: seen.append(set(so_far["slowdown_pct"])))
+    names = [{f"{what} 1 x {tokens}" for what in ("prefill", "decode")} for tokens in (256, 512)]
+    assert seen == [names[0], names[0] | names[1], names[0] | names[1]]
+    assert result["graphs_over_20_lengths"] == 2048 and result["choice_graphs_over_20_lengths"] == 3
 
 
 def test_the_picture_shows_what_was_measured(bench, tmp_path):
