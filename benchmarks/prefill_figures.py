@@ -48,10 +48,7 @@ def _runs(row: dict[str, Any]) -> bool:
 
 def record(content: dict[str, Any]) -> None:
     """Write the figures into the summary, with the device and versions of the results."""
-    where = {"device": content["device"], "torch_version": content["torch"], "tree": content["commit"]}
-    for name, (value, unit, baseline) in figures(content).items():
-        summary.record(name, value, unit=unit, baseline=baseline, script="benchmarks/bench_prefill.py", **where)
-        print(f"{name} = {value} {unit}")
+    summary.record_results(figures(content), content, "benchmarks/bench_prefill.py")
 
 
 def main() -> int:

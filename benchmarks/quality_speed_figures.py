@@ -1,19 +1,11 @@
-"""The figures of ``bench_quality_speed.py``'s results: speed at the rules whose quality was measured.
-
-PYTHONPATH=$PWD python3 benchmarks/quality_speed_figures.py
-"""
+"""The figures of ``bench_quality_speed.py``'s results: speed at the rules whose quality was measured."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import summary  # beside this file
 
-RESULTS = Path(__file__).resolve().parent / "results" / "quality_speed.json"
 K = 1024
 #: Figure -> (kind, visual tokens, data of the cases it takes the slowest of).
 FIGURES = {
@@ -24,14 +16,14 @@ FIGURES = {
 }
 
 
-def figures(content: dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """Name -> (speed-up, baseline); a figure whose cases were not all measured is left out."""
+def figures(content: dict[str, Any]) -> dict[str, tuple[float, str, str]]:
+    """Name -> (speed-up, unit, baseline); a figure whose cases were not all measured is left out."""
     found = {}
     for name, (kind, tokens, wanted) in FIGURES.items():
         rows = [r for r in content["rows"] if (r["kind"], r["visual_tokens"]) == (kind, tokens) and r["data"] in wanted]
         if {row["data"] for row in rows} == set(wanted):
             slowest = min(rows, key=lambda row: row["speedup"])
-            found[name] = (round(slowest["speedup"], 3), _baseline(content, slowest))
+            found[name] = (round(slowest["speedup"], 3), "x", _baseline(content, slowest))
     return found
 
 
@@ -51,20 +43,4 @@ def _baseline(content: dict[str, Any], row: dict[str, Any]) -> str:
 
 def record(content: dict[str, Any]) -> None:
     """Write the figures into the summary, with the device and versions of the results."""
-    where = {"device": content["device"], "torch_version": content["torch"], "tree": content["commit"]}
-    for name, (value, baseline) in figures(content).items():
-        script = "benchmarks/bench_quality_speed.py"
-        summary.record(name, value, unit="x", baseline=baseline, script=script, **where)
-        print(f"{name} = {value} x")
-
-
-def main() -> int:
-    """Record the figures of a results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    record(json.loads(parser.parse_args().results.read_text()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    summary.record_results(figures(content), content, "benchmarks/bench_quality_speed.py")

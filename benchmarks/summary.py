@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = ROOT / "benchmarks" / "results" / "summary.json"
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 FIELDS = ("value", "unit", "baseline", "device", "torch", "script", "commit")
+
+
+def record_results(found: Mapping[str, tuple[float, str, str]], content: Mapping[str, Any], script: str) -> None:
+    """Write figures into the summary and say them, with the device and versions of their results.
+
+    Args:
+        found: Name -> (value, unit, baseline).
+        content: The results: ``device``, ``torch`` and ``commit``.
+        script: The file that measured them.
+    """
+    where = {"device": content["device"], "torch_version": content["torch"], "tree": content["commit"]}
+    for name, (value, unit, baseline) in found.items():
+        record(name, value, unit=unit, baseline=baseline, script=script, **where)
+        print(f"{name} = {value} {unit}")
 
 
 def record(

@@ -170,8 +170,7 @@ def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor,
     """The kept and the full block maps of a site."""
     if site.config is None:
         return dense_selection(query, key, site.mask)
-    once = site.rules and query.device.type in select_op.DEVICES
-    selection = select_op.call_select_op(query, key, site) if once else _select(query, key, scale, site)
+    selection = select_op.call_select_op(query, key, site) if site.rules else _select(query, key, scale, site)
     if site.write is not None:
         site.write(site.measured(selection, query, key))
     return selection.keep, selection.layout.full

@@ -3,7 +3,7 @@
 Where the residual stream is float32 and the layers compute in bfloat16 (autocast), a norm's
 kernel stores the sum in its first loop and reads it back in its second, and Triton gives other
 threads to the load than to the store. Threads then read what others have not written yet
-(pytorch/pytorch#190517): on an H200 about one token in a hundred of a compiled decoder, others in every run.
+(pytorch/pytorch#190517): some tokens of a compiled decoder are wrong, others in every run.
 """
 
 from __future__ import annotations

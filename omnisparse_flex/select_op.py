@@ -33,8 +33,6 @@ _lib.define(
     "bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-#: Where graphs call the operator.
-DEVICES = ("cpu", "cuda")
 #: Graphs for one set of rules (a length, all lengths, one row and several, ...); past it the selection runs uncompiled.
 RECOMPILE_LIMIT = 32
 #: Sets of rules and inputs whose graphs are kept.
