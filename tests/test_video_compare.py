@@ -113,8 +113,9 @@ def test_points_behind_are_paired():
 def test_figures_are_the_best_rows_within_the_limit(tmp_path):
     fraction = lambda n: "1" * n + "0" * (12 - n)  # noqa: E731
     rows = [
-        row("dense", "dense", fraction(12)),
-        row("dense", "text only", fraction(2)),
+        row("dense", "dense", fraction(10)),
+        row("dense longer", "dense", fraction(12)),
+        row("dense longer", "text only", fraction(2)),
         row("sparse", "OmniSparse", fraction(12), density=0.4, inference="OmniSparse at recall 0.9"),
         row("sparse", "OmniSparse", fraction(11), density=0.14, inference="OmniSparse at recall 0.8"),
         row("sparse", "OmniSparse", fraction(9), density=0.1, inference="OmniSparse at recall 0.6"),

@@ -71,11 +71,13 @@ class Comparison:
             require(asked, "out", f"hold rows of at least {self.videos} videos", row["videos"])
 
     def run_dense(self, weights: Weights, model: Any, lengths: list[int]) -> None:
-        """Dense inference, and what can be known without seeing the events."""
+        """Dense inference; up to the trained length also what can be known without seeing the events."""
         for name, state in weights.items():
             model.load_state_dict(state)
             for length in lengths:
                 for label, visible in BASELINES.items():
+                    if visible != "all" and length > report.TRAINED:
+                        continue
                     self._once(name, length, label, lambda n=length, v=visible: self._ask(model, n, v), density=1.0)
 
     def run_family(self, family: Family, weights: Weights, model: Any, lengths: list[int]) -> None:
