@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+from omnisparse_flex.masks.block_lse import block_lse
+from omnisparse_flex.masks.opaque import OpaqueMask
+from omnisparse_flex.masks.plain import plain_mask
+from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.rows import key_units, normalised, within
 
 #: Query blocks that the rows are spread over: a question may straddle the edge between two.
@@ -24,7 +28,7 @@ def with_last_rows(
     scale: float,
     block: int,
     adjust: Callable[..., Tensor] | None,
-    allowed: Callable[..., Tensor],
+    mask: MaskProgram | OpaqueMask,
 ) -> Tensor:
     """Replace the estimate of the last query blocks by exact softmax rows of some of their queries.
 
@@ -38,40 +42,65 @@ def with_last_rows(
         block: Tokens per block.
         adjust: The model's own change of the logits at block centres, ``(logits, blocks=slice)``
             over the query blocks that the slice names; or None.
-        allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices.
+        mask: The model's own mask.
 
     Returns:
-        float32 (B, Hkv, NQ, NK). The products hold B * Hq * ``count`` * S elements at once.
+        float32 (B, Hkv, NQ, NK). Where the mask is plain and logits are products alone, nothing larger than the
+        result is in memory on a GPU; else the products, B * Hq * ``count`` * S elements in the queries' dtype.
 
     Source: the last queries as a sample of what a prompt looks for: MInference, arXiv
     2407.02490 (64 of them), FlexPrefill, arXiv 2502.20766. Our choice: two blocks of
     queries, because the last one may hold but a few tokens.
     """
-    batch, heads, length, _ = query.shape
-    kv_heads, blocks, kv_blocks = key.shape[1], mass.shape[2], mass.shape[3]
+    heads, length = query.shape[1:3]
+    kv_heads, blocks = key.shape[1], mass.shape[2]
     last = min(BLOCKS, blocks)
     rows, new = _positions(length, blocks - last, last, min(count // BLOCKS, block), block, query.device)
+    vectors = query.index_select(2, rows.flatten())
+    plain = plain_mask(mask, query.shape[0], key.shape[2], query.device) if adjust is None else None
+    if plain is None:
+        lse = _lse_by_pairs(vectors, key, rows, slice(blocks - last, None), scale, block, adjust, mask.pairs)
+    else:
+        everything = torch.full_like(rows, key.shape[2] - 1)
+        seen_to = everything if plain.offset is None else rows + plain.offset
+        lse = block_lse(vectors, key, seen_to.flatten(), plain.real, scale, block).unflatten(2, rows.shape)
+
+    below = some[:, :, blocks - last :]
+    seen = below if below.shape[1] == 1 else below.repeat_interleave(heads // kv_heads, 1)
+    lse = lse.masked_fill(~(seen.unsqueeze(2) & new.unsqueeze(-1)), float("-inf"))
+    weights = torch.softmax(lse, dim=-1).nan_to_num(0.0)
+    exact = normalised(weights.unflatten(1, (kv_heads, -1)).sum((2, 3)), below)
+    # Realized: Inductor would shift the maps that it fuses into a concatenation, and fail to compare their indices.
+    joined: Tensor = torch.ops.omnisparse.realize(torch.cat((mass[:, :, : blocks - last], exact), dim=2))
+    return joined
+
+
+def _lse_by_pairs(
+    vectors: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    last: slice,
+    scale: float,
+    block: int,
+    adjust: Callable[..., Tensor] | None,
+    allowed: Callable[..., Tensor],
+) -> Tensor:
+    """``block_lse`` under any mask and change of the logits: (B, Hq, R, last, NK) for (B, Hq, R * last, D) vectors."""
+    batch, heads = vectors.shape[:2]
+    kv_heads = key.shape[1]
     units = key_units(key, block, 1)
-    vectors = query.index_select(2, rows.flatten()).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits = (vectors @ units.vectors.transpose(-1, -2)).unflatten(-1, (kv_blocks, block))
+    grouped = vectors.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
+    logits = (grouped @ units.vectors.transpose(-1, -2)).unflatten(-1, (-1, block))
     logits = logits.unflatten(2, (heads // kv_heads, *rows.shape))
     # Rows and the keys of a block first: (R, block, B, Hq, last, NK), to which a change of the logits broadcasts.
     logits = logits.permute(3, 6, 0, 1, 2, 4, 5).flatten(3, 4).float() * scale
     if adjust is not None:
-        logits = adjust(logits, blocks=slice(blocks - last, None))
-
-    b = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
-    h = torch.arange(heads, device=query.device).view(-1, 1, 1)
-    pairs = allowed(b, h, rows.view(-1, 1, 1, 1, last, 1), units.positions).to(torch.bool)
-    below = some[:, :, blocks - last :]
-    seen = below if below.shape[1] == 1 else below.repeat_interleave(heads // kv_heads, 1)
-    seen = seen & new.view(-1, 1, 1, 1, last, 1)
-    logits = (logits + units.weights).masked_fill(~(pairs & seen), float("-inf"))
-    weights = torch.softmax(torch.logsumexp(logits, dim=1), dim=-1).nan_to_num(0.0)
-    exact = normalised(weights.unflatten(2, (kv_heads, -1)).sum((0, 3)), below)
-    # Realized: Inductor would shift the maps that it fuses into a concatenation, and fail to compare their indices.
-    joined: Tensor = torch.ops.omnisparse.realize(torch.cat((mass[:, :, : blocks - last], exact), dim=2))
-    return joined
+        logits = adjust(logits, blocks=last)
+    b = torch.arange(batch, device=key.device).view(-1, 1, 1, 1)
+    h = torch.arange(heads, device=key.device).view(-1, 1, 1)
+    pairs = allowed(b, h, rows.view(-1, 1, 1, 1, rows.shape[1], 1), units.positions).to(torch.bool)
+    logits = (logits + units.weights).masked_fill(~pairs, float("-inf"))
+    return torch.logsumexp(logits, dim=1).permute(1, 2, 0, 3, 4)
 
 
 def _positions(

@@ -96,7 +96,7 @@ def select_blocks(
     if config.last_rows > 0:
         mass = with_last_rows(
             mass, query, key, layout.some, config.last_rows,
-            scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs,
+            scale=scale, block=BLOCK, adjust=adjust, mask=mask,
         )  # fmt: skip
     local_mass = (mass * layout.near).sum(-1)
     pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))

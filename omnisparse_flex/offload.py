@@ -11,8 +11,8 @@ from torch import Tensor
 
 #: Tokens copied to the host at a time: what a copy needs on the device beside the layer itself.
 CHUNK = 2048
-#: Copies to the host under way at a time.
-IN_FLIGHT = 16
+#: Copies to the host under way at a time, each of one head's tokens.
+IN_FLIGHT = 8
 
 
 class Copies:

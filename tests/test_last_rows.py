@@ -20,7 +20,7 @@ BLOCK = 32
 
 def last(query, key, mask, count, *, adjust=None, block=BLOCK):
     mass, some = score("mean_pool", query, key, mask, block=block)
-    how = {"scale": query.shape[-1] ** -0.5, "block": block, "adjust": adjust, "allowed": mask.pairs}
+    how = {"scale": query.shape[-1] ** -0.5, "block": block, "adjust": adjust, "mask": mask}
     return mass, with_last_rows(mass, query, key, some, count, **how)
 
 
