@@ -37,6 +37,7 @@ class Case:
         tokens: Visual tokens.
         make: Makes the layers, the ones of a model or two to take in turn.
         share: Of the blocks, to be kept by a target of its own; None: the tested target, and times are summed.
+        budget: Of the heads, in the place of the tested rules'; None: theirs.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Case:
     tokens: int
     make: Callable[[], list[Layer]]
     share: float | None = None
+    budget: str | None = None
 
     @property
     def name(self) -> str:

@@ -34,9 +34,9 @@ class OmniSparseConfig:
             cheapest), ``"antidiagonal"`` (strided sums) or ``"probe"`` (exact rows of sampled
             queries); for tokens ``"one_pass"`` (rows' normalisers guessed) or ``"column_mass"``
             (exact); ``"auto"``: the granularity's first.
-        budget: ``"flattest_head"`` gives every head of a layer the budget that its
-            flattest head needs; ``"per_head"`` gives each its own; an int is a fixed
-            number of tokens.
+        budget: ``"per_head"`` gives every head of a layer the budget that it needs;
+            ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
+            is a fixed number of tokens.
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
             counted); None: no bound.
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
@@ -48,7 +48,7 @@ class OmniSparseConfig:
         window_size: Latest tokens every query keeps, in tokens, itself included.
         last_rows: Rows of exact logits that the last two query blocks are chosen by, whatever the
             estimator: a question at the end of a prompt holds unlike words, which a block's mean
-            hides. Products are rounded to the queries' dtype. The blocks are the tensor's: of a
+            hides. The blocks are the tensor's: of a
             right-padded row they hold padding. An even number; 0: they are estimated like the
             others. Without effect at token granularity.
 
@@ -59,11 +59,11 @@ class OmniSparseConfig:
     allocation". Our choice: ``last_rows`` and the default values; see README "Defaults".
     """
 
-    target_recall: float | tuple[float, ...] = 0.95
+    target_recall: float | tuple[float, ...] = 0.98
     granularity: str = "block"
     segment_size: int = 256
     scoring: str = "auto"
-    budget: Budget = "flattest_head"
+    budget: Budget = "per_head"
     max_kv_budget: int | None = None
     lazy_threshold: float | None = 0.05
     lazy_mode: str = "local"

@@ -106,7 +106,7 @@ def test_every_case_runs_and_fills_the_figures(bench, quick, tmp_path, monkeypat
     small = model.make_model(0, layers=2, hidden=64, heads=2, vision_depth=1).eval()
     monkeypatch.setattr(release, "load", lambda folder: small)
     content = quick(tmp_path / "x.json")
-    assert content["errors"] == {} and len(content["rows"]) == 6
+    assert content["errors"] == {} and len(content["rows"]) == 7
     rows = {(row["kind"], row["data"], row["visual_tokens"]): row for row in content["rows"]}
     real = rows["real", "real", 512]
     assert real["heads"] == [2, 1, 32] and real["calls"] == 2 and real["kept"] == content["kept"]["512"]

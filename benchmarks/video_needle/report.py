@@ -115,7 +115,7 @@ def keep_figures(rows: list[dict[str, Any]], path: Path = summary.SUMMARY, **mea
 
     def accuracy(name: str, row: dict[str, Any] | None) -> None:
         if row is not None:
-            told = f"{row['inference']} of {row['checkpoint']}; {row['questions']} questions, {row['length']} tokens"
+            told = f"{row['checkpoint']}, {row['inference']}; {row['questions']} questions, {row['length']} tokens"
             figures[f"video.accuracy.{name}"] = (row["accuracy"], "share, 0-1", f"{told}, density {row['density']:.3f}")
 
     trained = (best(name, "dense") for name in DENSE)
