@@ -104,7 +104,7 @@ VARYING = ["q_len", "kv_len", "scale", "l_b", "l_h", "l_m", "c_b", "c_h", "c_m",
 def _attend(
     query, key, value, out, lse, rows, row_count, keys, key_count, real, offset,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, l_b, l_h, l_m, c_b, c_h, c_m, q_len, kv_len,
-    first_segment, segments, scale,
+    first_segment, segments, scale, o_b, o_h, o_n,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
     LISTED: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, GOES_ON: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
@@ -125,13 +125,14 @@ def _attend(
         mask=mine[:, None], other=0.0,
     )  # fmt: skip
     slot = (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place
+    target = out + batch.to(tl.int64) * o_b + own.to(tl.int64)[:, None] * o_h + place.to(tl.int64)[:, None] * o_n + dims
     most = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, DIM), tl.float32)
     if GOES_ON:
         most = tl.load(lse + slot, mask=mine, other=float("-inf")) * 1.4426950408889634
         total = tl.where(most == float("-inf"), 0.0, 1.0)
-        sums = tl.load(out + slot[:, None] * DIM + dims, mask=mine[:, None], other=0.0).to(tl.float32)
+        sums = tl.load(target, mask=mine[:, None], other=0.0).to(tl.float32)
     last = place
     if CAUSAL:
         last = place + tl.load(offset).to(tl.int32)
@@ -158,7 +159,7 @@ def _attend(
         most = now
     if VALUES:
         share = sums / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(out + slot[:, None] * DIM + dims, share.to(out.dtype.element_ty), mask=mine[:, None])
+        tl.store(target, share.to(out.dtype.element_ty), mask=mine[:, None])
     result = tl.where(total == 0, float("-inf"), (most + tl.log2(total)) * 0.6931471805599453)
     tl.store(lse + slot, result, mask=mine)
 
@@ -173,7 +174,7 @@ def attend_lists(
         query: (B, Hq, L, D), last dimension contiguous; D a power of 2 from 16 to 256.
         key: (B, Hkv, S, D), last dimension contiguous.
         value: (B, Hkv, S, D), last dimension contiguous; None: only ``lse`` is wanted.
-        out: (B, Hq, L, D) contiguous, written; None with ``value``.
+        out: (B, Hq, L, D), last dimension contiguous, written; None with ``value``.
         lse: float32 (B, Hq, L) contiguous, written: natural log-sum-exp, -inf where a row sees no key.
         lists: Who attends to whom.
         scale: Logit scale.
@@ -188,6 +189,7 @@ def attend_lists(
     value = key if value is None else value
     _attend[(triton.cdiv(width, size["M"]), lists.key_count.shape[2], batch * kv_heads)](
         query, key, value, lse if out is None else out, lse, *lists.arguments(query, key, value, lse), scale * LOG2_E,
+        *(0, 0, 0) if out is None else out.stride()[:3],
         **constants(query, key, lists), VALUES=out is not None, GOES_ON=goes_on, **size,
     )  # fmt: skip
 

@@ -23,8 +23,9 @@ LISTS = 8
 
 def gradients_by_heads(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, near: Lists,
-    selection: TokenSelection, config: OmniSparseConfig, scale: float, grad_query: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    selection: TokenSelection, config: OmniSparseConfig, scale: float, grad_query: Tensor, grad_key: Tensor,
+    grad_value: Tensor,
+) -> Tensor:  # fmt: skip
     """Gradients under a selection that was made.
 
     Args:
@@ -32,19 +33,19 @@ def gradients_by_heads(
         query: (B, Hq, L, D), last dimension contiguous.
         key: (B, Hkv, S, D), last dimension contiguous.
         value: (B, Hkv, S, D), last dimension contiguous.
-        out: (B, Hq, L, D) contiguous.
+        out: (B, Hq, L, D), last dimension contiguous.
         lse: float32 (B, Hq, L) contiguous.
         near: All rows over their always-kept keys.
         selection: The rest.
         config: Rules.
         scale: Logit scale.
-        grad_query: (B, Hq, L, D) contiguous, written: query's gradient; it may be ``out``.
+        grad_query: (B, Hq, L, D), strides those of ``out``, written: query's gradient; it may be ``out``.
+        grad_key: (B, Hkv, S, D), key's gradient is added to it.
+        grad_value: (B, Hkv, S, D), value's gradient is added to it.
 
     Returns:
-        Of key and value, each of its shape and dtype, contiguous; and float32 (B, Hq, L), each row's output along
-        its gradient.
+        float32 (B, Hq, L), each row's output along its gradient.
     """
-    of_key, of_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
     delta, group = torch.empty_like(lse), query.shape[1] // key.shape[1]
     for rows, heads in quarters(*key.shape[:2]):
         mine, asking = (rows, heads), (rows, slice(heads.start * group, heads.stop * group))
@@ -52,9 +53,10 @@ def gradients_by_heads(
         parts = itertools.chain([near_own], far_lists(own, near_own, config, key, LISTS))
         given = (grad[asking], query[asking], key[mine], value[mine], out[asking], lse[asking], delta[asking])
         sums = gradients(*given, grad_query[asking], parts, scale)
-        of_key[mine], of_value[mine] = sums
+        grad_key[mine].add_(sums[0])
+        grad_value[mine].add_(sums[1])
         del sums  # before the next ones are made
-    return of_key, of_value, delta
+    return delta
 
 
 def quarters(batch: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:

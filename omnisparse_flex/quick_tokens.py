@@ -1,7 +1,7 @@
 """Token attention on CUDA: the same three steps as ``token_attention``, in Triton kernels.
 
-Beside the output it holds no more than the layer's keys and values take: the selection is made, and attended to, a few
-segments at a time, and is kept as bits.
+Beside its results it holds no more than the layer's keys and values take: queries attend a stretch after the other, a
+stretch's selection is made and attended to a few segments at a time, and is kept as bits.
 
 Importing this module needs Triton.
 """
@@ -25,6 +25,7 @@ from omnisparse_flex.masks.select import BLOCK
 from omnisparse_flex.masks.tokens import TokenSelection
 from omnisparse_flex.quick_gradients import gradients_by_heads
 from omnisparse_flex.site import Site
+from omnisparse_flex.spans import Span, spans
 from omnisparse_flex.token_lists import far_lists, near_lists
 
 #: The lists of keys take the keys' and values' bytes divided by this.
@@ -34,24 +35,25 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Attended(NamedTuple):
-    """What a forward pass leaves behind.
+    """What the forward pass of a span leaves behind beside its output.
 
     Attributes:
-        out: (B, Hq, L, D) contiguous.
-        lse: float32 (B, Hq, L) contiguous, sinks included; -inf where the output is 0 whatever the values are.
+        own: Its queries.
+        lse: float32 (B, Hq, own queries) contiguous, sinks included; -inf where the output is 0 whatever values are.
         near: All rows over their always-kept keys.
         selection: The rest.
     """
 
-    out: Tensor
+    own: slice
     lse: Tensor
     near: Lists
     selection: TokenSelection
 
 
 def attend_quickly(
-    query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor
-) -> tuple[Tensor, TokenSelection] | None:
+    query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor,
+    keep: bool,
+) -> tuple[Tensor, TokenSelection | None] | None:  # fmt: skip
     """One attention site at token granularity.
 
     Args:
@@ -62,32 +64,37 @@ def attend_quickly(
         plain: Its mask.
         segments: Its always-kept blocks.
         text: bool (B or 1, L), queries that are always active.
+        keep: Whether the selection is wanted.
 
     Returns:
-        (B, Hq, L, D), differentiable, and what was selected; None once the kernels failed to compile.
+        (B, Hq, L, D), differentiable, and what was selected, or None; None once the kernels failed to compile.
 
     Source: PAPER "Lazy + active in one output".
     """
+    assert site.config is not None
     query, key, value = (_rowwise(x) for x in (query, key, value))
-    done = _attended(query, key, value, site, plain, segments, text)
-    if done is None:
-        return None
-    out: Tensor = _Attend.apply(query, key, value, site.sinks, site, done)  # type: ignore[no-untyped-call]
-    return out, done.selection
+    learning = [x for x in (query, key, value, site.sinks) if x is not None and x.requires_grad]
+    learns = torch.is_grad_enabled() and len(learning) > 0
+    out, parts = torch.empty(query.shape, dtype=query.dtype, device=query.device), []
+    for span in spans(key, site.config.segment_size, plain, segments, text):
+        done = _attended(query[:, :, span.own], key, value, site, span, out[:, :, span.own])
+        if done is None:
+            return None
+        if keep or learns:
+            parts.append(done)
+        del done  # before the next one is made
+    if learns:
+        done_parts = (out, segments, parts)
+        out = _Attend.apply(query, key, value, site.sinks, site, done_parts)  # type: ignore[no-untyped-call]
+    return out, _joined(segments, parts) if keep else None
 
 
 @torch.no_grad()
 def gradients_quickly(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    site: Site,
-    plain: PlainMask,
-    segments: SegmentLayout,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout,
     text: Tensor,
-) -> Gradients | None:
-    """Gradients of query, key, value and the sinks where nothing but the inputs was kept: attends again.
+) -> Gradients | None:  # fmt: skip
+    """Gradients where nothing but the inputs was kept: each span attends again.
 
     Args:
         grad: (B, Hq, L, D), of the output.
@@ -100,28 +107,36 @@ def gradients_quickly(
         text: bool (B or 1, L).
 
     Returns:
-        Contiguous; None once the kernels failed to compile. The selection is a function of the inputs, so it is the
-        same as forward.
+        Of query, key, value and the sinks; None once kernels failed to compile. The selection is a function of the
+        inputs, so it is the same as forward.
     """
-    query, key, value = (_rowwise(x) for x in (query, key, value))
-    done = _attended(query, key, value, site, plain, segments, text)
-    return None if done is None else _backward(grad, query, key, value, site, done, done.out)
+    assert site.config is not None
+    grad, query, key, value = (_rowwise(x) for x in (grad, query, key, value))
+    found = _nothing(query, key, value, site.sinks)
+    for span in spans(key, site.config.segment_size, plain, segments, text):
+        # The output lies where query's gradient will.
+        out = found[0][:, :, span.own]
+        done = _attended(query[:, :, span.own], key, value, site, span, out)
+        if done is None or not _add(found, grad, query, key, value, site, done, out):
+            return None
+        del done  # before the next one is made
+    return found
 
 
 @torch.no_grad()
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor
-) -> Attended:
-    """Both parts, the second from where the first ends; then the sinks, which have no value, and the skipped rows."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, out: Tensor) -> Attended:
+    """Both parts, the second from where the first ends; then the sinks, which have no value, and the skipped rows.
+
+    Query and ``out``, which is written, are those of the span.
+    """
     assert site.config is not None
-    config, scale = site.config, site.scale_for(query)
+    config, scale, plain = site.config, site.scale_for(query), span.plain
     real = None if plain.real is None else plain.real.contiguous().view(torch.uint8)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    near = near_lists(segments, key.shape, config.segment_size, PlainMask(plain.offset, real))
+    near = near_lists(span.segments, key.shape, config.segment_size, PlainMask(plain.offset, real))
     attend_lists(query, key, value, out, lse, near, scale)
     selection = select_quickly(
-        query, key, lse, segments, text, config, block=BLOCK, target=site.target, scale=scale, real=real
+        query, key, lse, span.segments, span.text, config, block=BLOCK, target=site.target, scale=scale, real=real
     )
     for far in far_lists(selection, near, config, key, LISTS):
         attend_lists(query, key, value, out, lse, far, scale, goes_on=True)
@@ -132,7 +147,7 @@ def _attend(
         skipped = selection.lazy & ~selection.active
         out.masked_fill_(skipped.unsqueeze(-1), 0.0)
         lse.masked_fill_(skipped, -torch.inf)
-    return Attended(out, lse, near, selection)
+    return Attended(span.own, lse, near, selection)
 
 
 #: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
@@ -145,41 +160,58 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site, done: Attended
-    ) -> Tensor:
-        near, (segments, *selected) = done.near, done.selection
-        kept = (done.out, done.lse, near.keys, near.key_count, near.offset, near.real)
-        ctx.save_for_backward(query, key, value, *kept, *selected)
-        ctx.site, ctx.segments = site, segments
-        return done.out
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site,
+        done: tuple[Tensor, SegmentLayout, list[Attended]],
+    ) -> Tensor:  # fmt: skip
+        out, ctx.segments, ctx.parts = done
+        ctx.site = site
+        ctx.save_for_backward(query, key, value, out)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, keys, key_count, offset, real, *selected = ctx.saved_tensors
-        near = Lists(None, None, keys, key_count, BLOCK, ctx.site.config.segment_size, offset, real)
-        done = Attended(out, lse, near, TokenSelection(ctx.segments, *selected))
-        return *_backward(grad, query, key, value, ctx.site, done, torch.empty_like(out)), None, None
+        query, key, value, out = ctx.saved_tensors
+        grad, found = _rowwise(grad), _nothing(query, key, value, ctx.site.sinks)
+        for done in ctx.parts:
+            if not _add(found, grad, query, key, value, ctx.site, done, out[:, :, done.own]):
+                selection = _joined(ctx.segments, ctx.parts)
+                return *listed_gradients(grad, query, key, value, selection, ctx.site), None, None
+        return *found, None, None
 
 
-def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, done: Attended, grad_query: Tensor
-) -> Gradients:
-    """Gradients of what was attended; query's is written to ``grad_query``, which may be ``done.out``."""
+def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:
+    """Where spans write query's gradient, and add those of the others."""
+    of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    of_key, of_value = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
+    return of_query, of_key, of_value, None if sinks is None else torch.zeros_like(sinks)
+
+
+def _add(
+    found: Gradients, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, done: Attended, out: Tensor
+) -> bool:
+    """Add the gradients of a span, whose output is ``out``; False once the kernels failed to compile."""
     assert site.config is not None
-    grad, scale = _rowwise(grad), site.scale_for(query)
-    found = _gradients(grad, query, key, value, *done, site.config, scale, grad_query)
-    if found is None:
-        return listed_gradients(grad, query, key, value, done.selection, site)
-    of_key, of_value, along = found
-    return grad_query, of_key, of_value, None if site.sinks is None else _of_sinks(along, done.lse, site.sinks)
+    of_query, of_key, of_value, of_sinks = found
+    mine = (grad[:, :, done.own], query[:, :, done.own], key, value, out, *done[1:], site.config)
+    along = _gradients(*mine, site.scale_for(query), of_query[:, :, done.own], of_key, of_value)
+    if along is not None and of_sinks is not None and site.sinks is not None:
+        of_sinks += _of_sinks(along, done.lse, site.sinks)
+    return along is not None
 
 
 def _of_sinks(along: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Gradient of the sinks (Hq,): minus each one's share of a row's mass times that row's output along ``grad``."""
     share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
     share = torch.where(lse == -torch.inf, 0.0, share)  # neither a key nor a sink
-    return -(share * along).sum((0, 2)).to(sinks.dtype)
+    return -(share * along).sum((0, 2))
+
+
+def _joined(segments: SegmentLayout, parts: list[Attended]) -> TokenSelection:
+    """The selection of all queries."""
+    if len(parts) == 1:
+        return parts[0].selection
+    return TokenSelection(segments, *(torch.cat(x, 2) for x in zip(*(p.selection[1:] for p in parts), strict=True)))
 
 
 def _rowwise(x: Tensor) -> Tensor:

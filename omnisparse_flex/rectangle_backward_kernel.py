@@ -34,7 +34,7 @@ def tiles(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]
 def _of_queries(
     query, key, value, out, grad, lse, delta, grad_query, rows, row_count, keys, key_count, real, offset,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, l_b, l_h, l_m, c_b, c_h, c_m, q_len, kv_len,
-    first_segment, segments, scale, g_b, g_h, g_n,
+    first_segment, segments, scale, g_b, g_h, g_n, o_b, o_h, o_n,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
     LISTED: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr, GOES_ON: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,7 +55,7 @@ def _of_queries(
         mask=there_q, other=0.0,
     )  # fmt: skip
     slot = (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place
-    rowed = slot[:, None] * DIM + dims
+    rowed = batch.to(tl.int64) * o_b + own.to(tl.int64)[:, None] * o_h + place.to(tl.int64)[:, None] * o_n + dims
     do = tl.load(
         grad + batch.to(tl.int64) * g_b + own.to(tl.int64)[:, None] * g_h + place.to(tl.int64)[:, None] * g_n + dims,
         mask=there_q, other=0.0,
@@ -166,11 +166,11 @@ def gradients(
         query: (B, Hq, L, D), last dimension contiguous.
         key: (B, Hkv, S, D), last dimension contiguous.
         value: (B, Hkv, S, D), last dimension contiguous.
-        out: (B, Hq, L, D) contiguous, over all parts.
+        out: (B, Hq, L, D), over all parts; last dimension contiguous.
         lse: float32 (B, Hq, L) contiguous, over all parts.
         delta: float32 (B, Hq, L) contiguous, written: each row's output along its gradient.
-        grad_query: (B, Hq, L, D) contiguous, written: query's gradient. It may be ``out``, which a row is read
-            from before its gradient is written.
+        grad_query: (B, Hq, L, D), strides those of ``out``, written: query's gradient. It may be ``out``, which a row
+            is read from before its gradient is written.
         parts: Lists that share no pair; the first lists every row.
         scale: Logit scale.
 
@@ -188,8 +188,9 @@ def gradients(
         listed = (*lists.arguments(query, key, value, lse), scale, *grad.stride()[:3])
         fixed = constants(query, key, lists)
         _of_queries[(triton.cdiv(width, of_queries["M"]), segments, batch * kv_heads)](
-            query, key, value, out, grad, lse, delta, grad_query, *listed, **fixed, GOES_ON=i > 0, **of_queries
-        )
+            query, key, value, out, grad, lse, delta, grad_query, *listed, *out.stride()[:3],
+            **fixed, GOES_ON=i > 0, **of_queries,
+        )  # fmt: skip
         _of_keys[(triton.cdiv(lists.keys.shape[3] * lists.unit, of_keys["N"]), segments, batch * kv_heads)](
             query, key, value, grad, lse, delta, sums[0], sums[1], *listed, **fixed, **of_keys
         )

@@ -35,20 +35,23 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
     log-sum-exps and share no key. Our choice: part 1 takes whole blocks of 128 keys and
     is the same for all queries of a segment (``segment_layout``).
     """
-    out, selection = attend_and_select(query, key, value, site)
+    out, selection = attend_and_select(query, key, value, site, site.write is not None)
     if site.write is not None:
+        assert selection is not None
         site.write(site.measured(selection, query.detach(), key.detach()))
     return out
 
 
-def attend_and_select(query: Tensor, key: Tensor, value: Tensor, site: Site) -> tuple[Tensor, TokenSelection]:
-    """The output and the selection: in kernels where there are some, else in tensor code."""
+def attend_and_select(
+    query: Tensor, key: Tensor, value: Tensor, site: Site, keep: bool = True
+) -> tuple[Tensor, TokenSelection | None]:
+    """The output and, to ``keep``, the selection: in kernels where there are some, else in tensor code."""
     segments, text = segments_of_site(query, key, site), text_queries(query, key, site)
     plain = plain_for_kernels(query, key, value, site)
     if plain is not None:
         from omnisparse_flex.quick_tokens import attend_quickly
 
-        found = attend_quickly(query, key, value, site, plain, segments, text)
+        found = attend_quickly(query, key, value, site, plain, segments, text, keep)
         if found is not None:
             return found
     near, near_lse = attend_near(query, key, value, segments, site)

@@ -63,7 +63,7 @@ def run(inputs, site):
     plain = plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
     segments = token_attention.segments_of_site(query, key, site)
     text = torch.zeros((1, query.shape[2]), dtype=torch.bool, device=query.device)
-    return attend_quickly(query, key, value, site, plain, segments, text)
+    return attend_quickly(query, key, value, site, plain, segments, text, True)
 
 
 def attended_lse(inputs):

@@ -10,7 +10,9 @@ from test_token_kernels import CONFIG, site_of, tensors
 
 from omnisparse_flex import token_attention
 from omnisparse_flex.masks import room
+from omnisparse_flex.masks.key_bits import words
 from omnisparse_flex.masks.plain import plain_mask
+from omnisparse_flex.spans import BITS
 from omnisparse_flex.testing import AttentionShape
 
 CASES = [
@@ -67,19 +69,25 @@ def through_kernels(inputs, site, grad, size):
     segments = token_attention.segments_of_site(query, key, site)
     rest = (site, plain, segments, token_attention.text_queries(query, key, site))
     with chunks_of(size):
-        out, selection = attend_quickly(*inputs, *rest)
+        out, selection = attend_quickly(*inputs, *rest, True)
         kept = torch.autograd.grad(out, [*inputs, site.sinks], grad)
         again = gradients_quickly(grad, *(x.detach() for x in inputs), *rest)
     return out, kept, again, selection[1:]
 
 
-def check_kernels(shape, case, device, dtype=torch.float32):
+def one_span_of_small_steps(shape):
+    """Bytes of keys and values at which all bits fit and masses and lists do not."""
+    segments = -(-shape.q_len // CONFIG.segment_size)
+    return 4 * shape.batch * shape.kv_heads * words(shape.kv_len) * segments * BITS
+
+
+def check_kernels(shape, case, device, size, dtype=torch.float32):
     inputs, site = tensors(shape, device, dtype), site_with_sinks(shape, device, case)
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
     # As models hand it over: heads inside of tokens.
     grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
     out, kept, again, selected = through_kernels(inputs, site, grad, 1 << 40)
-    small_out, small_kept, small_again, small_selected = through_kernels(inputs, site, grad, 0)
+    small_out, small_kept, small_again, small_selected = through_kernels(inputs, site, grad, size)
     assert selected[5].any(), "a test of nothing"
     same([out, *selected], [small_out, *small_selected], exact=True)
     for gradients in (again, small_kept, small_again):
@@ -87,8 +95,9 @@ def check_kernels(shape, case, device, dtype=torch.float32):
 
 
 def check_interpreted():
-    for case in CASES[:2]:
-        check_kernels(AttentionShape(1, 2, 1, 140, 520, 16), case, "cpu")
+    shape = AttentionShape(1, 2, 1, 140, 520, 16)
+    for case, size in zip(CASES, (0, one_span_of_small_steps(shape)), strict=False):
+        check_kernels(shape, case, "cpu", size)
 
 
 @needs_scalars
@@ -100,8 +109,9 @@ def test_in_kernels_in_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_in_kernels_on_the_gpu(case, dtype):
-    check_kernels(AttentionShape(1, 4, 7, 3000, 3000, 64), case, "cuda", dtype)
-    check_kernels(AttentionShape(2, 2, 2, 700, 1111, 128), case, "cuda", dtype)
+    for shape in (AttentionShape(1, 4, 7, 3000, 3000, 64), AttentionShape(2, 2, 2, 700, 1111, 128)):
+        for size in (0, one_span_of_small_steps(shape)):
+            check_kernels(shape, case, "cuda", size, dtype)
 
 
 def test_steps_are_alike_and_fit():

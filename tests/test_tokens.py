@@ -45,7 +45,8 @@ def run(shape, tensors, config, mask, *, target=None, offset=None, **fields):
         **fields,
     )
     found, attending = [], token_attention.attend_and_select
-    with mock.patch.object(token_attention, "attend_and_select", lambda *a: found.append(attending(*a)) or found[-1]):
+    spy = lambda q, k, v, site, _: found.append(attending(q, k, v, site)) or found[-1]  # noqa: E731
+    with mock.patch.object(token_attention, "attend_and_select", spy):
         out = attend(*tensors, site)
     ((_, selection),) = found
     places = torch.arange(shape.q_len, device=tensors[0].device)
