@@ -89,7 +89,7 @@ def ready_keys(key: Tensor, real: Tensor | None, pool: int, dtype: torch.dtype) 
     packs = dtype != key.dtype
     peak = torch.where(finite, torch.maximum(high, -low), 0.0).amax(-1).float()
     # Finite where all keys are 0.
-    factor = (FLOAT8_MAX / peak).clamp(max=1e30) if packs else torch.ones_like(peak)
+    factor = FLOAT8_MAX / peak.clamp(min=1e-30) if packs else torch.ones_like(peak)
     count = triton.cdiv(kv_len, pool)
     means = torch.empty((batch, kv_heads, count, dim), dtype=key.dtype, device=key.device)
     packed = torch.empty(key.shape, dtype=dtype, device=key.device) if packs else key

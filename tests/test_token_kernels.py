@@ -16,6 +16,7 @@ from omnisparse_flex.masks.budget import need, rank
 from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
 from omnisparse_flex.masks.key_bits import unpack_bits, words
 from omnisparse_flex.masks.layout import block_layout
+from omnisparse_flex.masks.mean_pool import block_mean
 from omnisparse_flex.masks.one_pass import one_pass
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.plain import plain_mask
@@ -169,6 +170,28 @@ def check_pick(device, size=3000):
             torch.testing.assert_close(chosen[0, h, m].cpu(), ranked[0, h, m, :count].sum())
 
 
+def check_ready_keys(device, dtype, kv_len=300, dim=32):
+    """Means, float8 keys and states against tensor code, of keys that lie as a cache may hold them."""
+    from omnisparse_flex.masks.keys_kernel import BROKEN, WHOLE, ready_keys
+
+    key = torch.randn(2, kv_len, 3, dim, generator=torch.Generator().manual_seed(0)).to(device, dtype).transpose(1, 2)
+    key[0, 1, 7, 3], key[1, 2, 290, 0], key[1, 0] = torch.nan, -torch.inf, 0.0
+    real = (torch.arange(kv_len, device=device) > 4).to(torch.uint8).expand(2, -1).contiguous()
+    broken = ~key.isfinite().all(-1)
+    whole = torch.where(broken.unsqueeze(-1), 0.0, key)
+    means, (packed, gain, state) = ready_keys(key, real, 16, torch.float8_e4m3fn)
+    torch.testing.assert_close(means, block_mean(whole, 16))
+    assert torch.equal(state, torch.where(broken, BROKEN, WHOLE).to(torch.uint8) * real[:, None])
+    error = (packed.float() * gain[..., None, None] - whole.float()).abs()
+    peak = whole.float().abs().amax((2, 3), keepdim=True)
+    # Three bits of mantissa, and numbers below 2^-6 of 448 have fewer; the interpreter's rounding forgets to carry.
+    assert (
+        error <= whole.float().abs() / (16 if device == "cuda" else 1.9) + peak * 2**-18
+    ).all() and packed.is_contiguous()
+    same_means, (same_keys, ones, _) = ready_keys(key, None, 16, dtype)
+    assert torch.equal(same_means, means) and same_keys is key and (ones == 1).all()
+
+
 def check_gradients_in_tensor_code(shape, device, dtype=torch.float32, **fields):
     """Where only the kernels of the gradients fail, they are those of the selection that the others made."""
     from omnisparse_flex import quick_tokens
@@ -190,6 +213,7 @@ def check_interpreted():
     """What fits into an interpreter's patience."""
     check_pick("cpu", 500)
     check_pick("cpu", 20000)
+    check_ready_keys("cpu", torch.float32)
     for shape in SMALL:
         check_attention(shape, "cpu", padded=shape.batch > 1)
     check_attention(SMALL[1], "cpu", padded=True, sinks=True)
@@ -236,6 +260,12 @@ def test_selection_on_the_gpu(fields, dtype):
 def test_pick_on_the_gpu():
     check_pick("cuda")
     check_pick("cuda", 20000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ready_keys_on_the_gpu(dtype):
+    check_ready_keys("cuda", dtype)
 
 
 @needs_scalars
