@@ -33,7 +33,8 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
     Source: PAPER "Lazy + active in one output": part 1 is every query over sinks, window and
     text; part 2 the active queries over the gathered keys; the two are merged by their
     log-sum-exps and share no key. Our choice: part 1 takes whole blocks of 128 keys and
-    is the same for all queries of a segment (``segment_layout``).
+    is the same for all queries of a segment (``segment_layout``). Where statistics are
+    recorded the selection of all queries is kept, as bits; else no more than a stretch's is.
     """
     out, selection = attend_and_select(query, key, value, site, site.write is not None)
     if site.write is not None:
