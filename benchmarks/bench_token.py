@@ -101,7 +101,8 @@ def parts(query: Tensor, key: Tensor, value: Tensor, site: Site) -> dict[str, Ca
     from omnisparse_flex.masks.plain import plain_mask
     from omnisparse_flex.masks.quick_select import select_quickly
     from omnisparse_flex.masks.rectangle_kernel import attend_lists
-    from omnisparse_flex.quick_tokens import far_lists, near_lists
+    from omnisparse_flex.quick_tokens import LISTS
+    from omnisparse_flex.token_lists import far_lists, near_lists
 
     plain, segment = plain_mask(site.mask, 1, key.shape[2], query.device), site.config.segment_size
     assert plain is not None
@@ -109,12 +110,17 @@ def parts(query: Tensor, key: Tensor, value: Tensor, site: Site) -> dict[str, Ca
     out, lse = torch.empty_like(query), torch.empty(query.shape[:3], device=query.device)
     attend_lists(query, key, value, out, lse, near, scale)
     rules = {"block": BLOCK, "target": 0.95, "scale": scale, "real": None}
-    far = far_lists(select_quickly(query, key, lse, segments, text, site.config, **rules), segment, plain)
+    selection = select_quickly(query, key, lse, segments, text, site.config, **rules)
     spare_out, spare_lse = out.clone(), lse.clone()
+
+    def attend_far() -> None:
+        for far in far_lists(selection, near, site.config, key, LISTS):
+            attend_lists(query, key, value, spare_out, spare_lse, far, scale, goes_on=True)
+
     return {
         "near": lambda: attend_lists(query, key, value, out, lse, near, scale),
         "select": lambda: select_quickly(query, key, lse, segments, text, site.config, **rules),
-        "far": lambda: attend_lists(query, key, value, spare_out, spare_lse, far, scale, goes_on=True),
+        "far": attend_far,
     }
 
 

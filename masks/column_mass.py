@@ -27,6 +27,7 @@ def column_mass(
     scale: float,
     pairs: MaskMod | None,
     score: ScoreMod | None,
+    first: int = 0,
     guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax mass that the active rows of each segment give to each key, and to the always-kept ones.
@@ -45,6 +46,7 @@ def column_mass(
         scale: Logit scale.
         pairs: The model's own mask; None: it allows every pair of an eligible block.
         score: The model's own change of the logits, or None.
+        first: Index of the first segment: the queries are those from there on.
         guess: float32 (B, Hq, L), normalisers to take instead of the rows' own; see ``one_pass``.
 
     Returns:
@@ -56,6 +58,7 @@ def column_mass(
     """
     kv_heads, kv_len = key.shape[1:3]
     segment, wide = config.segment_size, wide_dtype(query)
+    end = first * segment + query.shape[2]
     # What is not finite has no say in the choice of the others.
     whole = query.isfinite().all(-1, keepdim=True) & (near_lse < torch.inf).unsqueeze(-1)
     broken = ~key.isfinite().all(-1)
@@ -74,7 +77,7 @@ def column_mass(
             part = rows[:, :, m : m + 1, start : start + tile]
             used = torch.arange(start, start + part.shape[-1], device=key.device) < row_count[:, :, m, None]
             q, lse, says_so = (gather_rows(x[:, :, m : m + 1], part).squeeze(2) for x in (queries, near, says))
-            places = row_places(part, m, query.shape[1] // kv_heads, segment, query.shape[2])
+            places = row_places(part, first + m, query.shape[1] // kv_heads, segment, end)
             at = _indices(places[0].squeeze(2), places[1].squeeze(2), low, high)
             logits = _logits(q, keys[:, :, low:high], own[..., None, low:high], at, pairs, score)
             total += _weigh(logits, lse, used & says_so.squeeze(-1))

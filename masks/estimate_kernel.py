@@ -10,14 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from omnisparse_flex.masks.keys_kernel import FLOAT8_MAX
 from omnisparse_flex.masks.rectangle_kernel import LOG2_E, listed_rows
 
 #: Keys of a program of the mass kernel, and rows that it takes at a time.
 KEYS, ROWS = 256, 64
-#: Largest float8_e4m3 number.
-FLOAT8_MAX = 448.0
-#: What a key's mass means: nobody sees it; it counts; it is not finite, so that every row takes it.
-ABSENT, WHOLE, BROKEN = 0, 1, 2
 
 
 @triton.jit(do_not_specialize=["q_len", "threshold"])
@@ -107,10 +104,12 @@ def _pack(
     tl.store(guesses + stored, tl.where(says, normal * 1.4426950408889634, float("inf")))
 
 
-@triton.jit(do_not_specialize=["kv_len", "first_segment", "segments", "blocks", "e_b", "e_h", "e_m"])
+@triton.jit(
+    do_not_specialize=["kv_len", "first_segment", "segments", "first_mass", "masses", "blocks", "e_b", "e_h", "e_m"]
+)
 def _mass(
-    packed, gains, guesses, row_count, keys, state, eligible, mass, e_b, e_h, e_m, blocks, kv_len, first_segment,
-    segments, BLOCK: tl.constexpr,
+    packed, gains, guesses, row_count, keys, state, eligible, mass, k_b, k_h, k_n, e_b, e_h, e_m, blocks, kv_len,
+    first_segment, segments, first_mass, masses, BLOCK: tl.constexpr,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +118,7 @@ def _mass(
     batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + chunk_m
     chunk_part = (row * tl.num_programs(1) + chunk_m).to(tl.int64)
     places, dims = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
-    target = mass + chunk_part * tl.num_programs(0) * KEYS + places
+    target = mass + (row * masses + first_mass + chunk_m).to(tl.int64) * tl.num_programs(0) * KEYS + places
     own = places // BLOCK
     flags = eligible + batch.to(tl.int64) * e_b + head.to(tl.int64) * e_h + m.to(tl.int64) * e_m
     may = tl.load(flags + own, mask=own < blocks, other=0)
@@ -127,7 +126,8 @@ def _mass(
         tl.store(target, tl.full((KEYS,), -1.0, tl.float32))
     else:
         exists = (places < kv_len) & (may != 0)
-        k = tl.load(keys + (row.to(tl.int64) * kv_len + places)[:, None] * DIM + dims, mask=exists[:, None], other=0.0)
+        own_keys = keys + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
+        k = tl.load(own_keys + places.to(tl.int64)[:, None] * k_n + dims, mask=exists[:, None], other=0.0)
         kind = tl.load(state + row.to(tl.int64) * kv_len + places, mask=exists, other=0)
         count = tl.load(row_count + row * segments + m).to(tl.int32)
         total = tl.zeros((KEYS,), tl.float32)
@@ -141,56 +141,23 @@ def _mass(
         tl.store(target, tl.where(kind == 0, -1.0, total))
 
 
-def packed_type(query: Tensor) -> torch.dtype:
-    """What products of the estimate are computed in: float8 where the device multiplies it, else the query's own.
-
-    Rows of less than 32 numbers are too short for a float8 product. Devices of ROCm have capabilities too, and
-    another float8.
-    """
-    ours = query.is_cuda and torch.version.hip is None and query.shape[3] >= 32
-    if ours and torch.cuda.get_device_capability(query.device) >= (9, 0):
-        return torch.float8_e4m3fn
-    return query.dtype
-
-
-def packed_keys(key: Tensor, finite: Tensor, real: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys for the mass kernel.
-
-    Args:
-        key: (B, Hkv, S, D), all finite.
-        finite: bool (B, Hkv, S), keys that were so from the start.
-        real: uint8 (B, S), 0 = nobody sees the key; or None.
-        dtype: Of the result.
-
-    Returns:
-        (B, Hkv, S, D) contiguous in ``dtype``, scaled by head; float32 (B, Hkv), what undoes the scaling; uint8
-        (B, Hkv, S), what each key's mass means.
-    """
-    peak = torch.maximum(key.amax((2, 3)), -key.amin((2, 3))).float()
-    top = FLOAT8_MAX if dtype.itemsize == 1 else 1.0
-    # As it is rounded, and finite in float16.
-    factor = (top / peak).clamp(max=6e4).to(key.dtype)
-    scaled = (key * factor[..., None, None]).clamp(-top, top).to(dtype).contiguous()
-    state = torch.where(finite, WHOLE, BROKEN).to(torch.uint8)
-    return scaled, 1.0 / factor.float(), state if real is None else state * real[:, None]
-
-
 def column_masses(
     query: Tensor, keys: Tensor, key_gain: Tensor, state: Tensor, guess: Tensor, eligible: Tensor, rows: Tensor,
-    row_count: Tensor, part: slice, segment: int, block: int, scale: float,
+    row_count: Tensor, part: slice, packed_at_once: int, segment: int, block: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Sums over the active rows of exp(logit - guess), cut at 1, for some segments.
 
     Args:
         query: (B, Hq, L, D), last dimension contiguous.
-        keys: (B, Hkv, S, D) of ``packed_keys``.
+        keys: (B, Hkv, S, D) of ``ready_keys``, last dimension contiguous.
         key_gain: float32 (B, Hkv).
         state: uint8 (B, Hkv, S).
         guess: float32 (B, Hq, L) contiguous.
         eligible: uint8 (B, Hkv, M, NK), strides may be 0 but the last is 1.
-        rows: int64 (B, Hkv, M, R) contiguous.
+        rows: int (B, Hkv, M, R) contiguous.
         row_count: int64 (B, Hkv, M) contiguous.
         part: The segments.
+        packed_at_once: Segments whose rows are gathered together.
         segment: Queries per segment.
         block: Keys per block of ``eligible``.
         scale: Logit scale.
@@ -200,19 +167,25 @@ def column_masses(
     """
     batch, heads, q_len, dim = query.shape
     kv_heads, kv_len = keys.shape[1:3]
-    width, count, segments = rows.shape[3], part.stop - part.start, rows.shape[2]
-    packed = torch.empty((batch, kv_heads, count, width, dim), dtype=keys.dtype, device=query.device)
-    gains, guesses = (torch.empty(packed.shape[:4], dtype=torch.float32, device=query.device) for _ in range(2))
-    _pack[(width // ROWS, count, batch * kv_heads)](
-        query, guess, rows, row_count, key_gain, packed, gains, guesses, *query.stride()[:3], q_len, scale * LOG2_E,
-        part.start, segments, KV_HEADS=kv_heads, GROUP=heads // kv_heads, SEGMENT=segment, DIM=dim,
-        TOP=FLOAT8_MAX if keys.dtype.itemsize == 1 else 1.0, ROWS=ROWS,
-    )  # fmt: skip
+    width, segments = rows.shape[3], rows.shape[2]
     tiles = triton.cdiv(kv_len, KEYS)
-    mass = torch.empty((batch, kv_heads, count, tiles * KEYS), dtype=torch.float32, device=query.device)
-    _mass[(tiles, count, batch * kv_heads)](
-        packed, gains, guesses, row_count, keys, state, eligible, mass, *eligible.stride()[:3], eligible.shape[3],
-        kv_len, part.start, segments, BLOCK=block, KV_HEADS=kv_heads, WIDTH=width, DIM=dim, ROWS=ROWS, KEYS=KEYS,
-        PRECISION="ieee" if keys.dtype == torch.float32 else "tf32", num_warps=8, num_stages=3,
-    )  # fmt: skip
+    mass = torch.empty(
+        (batch, kv_heads, part.stop - part.start, tiles * KEYS), dtype=torch.float32, device=query.device
+    )
+    size = (batch, kv_heads, packed_at_once, width)
+    packed = torch.empty((*size, dim), dtype=keys.dtype, device=query.device)
+    gains, guesses = (torch.empty(size, dtype=torch.float32, device=query.device) for _ in range(2))
+    for first in range(part.start, part.stop, packed_at_once):
+        count = min(packed_at_once, part.stop - first)
+        _pack[(width // ROWS, count, batch * kv_heads)](
+            query, guess, rows, row_count, key_gain, packed, gains, guesses, *query.stride()[:3], q_len, scale * LOG2_E,
+            first, segments, KV_HEADS=kv_heads, GROUP=heads // kv_heads, SEGMENT=segment, DIM=dim,
+            TOP=FLOAT8_MAX if keys.dtype.itemsize == 1 else 1.0, ROWS=ROWS,
+        )  # fmt: skip
+        _mass[(tiles, count, batch * kv_heads)](
+            packed, gains, guesses, row_count, keys, state, eligible, mass, *keys.stride()[:3], *eligible.stride()[:3],
+            eligible.shape[3], kv_len, first, segments, first - part.start, mass.shape[2], BLOCK=block,
+            KV_HEADS=kv_heads, WIDTH=width, DIM=dim, ROWS=ROWS, KEYS=KEYS,
+            PRECISION="ieee" if keys.dtype == torch.float32 else "tf32", num_warps=8, num_stages=3,
+        )  # fmt: skip
     return mass

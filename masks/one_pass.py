@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ def one_pass(
     scale: float,
     pairs: MaskMod | None,
     score: ScoreMod | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Softmax mass that the active rows of each segment give to each key, one exponential a pair and no second pass.
 
@@ -47,6 +50,7 @@ def one_pass(
         scale: Logit scale.
         pairs: The model's own mask; None: it allows every pair of an eligible block.
         score: The model's own change of the logits, or None.
+        first: Index of the first segment: the queries are those from there on.
 
     Returns:
         As ``column_mass``: float32 (B, Hkv, M, S) and (B, Hkv, M) that together sum to 1, or to 0
@@ -55,9 +59,9 @@ def one_pass(
     Source: PAPER "Scores". Our choice: measured on real weights against exact mass
     (``benchmarks/quality``, rows "one-pass"); on CUDA the products are float8 (``one_pass_kernel``).
     """
-    guess = guessed_lse(query, key, near_lse, eligible, config.segment_size, block=block, scale=scale, score=score)
-    rest = (eligible, rows, row_count, config)
-    return column_mass(query, key, near_lse, *rest, block=block, scale=scale, pairs=pairs, score=score, guess=guess)
+    rules: dict[str, Any] = {"block": block, "scale": scale, "score": score, "first": first}
+    guess = guessed_lse(query, key, near_lse, eligible, config.segment_size, **rules)
+    return column_mass(query, key, near_lse, eligible, rows, row_count, config, pairs=pairs, guess=guess, **rules)
 
 
 def guessed_lse(
@@ -70,8 +74,10 @@ def guessed_lse(
     block: int,
     scale: float,
     score: ScoreMod | None,
+    first: int = 0,
 ) -> Tensor:
     """The guess, (B, Hq, L); keys that are not finite have no part in it."""
     whole = torch.where(key.isfinite().all(-1, keepdim=True), key, 0.0)
-    far = pooled_lse(query, whole, eligible, segment, block=block, pool=GUESS_POOL, scale=scale, score=score)
+    rules: dict[str, Any] = {"block": block, "pool": GUESS_POOL, "scale": scale, "score": score, "first": first}
+    far = pooled_lse(query, whole, eligible, segment, **rules)
     return torch.logaddexp(near_lse.to(far.dtype), far)

@@ -81,20 +81,21 @@ def _needs(masses, stops, kept, target, needs, totals, s_b, s_h, size,
     tl.store(needs + tl.num_programs(0) * tl.num_programs(1) + part, eligible.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["s_b", "s_h", "size", "capacity", "first_segment", "segments"])
-def _pick(masses, stops, budget, keys, chosen, s_b, s_h, size, capacity, first_segment, segments,
+@triton.jit(do_not_specialize=["s_b", "s_h", "size", "words", "first_segment", "segments"])
+def _pick(masses, stops, budget, bits, chosen, s_b, s_h, size, words, first_segment, segments,
           KV_HEADS: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """The heaviest keys of one segment, as many as its budget, and their mass."""
     m, row = tl.program_id(0), tl.program_id(1)
     part = row * tl.num_programs(0) + m
     masses += part.to(tl.int64) * size
-    keys += (row * segments + first_segment + m).to(tl.int64) * capacity
+    bits += (row * segments + first_segment + m).to(tl.int64) * words
     stop = tl.load(stops + (row // KV_HEADS) * s_b + (row % KV_HEADS) * s_h + m).to(tl.int32)
     wanted = tl.load(budget + part).to(tl.int32)
     low = _threshold(masses, stop, wanted.to(tl.float32), True, BITS, TILE)
     edge, end, number, _ = _above(masses, stop, low, BITS, TILE)
     taken = tl.zeros((TILE,), tl.float32)
     above, level = 0, number
+    in_word = tl.arange(0, 32)[None, :]
     for start in range(0, stop, TILE):
         places = start + tl.arange(0, TILE)
         x = tl.load(masses + places, mask=places < stop, other=-1.0)
@@ -102,7 +103,9 @@ def _pick(masses, stops, budget, keys, chosen, s_b, s_h, size, capacity, first_s
         even = ((x >= edge) & (x < end)).to(tl.int32)
         slots = tl.where(heavy > 0, above + tl.cumsum(heavy, 0) - 1, level + tl.cumsum(even, 0) - 1)
         take = ((heavy > 0) | (even > 0)) & (slots < wanted)
-        tl.store(keys + slots, places, mask=take)
+        packed = tl.sum(tl.reshape(take.to(tl.int32), (TILE // 32, 32)) << in_word, 1)
+        at = start // 32 + tl.arange(0, TILE // 32)
+        tl.store(bits + at, packed.to(tl.int32), mask=at < words)
         taken += tl.where(take, x, 0.0)
         above += tl.sum(heavy, 0)
         level += tl.sum(even, 0)
@@ -134,14 +137,14 @@ def masses_needed(mass: Tensor, stops: Tensor, kept: Tensor, target: Tensor) -> 
     return needs[0], needs[1], totals
 
 
-def pick(mass: Tensor, stops: Tensor, budget: Tensor, keys: Tensor, first_segment: int) -> Tensor:
+def pick(mass: Tensor, stops: Tensor, budget: Tensor, bits: Tensor, first_segment: int) -> Tensor:
     """Write each segment's ``budget`` heaviest keys.
 
     Args:
         mass: float32 (B, Hkv, m, S) contiguous; negative: no key to choose.
         stops: int32 (B, Hkv, m), see ``masses_needed``.
         budget: int64 (B, Hkv, m) contiguous, at most the number of keys to choose from.
-        keys: int32 (B, Hkv, M, K) contiguous, written for m segments; K is at least every budget.
+        bits: int32 (B, Hkv, M, words) contiguous, see ``pack_bits``; zeros where m segments are written.
         first_segment: The first of them.
 
     Returns:
@@ -149,7 +152,7 @@ def pick(mass: Tensor, stops: Tensor, budget: Tensor, keys: Tensor, first_segmen
     """
     chosen = torch.empty(budget.shape, dtype=torch.float32, device=mass.device)
     _pick[(mass.shape[2], mass.shape[0] * mass.shape[1])](
-        mass, stops, budget, keys, chosen, *stops.stride()[:2], mass.shape[3], keys.shape[3], first_segment,
-        keys.shape[2], **_fixed(mass),
+        mass, stops, budget, bits, chosen, *stops.stride()[:2], mass.shape[3], bits.shape[3], first_segment,
+        bits.shape[2], **_fixed(mass),
     )  # fmt: skip
     return chosen

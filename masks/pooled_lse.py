@@ -21,6 +21,7 @@ def pooled_lse(
     pool: int,
     scale: float,
     score: ScoreMod | None,
+    first: int = 0,
 ) -> Tensor:
     """Log-sum-exp over the means of ``pool`` keys in eligible blocks, each counted as ``pool`` keys.
 
@@ -35,6 +36,7 @@ def pooled_lse(
         pool: Keys per mean.
         scale: Logit scale.
         score: The model's own change of the logits, or None.
+        first: Index of the first segment: the queries are those from there on.
 
     Returns:
         float32 (float64 for float64 queries) (B, Hq, L); -inf where nothing is eligible.
@@ -52,7 +54,7 @@ def pooled_lse(
         logits = (part @ pooled.unsqueeze(2).transpose(-1, -2) * scale).flatten(1, 2)
         places = torch.arange(start, start + part.shape[3], device=key.device)
         if score is not None:
-            logits = score(logits, *_axes(batch, heads, places, centres))
+            logits = score(logits, *_axes(batch, heads, places + first * segment, centres))
         own = own_means.index_select(2, places // segment)
         own = own if own.shape[1] == 1 else own.repeat_interleave(heads // kv_heads, 1)
         result.append(logits.masked_fill(~own, -torch.inf).logsumexp(-1))

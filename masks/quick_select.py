@@ -13,17 +13,20 @@ from torch import Tensor
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks import block_lists
 from omnisparse_flex.masks.budget import shared_budget
-from omnisparse_flex.masks.estimate_kernel import classify, column_masses, packed_keys, packed_type
+from omnisparse_flex.masks.estimate_kernel import KEYS, classify, column_masses
+from omnisparse_flex.masks.key_bits import words
+from omnisparse_flex.masks.keys_kernel import ReadyKeys, packed_type, ready_keys
 from omnisparse_flex.masks.mean_pool import block_mean
 from omnisparse_flex.masks.one_pass import GUESS_POOL
 from omnisparse_flex.masks.pick_kernel import masses_needed, pick
 from omnisparse_flex.masks.queries import LAZY_STRIDE, REDUNDANCY_THRESHOLD
 from omnisparse_flex.masks.rectangle_kernel import Lists, attend_lists
+from omnisparse_flex.masks.room import at_once
 from omnisparse_flex.masks.segments import SegmentLayout, pack_rows, segments_of
-from omnisparse_flex.masks.tokens import TokenSelection, columns
+from omnisparse_flex.masks.tokens import TokenSelection, largest_budget
 
-#: Masses held at once, over all heads: 128 MiB in float32.
-CHUNK_MASSES = 1 << 25
+#: The masses that are held at once, and the gathered rows, take the keys' and values' bytes divided by these.
+MASSES, ROWS = 4, 8
 
 
 @torch.no_grad()
@@ -55,87 +58,103 @@ def select_quickly(
         real: uint8 (B, S) contiguous, 0 = a key nobody sees; None: there is none.
 
     Returns:
-        As ``select_tokens``, with int32 keys by position instead of mass; what lies behind ``key_count`` is arbitrary.
+        As ``select_tokens``, with int32 rows.
 
     Source: PAPER "Query selection", "KV selection" at token granularity.
     """
-    finite = key.isfinite().all(-1)
-    whole = torch.where(finite.unsqueeze(-1), key, 0.0)
-    eligible = segments.eligible
-    every = torch.ones(query.shape[:3], dtype=torch.bool, device=query.device)
+    eligible, kv_heads, segment = segments.eligible, int(key.shape[1]), config.segment_size
     if config.lazy_threshold is None:
-        active, lazy = every, ~every
+        lazy = torch.zeros(query.shape[:3], dtype=torch.bool, device=query.device)
+        active = ~lazy
     else:
         # Keys as they are: where one is NaN nobody is lazy, so that it shows.
-        far = _pooled(query, key, eligible, None, config.segment_size, block=block, pool=block, scale=scale)
+        far = _pooled(query, block_mean(key, block), block, eligible, None, segment, block=block, scale=scale)
         active, lazy = classify(query, near_lse, far, text, config.lazy_threshold, REDUNDANCY_THRESHOLD, LAZY_STRIDE)
-    rows = pack_rows(active, int(key.shape[1]), config.segment_size)
-    far = _pooled(query, whole, eligible, rows, config.segment_size, block=block, pool=GUESS_POOL, scale=scale)
-    guess = torch.logaddexp(near_lse, far)
-    says = active & guess.isfinite()
-    near = torch.where(says, torch.exp(near_lse - guess), 0.0).unsqueeze(-1)
-    kept = segments_of(near, int(key.shape[1]), config.segment_size).sum((3, 4))
-    keys = packed_keys(whole, finite, real, packed_type(query))
-    chosen = _choose(query, keys, guess, eligible, rows, kept, config, block=block, target=target, scale=scale)
-    return TokenSelection(segments, active, lazy, *rows, *chosen)
+        del far
+    order, row_count = pack_rows(active, kv_heads, segment)
+    rows = order.int()
+    del order  # twice as large
+    means, ready = ready_keys(key, real, GUESS_POOL, packed_type(query))
+    far = _pooled(query, means, GUESS_POOL, eligible, (rows, row_count), segment, block=block, scale=scale)
+    guess = torch.logaddexp(near_lse, far, out=far)
+    near = torch.where(active & guess.isfinite(), torch.exp(near_lse - guess), 0.0).unsqueeze(-1)
+    kept = segments_of(near, kv_heads, segment).sum((3, 4))
+    del means, near
+    steps = _steps(key, rows, ready.keys.element_size())
+    listed = (eligible, rows, row_count, kept, config, steps)
+    chosen = _choose(query, ready, guess, *listed, block=block, target=target, scale=scale)
+    return TokenSelection(segments, active, lazy, rows, row_count, *chosen)
+
+
+def _steps(key: Tensor, rows: Tensor, size: int) -> tuple[int, int]:
+    """Segments whose masses are held at once, and whose rows are gathered at once, in numbers of ``size`` bytes."""
+    batch, kv_heads, kv_len, dim = key.shape
+    heads, count = batch * kv_heads, rows.shape[2]
+    step = at_once(count, heads * -(-kv_len // KEYS) * KEYS * 4, key, MASSES)
+    return step, at_once(step, heads * rows.shape[3] * (dim * size + 8), key, ROWS)
 
 
 def _choose(
     query: Tensor,
-    packed: tuple[Tensor, Tensor, Tensor],
+    ready: ReadyKeys,
     guess: Tensor,
     eligible: Tensor,
-    rows: tuple[Tensor, Tensor],
+    rows: Tensor,
+    row_count: Tensor,
     kept: Tensor,
     config: OmniSparseConfig,
+    steps: tuple[int, int],
     *,
     block: int,
     target: Tensor | float,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Keys, their number, needs, estimated mass and overflow of every segment, a few segments at a time."""
-    kv_len, row_count, device = packed[0].shape[2], rows[1], query.device
+    """Bits of the keys, their number, needs, estimated mass and overflow of every segment, a few at a time."""
+    kv_len, device = ready.keys.shape[2], query.device
     if isinstance(target, (int, float)):
         target = torch.full((1,), target, device=device)
     goal = target.to(device, torch.float32).reshape(1)
-    size = (packed[0].shape[0], packed[0].shape[1], -1)
+    size = (*row_count.shape[:2], -1)
     flags = eligible.to(torch.uint8)
     ends = (torch.arange(flags.shape[-1], device=device, dtype=torch.int32) + 1) * block
     stops = (ends * flags).amax(-1).clamp(max=kv_len).expand(size)
     flags = flags.expand(*size, -1)
-    most = kv_len if config.max_kv_budget is None else min(config.max_kv_budget, kv_len)
-    keys = torch.empty((*row_count.shape, columns(config, most)), dtype=torch.int32, device=device)
-    step = max(1, CHUNK_MASSES // (row_count.shape[0] * row_count.shape[1] * flags.shape[-1] * block))
+    most = largest_budget(config, kv_len)
+    bits = torch.zeros((*row_count.shape, words(kv_len)), dtype=torch.int32, device=device)
+    step, packed = steps
     found = []
     for start in range(0, row_count.shape[2], step):
         part = slice(start, min(start + step, row_count.shape[2]))
         asked, anyway, ends = row_count[:, :, part] > 0, kept[:, :, part].contiguous(), stops[:, :, part].contiguous()
-        mass = column_masses(query, *packed, guess, flags, *rows, part, config.segment_size, block, scale)
+        mass = column_masses(
+            query, *ready, guess, flags, rows, row_count, part, packed, config.segment_size, block, scale
+        )
         needs, there, total = masses_needed(mass, ends, anyway, goal)
         budget = shared_budget(needs.clamp(max=most), asked, config.budget)
         # A head may be asked for more keys than it can see.
         count = torch.minimum(budget, there).contiguous()
-        share = (anyway + pick(mass, ends, count, keys, start)) / (anyway + total).clamp(min=1e-30)
+        share = (anyway + pick(mass, ends, count, bits, start)) / (anyway + total).clamp(min=1e-30)
         found.append((count, needs, share, (needs > most) & asked))
-    return (keys, *(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
+        del mass  # before the next ones are made
+    return (bits, *(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
 
 
 def _pooled(
     query: Tensor,
-    key: Tensor,
+    means: Tensor,
+    pool: int,
     eligible: Tensor,
     rows: tuple[Tensor, Tensor] | None,
     segment: int,
     *,
     block: int,
-    pool: int,
     scale: float,
 ) -> Tensor:
-    """``pooled_lse`` of the listed rows (None: all), -inf elsewhere."""
+    """``pooled_lse`` over the means of ``pool`` keys, for the listed rows (None: all); -inf elsewhere."""
     count, listed = block_lists(eligible)
     own, own_count = (None, None) if rows is None else rows
-    size = (key.shape[0], key.shape[1], -1)
+    size = (means.shape[0], means.shape[1], -1)
     lists = Lists(own, own_count, listed.expand(*size, -1), count.expand(size), block // pool, segment)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
-    attend_lists(query, block_mean(key, pool), None, None, lse, lists, scale)
+    attend_lists(query, means, None, None, lse, lists, scale)
     return lse.add_(math.log(pool))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.key_bits import blocks_of_bits
 from omnisparse_flex.masks.last_rows import BLOCKS
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
@@ -152,12 +153,9 @@ def _block_cells(selection: BlockSelection) -> Tensor:
 
 def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
     """A block counts as selected where at least one of its tokens is fetched."""
-    near = selection.segments.near[0].expand(selection.keys.shape[1], -1, -1)
-    chosen = torch.arange(selection.keys.shape[-1], device=near.device) < selection.key_count[0].unsqueeze(-1)
-    hits = torch.zeros((*chosen.shape[:2], near.shape[-1]), device=near.device)
-    blocks = torch.where(chosen, selection.keys[0], 0) // BLOCK
-    hits = hits.scatter_add(-1, blocks.long(), chosen.to(hits.dtype))
-    cells = (hits > 0).repeat_interleave(config.segment_size // BLOCK, 1)[:, : near.shape[1]].to(torch.uint8) * SELECTED
+    near = selection.segments.near[0].expand(selection.chosen.shape[1], -1, -1)
+    hits = blocks_of_bits(selection.chosen[0], BLOCK)
+    cells = hits.repeat_interleave(config.segment_size // BLOCK, 1)[:, : near.shape[1]].to(torch.uint8) * SELECTED
     return torch.where(near, FORCED, cells).to(torch.uint8)
 
 

@@ -21,14 +21,15 @@ class Lists(NamedTuple):
     """Who attends to whom, by segment of queries.
 
     Attributes:
-        rows: int64 (B, Hkv, M, R), see ``TokenSelection``; None: all rows of every segment.
+        rows: int (B, Hkv, M, R), see ``TokenSelection``; None: all rows of every segment.
         row_count: int64 (B, Hkv, M); None with ``rows``.
-        keys: int32 (B, Hkv, M, K), runs of ``unit`` keys: run i holds keys i * unit and on. Strides may be 0.
-        key_count: int (B, Hkv, M), runs that count; strides may be 0.
+        keys: int32 (B, Hkv, m, K), runs of ``unit`` keys: run i holds keys i * unit and on. Strides may be 0.
+        key_count: int (B, Hkv, m), runs that count; strides may be 0.
         unit: Keys per run.
         segment: Queries per segment, a multiple of 128.
         offset: int64, position of query 0 where a query sees keys up to its own position; None: it sees all.
         real: uint8 (B, S) contiguous, 0 = a key nobody sees; None: there is none.
+        first: The first of the m segments that attend.
     """
 
     rows: Tensor | None
@@ -39,6 +40,26 @@ class Lists(NamedTuple):
     segment: int
     offset: Tensor | None = None
     real: Tensor | None = None
+    first: int = 0
+
+    def of(self, rows: slice, heads: slice) -> Lists:
+        """Those of some batch rows and KV heads: of one row, or of all heads, so that what is contiguous stays so."""
+        return self._replace(
+            rows=None if self.rows is None else self.rows[rows, heads],
+            row_count=None if self.row_count is None else self.row_count[rows, heads],
+            keys=self.keys[rows, heads],
+            key_count=self.key_count[rows, heads],
+            real=None if self.real is None else self.real[rows],
+        )
+
+    def arguments(self, query: Tensor, key: Tensor, value: Tensor, unused: Tensor) -> tuple[Any, ...]:
+        """What every kernel over lists takes, from ``rows`` on; ``unused`` stands where there is no tensor."""
+        given = (self.rows, self.row_count, self.keys, self.key_count, self.real, self.offset)
+        return (
+            *(unused if x is None else x for x in given),
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *self.keys.stride()[:3],
+            *self.key_count.stride(), query.shape[2], key.shape[2], self.first, -(-query.shape[2] // self.segment),
+        )  # fmt: skip
 
 
 def tiles(dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -76,20 +97,22 @@ def listed_keys(keys, real, start, total, kv_len, N: tl.constexpr, UNIT: tl.cons
 
 
 #: Numbers that change with every prompt: none of them may start a compile.
-VARYING = ["q_len", "kv_len", "scale", "l_b", "l_h", "l_m", "c_b", "c_h", "c_m"]
+VARYING = ["q_len", "kv_len", "scale", "l_b", "l_h", "l_m", "c_b", "c_h", "c_m", "first_segment", "segments"]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend(
     query, key, value, out, lse, rows, row_count, keys, key_count, real, offset,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, l_b, l_h, l_m, c_b, c_h, c_m, q_len, kv_len, scale,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, l_b, l_h, l_m, c_b, c_h, c_m, q_len, kv_len,
+    first_segment, segments, scale, o_b, o_h, o_n,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
     LISTED: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, GOES_ON: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows over its segment's keys; with ``GOES_ON`` from the softmax that ``out`` and ``lse`` hold."""
-    m, row = tl.program_id(1), tl.program_id(2)
-    batch, head, part = row // KV_HEADS, row % KV_HEADS, row * tl.num_programs(1) + m
+    own_m, row = tl.program_id(1), tl.program_id(2)
+    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + own_m
+    part = row * segments + m
     first = tl.program_id(0) * M
     if LISTED:  # noqa: SIM102
         if first >= tl.load(row_count + part):
@@ -102,18 +125,19 @@ def _attend(
         mask=mine[:, None], other=0.0,
     )  # fmt: skip
     slot = (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place
+    target = out + batch.to(tl.int64) * o_b + own.to(tl.int64)[:, None] * o_h + place.to(tl.int64)[:, None] * o_n + dims
     most = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, DIM), tl.float32)
     if GOES_ON:
         most = tl.load(lse + slot, mask=mine, other=float("-inf")) * 1.4426950408889634
         total = tl.where(most == float("-inf"), 0.0, 1.0)
-        sums = tl.load(out + slot[:, None] * DIM + dims, mask=mine[:, None], other=0.0).to(tl.float32)
+        sums = tl.load(target, mask=mine[:, None], other=0.0).to(tl.float32)
     last = place
     if CAUSAL:
         last = place + tl.load(offset).to(tl.int32)
-    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + m.to(tl.int64) * l_m
-    width = tl.load(key_count + batch * c_b + head * c_h + m * c_m).to(tl.int32) * UNIT
+    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + own_m.to(tl.int64) * l_m
+    width = tl.load(key_count + batch * c_b + head * c_h + own_m * c_m).to(tl.int32) * UNIT
     own_key = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     own_value = value + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     for start in range(0, width, N):
@@ -135,7 +159,7 @@ def _attend(
         most = now
     if VALUES:
         share = sums / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(out + slot[:, None] * DIM + dims, share.to(out.dtype.element_ty), mask=mine[:, None])
+        tl.store(target, share.to(out.dtype.element_ty), mask=mine[:, None])
     result = tl.where(total == 0, float("-inf"), (most + tl.log2(total)) * 0.6931471805599453)
     tl.store(lse + slot, result, mask=mine)
 
@@ -150,7 +174,7 @@ def attend_lists(
         query: (B, Hq, L, D), last dimension contiguous; D a power of 2 from 16 to 256.
         key: (B, Hkv, S, D), last dimension contiguous.
         value: (B, Hkv, S, D), last dimension contiguous; None: only ``lse`` is wanted.
-        out: (B, Hq, L, D) contiguous, written; None with ``value``.
+        out: (B, Hq, L, D), last dimension contiguous, written; None with ``value``.
         lse: float32 (B, Hq, L) contiguous, written: natural log-sum-exp, -inf where a row sees no key.
         lists: Who attends to whom.
         scale: Logit scale.
@@ -159,18 +183,13 @@ def attend_lists(
     Source: PAPER "Lazy + active in one output". Our choice: the merge is the softmax of part 1 continued, so that
     part 2 never exists on its own.
     """
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
     width, size = heads // kv_heads * lists.segment, tiles(dim, query.dtype)
     value = key if value is None else value
-    segments = lists.key_count.shape[2]
-    _attend[(triton.cdiv(width, size["M"]), segments, batch * kv_heads)](
-        query, key, value, lse if out is None else out, lse,
-        lse if lists.rows is None else lists.rows, lse if lists.row_count is None else lists.row_count,
-        lists.keys, lists.key_count, lse if lists.real is None else lists.real,
-        lse if lists.offset is None else lists.offset,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *lists.keys.stride()[:3],
-        *lists.key_count.stride(), q_len, kv_len, scale * LOG2_E,
+    _attend[(triton.cdiv(width, size["M"]), lists.key_count.shape[2], batch * kv_heads)](
+        query, key, value, lse if out is None else out, lse, *lists.arguments(query, key, value, lse), scale * LOG2_E,
+        *(0, 0, 0) if out is None else out.stride()[:3],
         **constants(query, key, lists), VALUES=out is not None, GOES_ON=goes_on, **size,
     )  # fmt: skip
 

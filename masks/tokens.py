@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks.budget import need, rank, shared_budget
+from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.column_mass import column_mass
+from omnisparse_flex.masks.key_bits import pack_bits, unpack_bits
 from omnisparse_flex.masks.one_pass import one_pass
 from omnisparse_flex.masks.pooled_lse import pooled_lse
 from omnisparse_flex.masks.queries import LAZY_STRIDE, REDUNDANCY_THRESHOLD
+from omnisparse_flex.masks.room import at_once
 from omnisparse_flex.masks.segments import SegmentLayout, pack_rows, tokens_of_blocks, wide_dtype
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: Estimators by name; each one's products for a pair, as a share of attention's own, is a half.
 ESTIMATORS = {"one_pass": one_pass, "column_mass": column_mass}
+
+#: What ranking takes for each mass: in float32 the masses, as they are sorted, and their running sum; the order in
+#: int64; and a few flags.
+RANKED_BYTES = 32
 
 
 class TokenSelection(NamedTuple):
@@ -31,10 +37,11 @@ class TokenSelection(NamedTuple):
         segments: The always-kept blocks.
         active: bool (B, Hq, L), queries that fetch.
         lazy: bool (B, Hq, L), queries that look near and repeat their neighbours.
-        rows: int64 (B, Hkv, M, R), a segment's rows, active ones first.
+        rows: int (B, Hkv, M, R), a segment's rows, active ones first.
         row_count: int64 (B, Hkv, M), number of active ones.
-        keys: int (B, Hkv, M, K), key positions, those that are kept first; K is the capacity.
-        key_count: int64 (B, Hkv, M), how many of them are kept.
+        chosen: int32 (B, Hkv, M, words), the keys that a segment fetches as bits, see ``pack_bits``: at 128K keys
+            a 32nd of what lists of all keys would take, and an eighth of the keys and values (4 KV heads, D=128).
+        key_count: int64 (B, Hkv, M), how many they are.
         needs: int64 (B, Hkv, M), how many each head would need.
         mass: float32 (B, Hkv, M), estimated share of the allowed mass that is kept, mean over active rows.
         overflow: bool (B, Hkv, M), segments whose need exceeded ``max_kv_budget``.
@@ -45,7 +52,7 @@ class TokenSelection(NamedTuple):
     lazy: Tensor
     rows: Tensor
     row_count: Tensor
-    keys: Tensor
+    chosen: Tensor
     key_count: Tensor
     needs: Tensor
     mass: Tensor
@@ -84,42 +91,62 @@ def select_tokens(
 
     Returns:
         The selection; a pure function of its inputs. No tensor over queries x keys: the work
-        goes segment by segment in steps of ``CHUNK_LOGITS``.
+        goes segment by segment in steps of ``CHUNK_LOGITS``, and no more than a few segments'
+        masses exist at a time.
 
     Source: PAPER "Query selection", "KV selection" at token granularity.
     """
-    eligible = segments.eligible
-    active, lazy = active_tokens(query, key, near_lse, eligible, text, config, block=block, scale=scale, score=score)
+    segment, count = config.segment_size, segments.eligible.shape[2]
+    each = RANKED_BYTES * key.shape[0] * key.shape[1] * key.shape[2]
+    step, found = at_once(count, each, key, 1), []
+    for first in range(0, count, step):
+        part, own = slice(first, first + step), slice(first * segment, (first + step) * segment)
+        inputs = (query[:, :, own], key, near_lse[:, :, own], segments.eligible[:, :, part], text[:, own], config)
+        rules: dict[str, Any] = {"block": block, "scale": scale, "score": score, "first": first}
+        found.append(_select(*inputs, target=target, pairs=pairs, **rules))
+    return TokenSelection(segments, *(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
+
+
+def _select(
+    query: Tensor,
+    key: Tensor,
+    near_lse: Tensor,
+    eligible: Tensor,
+    text: Tensor,
+    config: OmniSparseConfig,
+    *,
+    target: Tensor | float,
+    pairs: MaskMod | None,
+    **rules: Any,
+) -> tuple[Tensor, ...]:
+    """The fields of a ``TokenSelection`` from ``active`` on, for some segments."""
+    active, lazy = active_tokens(query, key, near_lse, eligible, text, config, **rules)
     rows, row_count = pack_rows(active, key.shape[1], config.segment_size)
     mass, kept = ESTIMATORS[config.scorer](
-        query, key, near_lse, eligible, rows, row_count, config, block=block, scale=scale, pairs=pairs, score=score
+        query, key, near_lse, eligible, rows, row_count, config, pairs=pairs, **rules
     )
-    tokens = tokens_of_blocks(eligible, block, key.shape[2]).expand_as(mass)
+    tokens = tokens_of_blocks(eligible, rules["block"], key.shape[2]).expand_as(mass)
     ranked, order = rank(mass, tokens)
     needs = need(ranked, kept, tokens.sum(-1), target)
-    most = key.shape[2] if config.max_kv_budget is None else min(config.max_kv_budget, key.shape[2])
+    most = largest_budget(config, key.shape[2])
     overflow = needs > most
     budget = shared_budget(needs.clamp(max=most), row_count > 0, config.budget)
     # A head may be asked for more keys than it can see; what is not eligible comes last.
     key_count = torch.minimum(budget, tokens.sum(-1))
     places = torch.arange(ranked.shape[-1], device=key.device)
     total = kept + (ranked * (places < key_count.unsqueeze(-1))).sum(-1)
-    return TokenSelection(
-        segments,
-        active,
-        lazy,
-        rows,
-        row_count,
-        order[..., : columns(config, most)],
-        key_count,
-        needs,
-        total,
-        overflow & (row_count > 0),
-    )
+    chosen = pack_bits(keep_top(order, tokens, key_count))
+    return active, lazy, rows, row_count, chosen, key_count, needs, total, overflow & (row_count > 0)
 
 
-def columns(config: OmniSparseConfig, most: int) -> int:
-    """Columns of the lists of keys, where a head gets at most ``most``: one at least, used or not."""
+def largest_budget(config: OmniSparseConfig, kv_len: int) -> int:
+    """Most keys that a head gets, whatever it needs."""
+    return kv_len if config.max_kv_budget is None else min(config.max_kv_budget, kv_len)
+
+
+def columns(config: OmniSparseConfig, kv_len: int) -> int:
+    """Columns of the lists of chosen keys: one at least, used or not."""
+    most = largest_budget(config, kv_len)
     return max(1, min(most, config.budget) if isinstance(config.budget, int) else most)
 
 
@@ -134,8 +161,9 @@ def active_tokens(
     block: int,
     scale: float,
     score: ScoreMod | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """``(active, lazy)``, bool (B, Hq, L); the arguments are those of ``select_tokens``.
+    """``(active, lazy)``, bool (B, Hq, L); the arguments are those of ``select_tokens`` from segment ``first`` on.
 
     Source: PAPER "Query selection": active if breadth > tau_b, or redundancy < tau_r, or
     text. Our choice: the mass beyond the always-kept keys is that on block means, each
@@ -146,7 +174,8 @@ def active_tokens(
     if config.lazy_threshold is None:
         lazy = torch.zeros((batch, heads, q_len), dtype=torch.bool, device=query.device)
         return ~lazy, lazy
-    far = pooled_lse(query, key, eligible, config.segment_size, block=block, pool=block, scale=scale, score=score)
+    rules: dict[str, Any] = {"block": block, "pool": block, "scale": scale, "score": score, "first": first}
+    far = pooled_lse(query, key, eligible, config.segment_size, **rules)
     breadth = torch.where(far == -torch.inf, 0.0, torch.sigmoid(far - near_lse))
     places = torch.arange(q_len, device=query.device)
     leader = places - places % LAZY_STRIDE
@@ -171,12 +200,7 @@ def kept_pairs(selection: TokenSelection, places: Tensor, kv_len: int, config: O
     """
     heads, kv_heads = selection.active.shape[1], selection.rows.shape[1]
     segment = places // config.segment_size
-    keys, count = selection.keys.index_select(2, segment), selection.key_count.index_select(2, segment)
-    chosen = torch.arange(keys.shape[-1], device=keys.device) < count.unsqueeze(-1)
-    # What is not chosen may be any number: one place past the end takes it.
-    keys = torch.where(chosen, keys, kv_len).long()
-    fetched = torch.zeros((*keys.shape[:3], kv_len + 1), dtype=torch.bool, device=keys.device)
-    fetched = fetched.scatter(-1, keys, chosen)[..., :kv_len]
+    fetched = unpack_bits(selection.chosen.index_select(2, segment), kv_len)
     near = tokens_of_blocks(selection.segments.near.index_select(2, places // block), block, kv_len).expand_as(fetched)
     fetched, near = (x.repeat_interleave(heads // kv_heads, 1) for x in (fetched, near))
     active, lazy = (x.index_select(2, places).unsqueeze(-1) for x in (selection.active, selection.lazy))

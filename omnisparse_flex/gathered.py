@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from omnisparse_flex.masks.column_mass import CHUNK_LOGITS
+from omnisparse_flex.masks.key_bits import keys_of_bits
 from omnisparse_flex.masks.segments import (
     gather_rows,
     most,
@@ -24,11 +25,12 @@ def attend_gathered(
     value: Tensor,
     rows: Tensor,
     row_count: Tensor,
-    keys: Tensor,
+    chosen: Tensor,
     key_count: Tensor,
+    most_keys: int,
     site: Site,
 ) -> tuple[Tensor, Tensor]:
-    """Attend with the first ``row_count`` rows of each segment over its first ``key_count`` keys.
+    """Attend with the first ``row_count`` rows of each segment over its keys.
 
     Args:
         query: (B, Hq, L, D).
@@ -36,31 +38,31 @@ def attend_gathered(
         value: (B, Hkv, S, Dv).
         rows: int64 (B, Hkv, M, R), see ``TokenSelection``.
         row_count: int64 (B, Hkv, M).
-        keys: int64 (B or 1, Hkv or 1, M, K), key positions.
-        key_count: int64 (B or 1, Hkv or 1, M).
+        chosen: int32 (B or 1, Hkv or 1, M, words), the keys as bits, see ``pack_bits``.
+        key_count: int64 (B or 1, Hkv or 1, M), their number.
+        most_keys: A bound of it.
         site: Mask, score changes, scale and segment size.
 
     Returns:
         ``(out, lse)``: (B, Hq, L, Dv) in value's dtype and float32 (float64) (B, Hq, L). A
         query that is not among the rows, or sees none of the keys, gives 0 and -inf.
         Differentiable in query, key and value; the backward computes each step again, so that
-        no more than one step's rectangle exists at a time.
+        no more than one step's rectangle, and its list of keys, exist at a time.
 
     Source: PAPER "token: top-k* tokens, gathered".
     """
     assert site.config is not None
     segment, q_len, kv_heads = site.config.segment_size, query.shape[2], key.shape[1]
     queries = segments_of(query, kv_heads, segment)
-    keys, key_count = keys.expand(*rows.shape[:2], -1, -1), key_count.expand(*rows.shape[:2], -1)
-    width, height = most(key_count, keys.shape[-1]), most(row_count, rows.shape[-1])
+    chosen, key_count = chosen.expand(*rows.shape[:2], -1, -1), key_count.expand(*rows.shape[:2], -1)
+    width, height = most(key_count, most_keys), most(row_count, rows.shape[-1])
     step = max(1, CHUNK_LOGITS // max(1, rows.shape[0] * rows.shape[1] * width * height))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     outs, lses = [], []
     for m in range(0, rows.shape[2], step):
         part = slice(m, m + step)
-        chunk = (rows[:, :, part, :height], row_count[:, :, part], keys[:, :, part, :width], key_count[:, :, part])
-
-        inputs = (queries[:, :, part], key, value, *chunk, m, q_len, site)
+        chunk = (rows[:, :, part, :height], row_count[:, :, part], chosen[:, :, part], key_count[:, :, part])
+        inputs = (queries[:, :, part], key, value, *chunk, width, m, q_len, site)
         out, lse = checkpoint(_rectangles, *inputs, use_reentrant=False) if learns else _rectangles(*inputs)
         outs.append(out)
         lses.append(lse)
@@ -74,8 +76,9 @@ def _rectangles(
     value: Tensor,
     rows: Tensor,
     row_count: Tensor,
-    keys: Tensor,
+    chosen: Tensor,
     key_count: Tensor,
+    width: int,
     first: int,
     q_len: int,
     site: Site,
@@ -84,7 +87,7 @@ def _rectangles(
     assert site.config is not None
     batch, kv_heads, count, height = rows.shape
     segment, wide = site.config.segment_size, wide_dtype(queries)
-    picked = gather_rows(queries, rows)
+    picked, keys = gather_rows(queries, rows), keys_of_bits(chosen, key.shape[2], width)
     k, v = (_gather_keys(x, keys).to(wide) for x in (key, value))
     logits = picked.to(wide) @ k.transpose(-1, -2) * site.scale_for(queries)
     head, place = row_places(rows, first, queries.shape[3] // segment, segment, q_len)

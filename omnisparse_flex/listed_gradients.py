@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from omnisparse_flex.gathered import attend_gathered
-from omnisparse_flex.masks.segments import SegmentLayout
+from omnisparse_flex.masks.tokens import TokenSelection
 from omnisparse_flex.site import Site
-from omnisparse_flex.token_attention import attend_near, merge
+from omnisparse_flex.token_attention import attend_near, attend_selected
 
 
 def listed_gradients(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: SegmentLayout,
-    chosen: tuple[Tensor, Tensor, Tensor, Tensor],
-    site: Site,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection, site: Site
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Attention once more under a selection that was made, and its gradients.
 
     Args:
@@ -27,21 +22,18 @@ def listed_gradients(
         query: (B, Hq, L, D).
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
-        segments: The always-kept blocks.
-        chosen: ``rows``, ``row_count``, ``keys`` and ``key_count`` of the ``TokenSelection``.
-        site: Mask, scale, segment size and logit sinks.
+        selection: What was selected.
+        site: Rules, mask, scale and logit sinks.
 
     Returns:
-        Of query, key and value, each of its shape and dtype. Those of the sinks need no listed keys.
+        Of query, key, value and the sinks, each of its shape and dtype.
     """
-    rows, row_count, keys, key_count = chosen
-    # What is not chosen may be any number.
-    taken = torch.arange(keys.shape[-1], device=keys.device) < key_count.unsqueeze(-1)
-    keys = torch.where(taken, keys, 0).long()
     with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        near = attend_near(q, k, v, segments, site)
-        far = attend_gathered(q, k, v, rows, row_count, keys, key_count, site)
-        out = merge(*near, *far, site.sinks)
-    of_query, of_key, of_value = torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))
-    return of_query, of_key, of_value
+        learning = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, site.sinks)]
+        q, k, v, sinks = learning
+        assert q is not None and k is not None and v is not None
+        near = attend_near(q, k, v, selection.segments, site)
+        out = attend_selected(q, k, v, *near, selection, dataclasses.replace(site, sinks=sinks))
+    given = [x for x in learning if x is not None]
+    of_query, of_key, of_value, *own = torch.autograd.grad(out, given, grad.to(out.dtype))
+    return of_query, of_key, of_value, own[0] if own else None

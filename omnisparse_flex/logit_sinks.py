@@ -45,10 +45,14 @@ def discount(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     Returns:
         (B, Hq, L, Dv) in out's dtype. Differentiable in all three.
     """
+    return (out * keys_share(lse, sinks).unsqueeze(-1)).to(out.dtype)
+
+
+def keys_share(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What the sinks (Hq,) leave of each row's mass to its keys, whose log-sum-exp is ``lse`` (B, Hq, L)."""
     # A row without keys is 0 already; infinities would make its gradient NaN.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
-    return (out * share.unsqueeze(-1)).to(out.dtype)
+    return torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
 
 
 def dense_with_sinks(

@@ -1,11 +1,14 @@
 """Token attention on CUDA: the same three steps as ``token_attention``, in Triton kernels.
 
+Beside its results it holds no more than the layer's keys and values take: queries attend a stretch after the other, a
+stretch's selection is made and attended to a few segments at a time, and is kept as bits.
+
 Importing this module needs Triton.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +16,44 @@ from torch.autograd.function import once_differentiable
 
 from omnisparse_flex.guard import guarded
 from omnisparse_flex.listed_gradients import listed_gradients
-from omnisparse_flex.logit_sinks import discount
-from omnisparse_flex.masks.blocks import block_lists
+from omnisparse_flex.logit_sinks import keys_share
 from omnisparse_flex.masks.plain import PlainMask
 from omnisparse_flex.masks.quick_select import select_quickly
 from omnisparse_flex.masks.rectangle_kernel import Lists, attend_lists
 from omnisparse_flex.masks.segments import SegmentLayout
 from omnisparse_flex.masks.select import BLOCK
 from omnisparse_flex.masks.tokens import TokenSelection
-from omnisparse_flex.rectangle_backward_kernel import gradients
+from omnisparse_flex.quick_gradients import gradients_by_heads
 from omnisparse_flex.site import Site
+from omnisparse_flex.spans import Span, spans
+from omnisparse_flex.token_lists import far_lists, near_lists
+
+#: The lists of keys take the keys' and values' bytes divided by this.
+LISTS = 2
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class Attended(NamedTuple):
+    """What the forward pass of a span leaves behind beside its output.
+
+    Attributes:
+        own: Its queries.
+        lse: float32 (B, Hq, own queries) contiguous, sinks included; -inf where the output is 0 whatever values are.
+        near: All rows over their always-kept keys.
+        selection: The rest.
+    """
+
+    own: slice
+    lse: Tensor
+    near: Lists
+    selection: TokenSelection
 
 
 def attend_quickly(
-    query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor
-) -> tuple[Tensor, TokenSelection]:
+    query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor,
+    keep: bool,
+) -> tuple[Tensor, TokenSelection | None] | None:  # fmt: skip
     """One attention site at token granularity.
 
     Args:
@@ -38,86 +64,156 @@ def attend_quickly(
         plain: Its mask.
         segments: Its always-kept blocks.
         text: bool (B or 1, L), queries that are always active.
+        keep: Whether the selection is wanted.
 
     Returns:
-        (B, Hq, L, D), differentiable, and what was selected.
+        (B, Hq, L, D), differentiable, and what was selected, or None; None once the kernels failed to compile.
 
     Source: PAPER "Lazy + active in one output".
     """
-    tensors = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
+    assert site.config is not None
+    query, key, value = (_rowwise(x) for x in (query, key, value))
+    learning = [x for x in (query, key, value, site.sinks) if x is not None and x.requires_grad]
+    learns = torch.is_grad_enabled() and len(learning) > 0
+    out, parts = torch.empty(query.shape, dtype=query.dtype, device=query.device), []
+    for span in spans(key, site.config.segment_size, plain, segments, text):
+        done = _attended(query[:, :, span.own], key, value, site, span, out[:, :, span.own])
+        if done is None:
+            return None
+        if keep or learns:
+            parts.append(done)
+        del done  # before the next one is made
+    if learns:
+        done_parts = (out, segments, parts)
+        out = _Attend.apply(query, key, value, site.sinks, site, done_parts)  # type: ignore[no-untyped-call]
+    return out, _joined(segments, parts) if keep else None
+
+
+@torch.no_grad()
+def gradients_quickly(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout,
+    text: Tensor,
+) -> Gradients | None:  # fmt: skip
+    """Gradients where nothing but the inputs was kept: each span attends again.
+
+    Args:
+        grad: (B, Hq, L, D), of the output.
+        query: As the rest, see ``attend_quickly``.
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, D).
+        site: Rules, scale and logit sinks.
+        plain: Its mask.
+        segments: Its always-kept blocks.
+        text: bool (B or 1, L).
+
+    Returns:
+        Of query, key, value and the sinks; None once kernels failed to compile. The selection is a function of the
+        inputs, so it is the same as forward.
+    """
+    assert site.config is not None
+    grad, query, key, value = (_rowwise(x) for x in (grad, query, key, value))
+    found = _nothing(query, key, value, site.sinks)
+    for span in spans(key, site.config.segment_size, plain, segments, text):
+        # The output lies where query's gradient will.
+        out = found[0][:, :, span.own]
+        done = _attended(query[:, :, span.own], key, value, site, span, out)
+        if done is None or not _add(found, grad, query, key, value, site, done, out):
+            return None
+        del done  # before the next one is made
+    return found
+
+
+@torch.no_grad()
+def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, out: Tensor) -> Attended:
+    """Both parts, the second from where the first ends; then the sinks, which have no value, and the skipped rows.
+
+    Query and ``out``, which is written, are those of the span.
+    """
+    assert site.config is not None
+    config, scale, plain = site.config, site.scale_for(query), span.plain
     real = None if plain.real is None else plain.real.contiguous().view(torch.uint8)
-    found: list[TokenSelection] = []
-    out: Tensor = _Attend.apply(*tensors, site.sinks, site, plain.offset, real, segments, text, found)  # type: ignore[no-untyped-call]
-    return out, found[0]
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    near = near_lists(span.segments, key.shape, config.segment_size, PlainMask(plain.offset, real))
+    attend_lists(query, key, value, out, lse, near, scale)
+    selection = select_quickly(
+        query, key, lse, span.segments, span.text, config, block=BLOCK, target=site.target, scale=scale, real=real
+    )
+    for far in far_lists(selection, near, config, key, LISTS):
+        attend_lists(query, key, value, out, lse, far, scale, goes_on=True)
+    if site.sinks is not None:
+        out.mul_(keys_share(lse, site.sinks).unsqueeze(-1))
+        lse = torch.logaddexp(lse, site.sinks.to(lse.dtype)[:, None])
+    if config.lazy_mode == "skip":
+        skipped = selection.lazy & ~selection.active
+        out.masked_fill_(skipped.unsqueeze(-1), 0.0)
+        lse.masked_fill_(skipped, -torch.inf)
+    return Attended(span.own, lse, near, selection)
 
 
-def near_lists(segments: SegmentLayout, shape: torch.Size, segment: int, plain: PlainMask) -> Lists:
-    """All rows over their segments' always-kept blocks; ``shape`` is key's, ``real`` of ``plain`` is uint8."""
-    count, blocks = block_lists(segments.forced)
-    size = (shape[0], shape[1], -1)
-    return Lists(None, None, blocks.expand(*size, -1), count.expand(*size), BLOCK, segment, plain.offset, plain.real)
-
-
-def far_lists(selection: TokenSelection, segment: int, plain: PlainMask) -> Lists:
-    """The active rows over the chosen keys."""
-    chosen = (selection.rows, selection.row_count, selection.keys, selection.key_count)
-    return Lists(*chosen, 1, segment, plain.offset, plain.real)
-
-
-#: ``gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
-_gradients = guarded(gradients, "the token kernels failed, gradients of token attention run in tensor code")
+#: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
+_attended = guarded(_attend, "the token kernels failed, token attention runs in tensor code")
+_gradients = guarded(gradients_by_heads, "the token kernels failed, gradients of token attention run in tensor code")
 
 
 class _Attend(torch.autograd.Function):
-    """Both parts forward; backward each part with the merged output and log-sum-exp, which makes it the union's.
-
-    A sink is one more part, without a value: it enters the merged output and log-sum-exp, and only its own
-    gradient is new.
-    """
+    """What was attended; backward each part with the merged output and log-sum-exp, which makes it the union's."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site, offset: Tensor | None,
-        real: Tensor | None, segments: SegmentLayout, text: Tensor, found: list[TokenSelection],
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site,
+        done: tuple[Tensor, SegmentLayout, list[Attended]],
     ) -> Tensor:  # fmt: skip
-        assert site.config is not None
-        segment, scale, plain = site.config.segment_size, site.scale_for(query), PlainMask(offset, real)
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        near = near_lists(segments, key.shape, segment, plain)
-        attend_lists(query, key, value, out, lse, near, scale)
-        selection = select_quickly(
-            query, key, lse, segments, text, site.config, block=BLOCK, target=site.target, scale=scale, real=real
-        )
-        far = far_lists(selection, segment, plain)
-        attend_lists(query, key, value, out, lse, far, scale, goes_on=True)
-        if sinks is not None:
-            out, lse = discount(out, lse, sinks), torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        found.append(selection)
-        tensors = [(x.rows, x.row_count, x.keys, x.key_count) for x in (near, far)]
-        ctx.save_for_backward(query, key, value, sinks, out, lse, offset, real, *tensors[0], *tensors[1])
-        ctx.site, ctx.segments = site, segments
+        out, ctx.segments, ctx.parts = done
+        ctx.site = site
+        ctx.save_for_backward(query, key, value, out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, out, lse, offset, real, *lists = ctx.saved_tensors
-        segment, scale = ctx.site.config.segment_size, ctx.site.scale_for(query)
-        near_rows, near_row_count, near_keys, near_key_count, rows, row_count, keys, key_count = lists
-        near = Lists(near_rows, near_row_count, near_keys, near_key_count, BLOCK, segment, offset, real)
-        far = Lists(rows, row_count, keys, key_count, 1, segment, offset, real)
-        found = _gradients(grad.contiguous(), query, key, value, out, lse, (near, far), scale)
-        if found is None:
-            chosen = (rows, row_count, keys, key_count)
-            found = listed_gradients(grad, query, key, value, ctx.segments, chosen, ctx.site)
-        of_sinks = None if sinks is None else _of_sinks(grad, out, lse, sinks)
-        return (*found, of_sinks, None, None, None, None, None, None)
+        query, key, value, out = ctx.saved_tensors
+        grad, found = _rowwise(grad), _nothing(query, key, value, ctx.site.sinks)
+        for done in ctx.parts:
+            if not _add(found, grad, query, key, value, ctx.site, done, out[:, :, done.own]):
+                selection = _joined(ctx.segments, ctx.parts)
+                return *listed_gradients(grad, query, key, value, selection, ctx.site), None, None
+        return *found, None, None
 
 
-def _of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:
+    """Where spans write query's gradient, and add those of the others."""
+    of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    of_key, of_value = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
+    return of_query, of_key, of_value, None if sinks is None else torch.zeros_like(sinks)
+
+
+def _add(
+    found: Gradients, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, done: Attended, out: Tensor
+) -> bool:
+    """Add the gradients of a span, whose output is ``out``; False once the kernels failed to compile."""
+    assert site.config is not None
+    of_query, of_key, of_value, of_sinks = found
+    mine = (grad[:, :, done.own], query[:, :, done.own], key, value, out, *done[1:], site.config)
+    along = _gradients(*mine, site.scale_for(query), of_query[:, :, done.own], of_key, of_value)
+    if along is not None and of_sinks is not None and site.sinks is not None:
+        of_sinks += _of_sinks(along, done.lse, site.sinks)
+    return along is not None
+
+
+def _of_sinks(along: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Gradient of the sinks (Hq,): minus each one's share of a row's mass times that row's output along ``grad``."""
-    logit = sinks.to(lse.dtype)[:, None]
-    share = torch.where(lse == -torch.inf, 0.0, torch.exp(logit - lse))  # neither a key nor a sink
-    along = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    return -(share * along).sum((0, 2)).to(sinks.dtype)
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    share = torch.where(lse == -torch.inf, 0.0, share)  # neither a key nor a sink
+    return -(share * along).sum((0, 2))
+
+
+def _joined(segments: SegmentLayout, parts: list[Attended]) -> TokenSelection:
+    """The selection of all queries."""
+    if len(parts) == 1:
+        return parts[0].selection
+    return TokenSelection(segments, *(torch.cat(x, 2) for x in zip(*(p.selection[1:] for p in parts), strict=True)))
+
+
+def _rowwise(x: Tensor) -> Tensor:
+    """With its last dimension contiguous."""
+    return x if x.stride(3) == 1 else x.contiguous()

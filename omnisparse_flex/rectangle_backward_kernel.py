@@ -7,6 +7,8 @@ Importing this module needs Triton.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
@@ -31,14 +33,16 @@ def tiles(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]
 @triton.jit(do_not_specialize=VARYING)
 def _of_queries(
     query, key, value, out, grad, lse, delta, grad_query, rows, row_count, keys, key_count, real, offset,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, l_b, l_h, l_m, c_b, c_h, c_m, q_len, kv_len, scale,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, l_b, l_h, l_m, c_b, c_h, c_m, q_len, kv_len,
+    first_segment, segments, scale, g_b, g_h, g_n, o_b, o_h, o_n,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
     LISTED: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr, GOES_ON: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of rows; with ``GOES_ON`` added to what is there, else ``delta`` is written too."""
-    m, row = tl.program_id(1), tl.program_id(2)
-    batch, head, part = row // KV_HEADS, row % KV_HEADS, row * tl.num_programs(1) + m
+    own_m, row = tl.program_id(1), tl.program_id(2)
+    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + own_m
+    part = row * segments + m
     first = tl.program_id(0) * M
     if LISTED:  # noqa: SIM102
         if first >= tl.load(row_count + part):
@@ -51,8 +55,11 @@ def _of_queries(
         mask=there_q, other=0.0,
     )  # fmt: skip
     slot = (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place
-    rowed = slot[:, None] * DIM + dims
-    do = tl.load(grad + rowed, mask=there_q, other=0.0)
+    rowed = batch.to(tl.int64) * o_b + own.to(tl.int64)[:, None] * o_h + place.to(tl.int64)[:, None] * o_n + dims
+    do = tl.load(
+        grad + batch.to(tl.int64) * g_b + own.to(tl.int64)[:, None] * g_h + place.to(tl.int64)[:, None] * g_n + dims,
+        mask=there_q, other=0.0,
+    )  # fmt: skip
     normal = tl.load(lse + slot, mask=mine, other=float("-inf")) * 1.4426950408889634
     normal = tl.where(normal == float("-inf"), float("inf"), normal)
     if GOES_ON:
@@ -60,14 +67,15 @@ def _of_queries(
         total = tl.load(grad_query + rowed, mask=there_q, other=0.0).to(tl.float32)
     else:
         o = tl.load(out + rowed, mask=there_q, other=0.0)
+        tl.debug_barrier()  # the gradient may go where ``out`` is
         inner = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         tl.store(delta + slot, inner, mask=mine)
         total = tl.zeros((M, DIM), tl.float32)
     last = place
     if CAUSAL:
         last = place + tl.load(offset).to(tl.int32)
-    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + m.to(tl.int64) * l_m
-    width = tl.load(key_count + batch * c_b + head * c_h + m * c_m).to(tl.int32) * UNIT
+    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + own_m.to(tl.int64) * l_m
+    width = tl.load(key_count + batch * c_b + head * c_h + own_m * c_m).to(tl.int32) * UNIT
     own_key = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     own_value = value + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     sums = tl.zeros((M, DIM), tl.float32)
@@ -90,18 +98,20 @@ def _of_queries(
 @triton.jit(do_not_specialize=VARYING)
 def _of_keys(
     query, key, value, grad, lse, delta, grad_key, grad_value, rows, row_count, keys, key_count, real, offset,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, l_b, l_h, l_m, c_b, c_h, c_m, q_len, kv_len, scale,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, l_b, l_h, l_m, c_b, c_h, c_m, q_len, kv_len,
+    first_segment, segments, scale, g_b, g_h, g_n,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr,
     LISTED: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of a segment's listed keys and values."""
-    m, row, start = tl.program_id(1), tl.program_id(2), tl.program_id(0) * N
-    batch, head, part = row // KV_HEADS, row % KV_HEADS, row * tl.num_programs(1) + m
-    width = tl.load(key_count + batch * c_b + head * c_h + m * c_m).to(tl.int32) * UNIT
+    own_m, row, start = tl.program_id(1), tl.program_id(2), tl.program_id(0) * N
+    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + own_m
+    part = row * segments + m
+    width = tl.load(key_count + batch * c_b + head * c_h + own_m * c_m).to(tl.int32) * UNIT
     if start >= width:
         return
-    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + m.to(tl.int64) * l_m
+    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + own_m.to(tl.int64) * l_m
     at, there = listed_keys(listed, real + batch * kv_len, start, width, kv_len, N, UNIT, PADDED)
     dims = tl.arange(0, DIM)
     own_key = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
@@ -124,7 +134,11 @@ def _of_keys(
             mask=mine[:, None], other=0.0,
         )  # fmt: skip
         slot = (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place
-        do = tl.load(grad + slot[:, None] * DIM + dims, mask=mine[:, None], other=0.0)
+        do = tl.load(
+            grad + batch.to(tl.int64) * g_b + own.to(tl.int64)[:, None] * g_h + place.to(tl.int64)[:, None] * g_n
+            + dims,
+            mask=mine[:, None], other=0.0,
+        )  # fmt: skip
         normal = tl.load(lse + slot, mask=mine, other=float("-inf")) * 1.4426950408889634
         normal = tl.where(normal == float("-inf"), float("inf"), normal)
         inner = tl.load(delta + slot, mask=mine, other=0.0)
@@ -142,47 +156,42 @@ def _of_keys(
 
 
 def gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, parts: tuple[Lists, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, delta: Tensor,
+    grad_query: Tensor, parts: Iterable[Lists], scale: float,
+) -> Tensor:  # fmt: skip
     """Gradients of one softmax over the union of several parts' keys.
 
     Args:
-        grad: (B, Hq, L, D) contiguous, of the output.
+        grad: (B, Hq, L, D), of the output; last dimension contiguous.
         query: (B, Hq, L, D), last dimension contiguous.
         key: (B, Hkv, S, D), last dimension contiguous.
         value: (B, Hkv, S, D), last dimension contiguous.
-        out: (B, Hq, L, D) contiguous, over all parts.
+        out: (B, Hq, L, D), over all parts; last dimension contiguous.
         lse: float32 (B, Hq, L) contiguous, over all parts.
+        delta: float32 (B, Hq, L) contiguous, written: each row's output along its gradient.
+        grad_query: (B, Hq, L, D), strides those of ``out``, written: query's gradient. It may be ``out``, which a row
+            is read from before its gradient is written.
         parts: Lists that share no pair; the first lists every row.
         scale: Logit scale.
 
     Returns:
-        (B, Hq, L, D), (B, Hkv, S, D), (B, Hkv, S, D), contiguous, in the inputs' dtype. Keys' gradients are summed in
-        float32 in no fixed order, so their last bits differ from run to run.
+        float32 (2, B, Hkv, S, D), gradients of keys and values. They are summed in no fixed order, so their last bits
+        differ from run to run.
 
     Source: SEAMS: the backward of each part given the merged output and log-sum-exp is the union's.
     """
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    sums = torch.zeros((2, batch, kv_heads, kv_len, dim), dtype=torch.float32, device=key.device)
-    delta = torch.empty_like(lse)
+    (batch, heads, _, dim), kv_heads = query.shape, key.shape[1]
+    sums = torch.zeros((2, *key.shape), dtype=torch.float32, device=key.device)
     of_queries, of_keys = tiles(dim, query.dtype)
     for i, lists in enumerate(parts):
         width, segments = heads // kv_heads * lists.segment, lists.key_count.shape[2]
-        listed = (
-            lse if lists.rows is None else lists.rows, lse if lists.row_count is None else lists.row_count,
-            lists.keys, lists.key_count, lse if lists.real is None else lists.real,
-            lse if lists.offset is None else lists.offset,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *lists.keys.stride()[:3],
-            *lists.key_count.stride(), q_len, kv_len, scale,
-        )  # fmt: skip
+        listed = (*lists.arguments(query, key, value, lse), scale, *grad.stride()[:3])
         fixed = constants(query, key, lists)
         _of_queries[(triton.cdiv(width, of_queries["M"]), segments, batch * kv_heads)](
-            query, key, value, out, grad, lse, delta, grad_query, *listed, **fixed, GOES_ON=i > 0, **of_queries
-        )
+            query, key, value, out, grad, lse, delta, grad_query, *listed, *out.stride()[:3],
+            **fixed, GOES_ON=i > 0, **of_queries,
+        )  # fmt: skip
         _of_keys[(triton.cdiv(lists.keys.shape[3] * lists.unit, of_keys["N"]), segments, batch * kv_heads)](
             query, key, value, grad, lse, delta, sums[0], sums[1], *listed, **fixed, **of_keys
         )
-    return grad_query, sums[0].to(key.dtype), sums[1].to(value.dtype)
+    return sums

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from omnisparse_flex.gathered import attend_gathered
-from omnisparse_flex.guard import guarded
+from omnisparse_flex.masks.key_bits import bits_of_blocks
 from omnisparse_flex.masks.layout import block_layout
-from omnisparse_flex.masks.plain import plain_mask
+from omnisparse_flex.masks.plain import PlainMask, plain_mask
 from omnisparse_flex.masks.segments import SegmentLayout, segment_layout, tokens_of_blocks
 from omnisparse_flex.masks.select import BLOCK, grid_of
-from omnisparse_flex.masks.tokens import TokenSelection, select_tokens
+from omnisparse_flex.masks.tokens import TokenSelection, columns, select_tokens
 from omnisparse_flex.site import Site
 
 
@@ -34,32 +33,43 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
     Source: PAPER "Lazy + active in one output": part 1 is every query over sinks, window and
     text; part 2 the active queries over the gathered keys; the two are merged by their
     log-sum-exps and share no key. Our choice: part 1 takes whole blocks of 128 keys and
-    is the same for all queries of a segment (``segment_layout``).
+    is the same for all queries of a segment (``segment_layout``). Where statistics are
+    recorded the selection of all queries is kept, as bits; else no more than a stretch's is.
     """
-    assert site.config is not None
-    out, selection = attend_and_select(query, key, value, site)
+    out, selection = attend_and_select(query, key, value, site, site.write is not None)
     if site.write is not None:
+        assert selection is not None
         site.write(site.measured(selection, query.detach(), key.detach()))
-    if site.config.lazy_mode == "skip":
-        out = out.masked_fill((selection.lazy & ~selection.active).unsqueeze(-1), 0.0)
     return out
 
 
-def attend_and_select(query: Tensor, key: Tensor, value: Tensor, site: Site) -> tuple[Tensor, TokenSelection]:
-    """The output with lazy queries local, and the selection: in kernels where there are some, else in tensor code."""
-    segments = segments_of_site(query, key, site)
-    text = _text_queries(site.visual, query.shape[2], key.shape[2], site.q_offset, query.device)
-    kernels = quick_attention() if takes_kernels(query, value, site) else None
-    plain = None if kernels is None else plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
-    if kernels is not None and plain is not None:
-        found = kernels(query, key, value, site, plain, segments, text)
+def attend_and_select(
+    query: Tensor, key: Tensor, value: Tensor, site: Site, keep: bool = True
+) -> tuple[Tensor, TokenSelection | None]:
+    """The output and, to ``keep``, the selection: in kernels where there are some, else in tensor code."""
+    segments, text = segments_of_site(query, key, site), text_queries(query, key, site)
+    plain = plain_for_kernels(query, key, value, site)
+    if plain is not None:
+        from omnisparse_flex.quick_tokens import attend_quickly
+
+        found = attend_quickly(query, key, value, site, plain, segments, text, keep)
         if found is not None:
             return found
     near, near_lse = attend_near(query, key, value, segments, site)
     selection = choose(query, key, near_lse, segments, text, site)
-    chosen = (selection.rows, selection.row_count, selection.keys, selection.key_count)
-    far, far_lse = attend_gathered(query, key, value, *chosen, site)
-    return merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype), selection
+    return attend_selected(query, key, value, near, near_lse, selection, site), selection
+
+
+def plain_for_kernels(query: Tensor, key: Tensor, value: Tensor, site: Site) -> PlainMask | None:
+    """The site's mask where the kernels can run, else None; shapes as in ``attend_tokens``."""
+    if not takes_kernels(query, value, site) or not _has_triton():
+        return None
+    return plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def takes_kernels(query: Tensor, value: Tensor, site: Site) -> bool:
@@ -70,16 +80,6 @@ def takes_kernels(query: Tensor, value: Tensor, site: Site) -> bool:
     # Keys' gradients are summed in no fixed order.
     ours = site.config.scorer == "one_pass" and not site.changes_scores
     return query.is_cuda and fits and ours and not torch.are_deterministic_algorithms_enabled()
-
-
-@functools.cache
-def quick_attention() -> Callable[..., tuple[Tensor, TokenSelection] | None] | None:
-    """``quick_tokens.attend_quickly`` where Triton is installed, guarded: None once it failed to compile."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from omnisparse_flex.quick_tokens import attend_quickly
-
-    return guarded(attend_quickly, "the token kernels failed, token attention runs in tensor code")
 
 
 def choose(
@@ -107,14 +107,26 @@ def attend_near(
 ) -> tuple[Tensor, Tensor]:
     """Every query over its segment's always-kept blocks; ``(out, lse)`` as of ``attend_gathered``."""
     assert site.config is not None
-    kept = tokens_of_blocks(segments.forced, BLOCK, key.shape[2])
-    # Kept positions first, in order.
-    keys = torch.sort((~kept).to(torch.uint8), dim=-1, stable=True).indices
-    size = (query.shape[0], key.shape[1], kept.shape[2])
+    count = tokens_of_blocks(segments.forced, BLOCK, key.shape[2]).sum(-1)
+    size = (query.shape[0], key.shape[1], count.shape[2])
     height = query.shape[1] // key.shape[1] * site.config.segment_size
     rows = torch.arange(height, device=query.device).expand(*size, height)
     every = torch.full(size, height, device=query.device)
-    return attend_gathered(query, key, value, rows, every, keys, kept.sum(-1), site)
+    bits = bits_of_blocks(segments.forced, BLOCK)
+    return attend_gathered(query, key, value, rows, every, bits, count, key.shape[2], site)
+
+
+def attend_selected(
+    query: Tensor, key: Tensor, value: Tensor, near: Tensor, near_lse: Tensor, selection: TokenSelection, site: Site
+) -> Tensor:
+    """The output, from that over the always-kept keys (``attend_near``) and what was selected beyond them."""
+    assert site.config is not None
+    chosen = (selection.rows.long(), selection.row_count, selection.chosen, selection.key_count)
+    far, far_lse = attend_gathered(query, key, value, *chosen, columns(site.config, key.shape[2]), site)
+    out = merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
+    if site.config.lazy_mode == "skip":
+        out = out.masked_fill((selection.lazy & ~selection.active).unsqueeze(-1), 0.0)
+    return out
 
 
 def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -152,12 +164,11 @@ def segments_of_site(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
     return segment_layout(layout, site.config.segment_size // BLOCK)
 
 
-def _text_queries(
-    visual: Tensor | None, q_len: int, kv_len: int, q_offset: Tensor | int, device: torch.device
-) -> Tensor:
+def text_queries(query: Tensor, key: Tensor, site: Site) -> Tensor:
     """Queries that hold a text token, bool (B or 1, L); a row without visual tokens has none."""
-    if visual is None:
+    q_len, device = query.shape[2], query.device
+    if site.visual is None:
         return torch.zeros((1, q_len), dtype=torch.bool, device=device)
-    text = ~visual & visual.any(-1, keepdim=True)
-    own = (torch.arange(q_len, device=device) + q_offset).clamp(min=0, max=kv_len - 1)
+    text = ~site.visual & site.visual.any(-1, keepdim=True)
+    own = (torch.arange(q_len, device=device) + site.q_offset).clamp(min=0, max=key.shape[2] - 1)
     return text.index_select(1, own)

@@ -18,6 +18,7 @@ from omnisparse_flex.masks.record import STATS, Measured
 from omnisparse_flex.masks.select import grid_of
 from omnisparse_flex.site import Site, registered
 from omnisparse_flex.token_attention import attend_tokens
+from omnisparse_flex.token_gradients import token_gradients
 
 _lib = torch.library.Library("omnisparse", "FRAGMENT")
 _TENSORS = (
@@ -116,13 +117,11 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Ten
 def _backward_impl(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *constants: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Everything once more, with gradients: the selection is a function of the same inputs, so it is the same."""
-    with torch.enable_grad(), _as_given(query):
-        tensors = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
-        q, k, v, *own = tensors
-        out = attend_tokens(q, k, v, _site(own[0] if own else None, *constants))  # type: ignore[arg-type]
-    dq, dk, dv, *found = (x.contiguous() for x in torch.autograd.grad(out, tensors, grad))
-    return dq, dk, dv, found[0] if found else query.new_empty(0)
+    with torch.no_grad(), _as_given(query):
+        site = _site(sinks, *constants)  # type: ignore[arg-type]
+        *found, of_sinks = token_gradients(grad, query, key, value, site)
+    dq, dk, dv = (x.contiguous() for x in found)
+    return dq, dk, dv, query.new_empty(0) if of_sinks is None else of_sinks
 
 
 def _backward_fake(
@@ -150,7 +149,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
             given.append(saved.pop(0) if form else None)
         else:
             given.append([saved.pop(0) for _ in range(form)])
-    *grads, of_sinks = torch.ops.omnisparse.attend_tokens_backward(grad.contiguous(), *given)
+    *grads, of_sinks = torch.ops.omnisparse.attend_tokens_backward(grad, *given)
     others = [[None] * len(x) if isinstance(x, list) else None for x in given[4:]]
     return (*grads, None if given[3] is None else of_sinks, *others, None)
 

@@ -17,19 +17,20 @@ CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, w
 
 
 @pytest.mark.parametrize("shape", [AttentionShape(1, 1, 2, 520, 520, 16), AttentionShape(2, 2, 1, 140, 520, 16)])
-def test_they_are_those_of_the_attention_that_made_it(shape):
-    query, key, value = (x.requires_grad_() for x in shape.inputs())
+@pytest.mark.parametrize(("lazy_mode", "with_sinks"), [("local", False), ("skip", False), ("skip", True)])
+def test_they_are_those_of_the_attention_that_made_it(shape, lazy_mode, with_sinks):
+    tensors = [x.requires_grad_() for x in shape.inputs()]
+    query, key, value = tensors
+    sinks = torch.linspace(-1, 1, shape.heads).requires_grad_() if with_sinks else None
     offset = shape.kv_len - shape.q_len
-    site = Site(config=CONFIG, target=0.6, mask=MaskProgram(causal(Const(offset))), q_offset=offset)
+    config = dataclasses.replace(CONFIG, lazy_mode=lazy_mode, lazy_threshold=0.5)
+    site = Site(config=config, target=0.6, mask=MaskProgram(causal(Const(offset))), q_offset=offset, sinks=sinks)
     out, selection = token_attention.attend_and_select(query, key, value, site)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    wanted = torch.autograd.grad(out, (query, key, value), grad)
-    taken = torch.arange(selection.keys.shape[-1]) < selection.key_count.unsqueeze(-1)
-    assert taken.any() and not taken.all()
-    # The kernels leave whatever was there behind a list's end, in int32.
-    keys = torch.where(taken, selection.keys, -(1 << 30)).int()
-    chosen = (selection.rows, selection.row_count, keys, selection.key_count)
-    got = listed_gradients(grad, query, key, value, selection.segments, chosen, dataclasses.replace(site, target=1.0))
-    for one, other in zip(got, wanted, strict=True):
+    wanted = torch.autograd.grad(out, tensors if sinks is None else [*tensors, sinks], grad)
+    assert selection.key_count.any() and (selection.key_count < shape.kv_len).any()
+    as_in_kernels = selection._replace(rows=selection.rows.int())
+    got = listed_gradients(grad, query, key, value, as_in_kernels, dataclasses.replace(site, target=1.0))
+    for one, other in zip(got, (*wanted, None) if sinks is None else wanted, strict=True):
+        assert one is other is None or not one.requires_grad
         torch.testing.assert_close(one, other)
-        assert not one.requires_grad

@@ -11,9 +11,12 @@ from interpreter import needs_scalars, run_interpreted
 
 from omnisparse_flex import token_attention
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.guard import guarded
 from omnisparse_flex.masks.budget import need, rank
 from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
+from omnisparse_flex.masks.key_bits import unpack_bits, words
 from omnisparse_flex.masks.layout import block_layout
+from omnisparse_flex.masks.mean_pool import block_mean
 from omnisparse_flex.masks.one_pass import one_pass
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.plain import plain_mask
@@ -61,7 +64,7 @@ def run(inputs, site):
     plain = plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
     segments = token_attention.segments_of_site(query, key, site)
     text = torch.zeros((1, query.shape[2]), dtype=torch.bool, device=query.device)
-    return attend_quickly(query, key, value, site, plain, segments, text)
+    return attend_quickly(query, key, value, site, plain, segments, text, True)
 
 
 def attended_lse(inputs):
@@ -110,22 +113,18 @@ def check_selection(shape, device, config, dtype=torch.float32):
     assert (quick.active == plain.active).float().mean() > 0.98
     packed = segments_of(quick.active.unsqueeze(-1), shape.kv_heads, config.segment_size)
     assert torch.equal(quick.row_count, packed.sum((3, 4)))
-    places = torch.arange(quick.keys.shape[-1], device=device)
-    for m in range(quick.keys.shape[2]):  # no key twice, each one eligible
-        eligible = tokens_of_blocks(segments.eligible[:, :, m], BLOCK, shape.kv_len).expand(*quick.keys.shape[:2], -1)
-        for b in range(shape.batch):
-            for h in range(shape.kv_heads):
-                keys = quick.keys[b, h, m, : int(quick.key_count[b, h, m])].long()
-                assert keys.unique().numel() == keys.numel() and eligible[b, h, keys].all()
+    taken = unpack_bits(quick.chosen, shape.kv_len)
+    eligible = tokens_of_blocks(segments.eligible, BLOCK, shape.kv_len)
+    assert torch.equal(taken.sum(-1), quick.key_count) and not (taken & ~eligible).any()
     if config.budget == "per_head" and config.max_kv_budget is None:
         target = config.recall_of(0)
         assert (quick.mass[quick.row_count > 0] >= target - 2e-3).all()
     # As good as the tensor code's: by the unrounded estimate, its keys hold as much mass as the best of that number.
     given = {"block": BLOCK, "scale": shape.head_dim**-0.5, "pairs": None, "score": None}
-    mass, _ = one_pass(*inputs[:2], near_lse, segments.eligible, quick.rows, quick.row_count, config, **given)
-    taken = places < quick.key_count.unsqueeze(-1)
-    got = (mass.gather(-1, torch.where(taken, quick.keys, 0).long()) * taken).sum()
-    best = (mass.sort(-1, descending=True).values[..., : places.numel()] * taken).sum()
+    mass, _ = one_pass(*inputs[:2], near_lse, segments.eligible, quick.rows.long(), quick.row_count, config, **given)
+    as_many = torch.arange(shape.kv_len, device=device) < quick.key_count.unsqueeze(-1)
+    got = (mass * taken).sum()
+    best = (mass.sort(-1, descending=True).values * as_many).sum()
     assert got >= (0.97 if device == "cuda" else 0.9999) * best > 0
     if device != "cuda":  # float32 throughout: the same choice
         assert torch.equal(quick.key_count, plain.key_count) and torch.equal(quick.overflow, plain.overflow)
@@ -137,6 +136,7 @@ def check_pick(device, size=3000):
     20000 such masses are normal numbers still; steps of 1.01 would end in zeros, which tie, and in subnormal
     numbers, which the kernel does not tell apart.
     """
+    from omnisparse_flex.masks.key_lists_kernel import list_keys
     from omnisparse_flex.masks.pick_kernel import masses_needed, pick
 
     generator = torch.Generator().manual_seed(0)
@@ -155,17 +155,42 @@ def check_pick(device, size=3000):
     assert torch.equal(there.cpu(), (~absent).sum(-1)) and (needs.cpu() - wanted).abs().max() <= 1 and wanted.max() > 20
     torch.testing.assert_close(totals, mass.clamp(min=0).sum(-1))
     assert torch.equal(masses_needed(mass, stops, kept, torch.ones_like(target))[0], there)
-    keys = torch.full((1, 2, 5, size), -7, dtype=torch.int32, device=device)
+    bits = torch.zeros((1, 2, 5, words(size)), dtype=torch.int32, device=device)
     budget = torch.tensor([[[0, 1, 57], [size // 4, size // 2, 0]]], device=device)
-    chosen = pick(mass, stops, budget, keys, 2)
-    assert (keys[:, :, :2] == -7).all()
+    chosen = pick(mass, stops, budget, bits, 2)
+    assert not bits[:, :, :2].any() and not unpack_bits(bits, 32 * words(size))[..., size:].any()
+    keys = torch.full((1, 2, 4, size), -7, dtype=torch.int32, device=device)
+    list_keys(bits, slice(2, 5), keys)
+    assert (keys[:, :, 3] == -7).all()
     for h in range(2):
         for m in range(3):
             count = int(budget[0, h, m])
             expected = order[0, h, m, :count].sort().values
-            assert torch.equal(keys[0, h, 2 + m, :count].cpu().long().sort().values, expected)
-            assert (keys[0, h, 2 + m, count:] == -7).all()
+            assert torch.equal(keys[0, h, m, :count].cpu().long(), expected)
+            assert (keys[0, h, m, count:] == -7).all()
             torch.testing.assert_close(chosen[0, h, m].cpu(), ranked[0, h, m, :count].sum())
+
+
+def check_ready_keys(device, dtype, kv_len=300, dim=32):
+    """Means, float8 keys and states against tensor code, of keys that lie as a cache may hold them."""
+    from omnisparse_flex.masks.keys_kernel import BROKEN, WHOLE, ready_keys
+
+    key = torch.randn(2, kv_len, 3, dim, generator=torch.Generator().manual_seed(0)).to(device, dtype).transpose(1, 2)
+    key[0, 1, 7, 3], key[1, 2, 290, 0], key[1, 0] = torch.nan, -torch.inf, 0.0
+    real = (torch.arange(kv_len, device=device) > 4).to(torch.uint8).expand(2, -1).contiguous()
+    broken = ~key.isfinite().all(-1)
+    whole = torch.where(broken.unsqueeze(-1), 0.0, key)
+    means, (packed, gain, state) = ready_keys(key, real, 16, torch.float8_e4m3fn)
+    torch.testing.assert_close(means, block_mean(whole, 16))
+    assert torch.equal(state, torch.where(broken, BROKEN, WHOLE).to(torch.uint8) * real[:, None])
+    error = (packed.float() * gain[..., None, None] - whole.float()).abs()
+    peak = whole.float().abs().amax((2, 3), keepdim=True)
+    # Three bits of mantissa, and numbers below 2^-6 of 448 have fewer; the interpreter's rounding forgets to carry.
+    assert (
+        error <= whole.float().abs() / (16 if device == "cuda" else 1.9) + peak * 2**-18
+    ).all() and packed.is_contiguous()
+    same_means, (same_keys, ones, _) = ready_keys(key, None, 16, dtype)
+    assert torch.equal(same_means, means) and same_keys is key and (ones == 1).all()
 
 
 def check_gradients_in_tensor_code(shape, device, dtype=torch.float32, **fields):
@@ -189,6 +214,7 @@ def check_interpreted():
     """What fits into an interpreter's patience."""
     check_pick("cpu", 500)
     check_pick("cpu", 20000)
+    check_ready_keys("cpu", torch.float32)
     for shape in SMALL:
         check_attention(shape, "cpu", padded=shape.batch > 1)
     check_attention(SMALL[1], "cpu", padded=True, sinks=True)
@@ -237,6 +263,12 @@ def test_pick_on_the_gpu():
     check_pick("cuda", 20000)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ready_keys_on_the_gpu(dtype):
+    check_ready_keys("cuda", dtype)
+
+
 @needs_scalars
 def test_in_the_interpreter():
     run_interpreted("test_token_kernels", "check_interpreted()")
@@ -271,15 +303,15 @@ def test_the_operator_on_the_gpu(dtype):
 
 @pytest.mark.gpu
 def test_kernels_that_fail_leave_tensor_code(monkeypatch):
+    from omnisparse_flex import quick_tokens
     from omnisparse_flex.masks import rectangle_kernel
 
     inputs, site = tensors(SHAPES[0], "cuda"), site_of(SHAPES[0], "cuda")
     monkeypatch.setattr(rectangle_kernel, "_attend", None)
-    token_attention.quick_attention.cache_clear()
-    with pytest.warns(UserWarning, match="the token kernels failed, token attention runs in tensor code"):
+    failed = "the token kernels failed, token attention runs in tensor code"
+    monkeypatch.setattr(quick_tokens, "_attended", guarded(quick_tokens._attend, failed))
+    with pytest.warns(UserWarning, match=failed):
         out = token_attention.attend_tokens(*inputs, site)
-    monkeypatch.undo()
-    token_attention.quick_attention.cache_clear()
     assert out.isfinite().all() and out.requires_grad
 
 
@@ -298,7 +330,6 @@ def test_a_nan_key_on_the_gpu():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_on_a_device_that_is_not_the_current_one():
     inputs = tensors(SHAPES[1], "cuda:1", torch.bfloat16)
-    token_attention.quick_attention.cache_clear()
     token_attention.attend_tokens(*inputs, site_of(SHAPES[1], "cuda:1")).sum().backward()
     assert all(x.grad.isfinite().all() and x.grad.any() for x in inputs)
 

@@ -1,0 +1,47 @@
+"""Gradients of token attention where nothing but its inputs was kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.site import Site
+from omnisparse_flex.token_attention import (
+    attend_tokens,
+    plain_for_kernels,
+    segments_of_site,
+    text_queries,
+)
+
+
+def token_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Everything once more, with gradients: the selection is a function of the same inputs, so it is the same.
+
+    Args:
+        grad: (B, Hq, L, Dv), of the output.
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        site: The rest.
+
+    Returns:
+        Of query, key, value and the sinks, each of its shape and dtype.
+    """
+    plain = plain_for_kernels(query, key, value, site)
+    if plain is not None:
+        from omnisparse_flex.quick_tokens import gradients_quickly
+
+        inputs = (site, plain, segments_of_site(query, key, site), text_queries(query, key, site))
+        found = gradients_quickly(grad, query, key, value, *inputs)
+        if found is not None:
+            return found
+    with torch.enable_grad():
+        tensors = [x.detach().requires_grad_() for x in (query, key, value, site.sinks) if x is not None]
+        q, k, v, *own = tensors
+        out = attend_tokens(q, k, v, dataclasses.replace(site, sinks=own[0] if own else None))
+    of_query, of_key, of_value, *found_own = torch.autograd.grad(out, tensors, grad)
+    return of_query, of_key, of_value, found_own[0] if found_own else None
