@@ -70,7 +70,7 @@ Sets = list[tuple[Tensor, ...]]
 def timed(function: Function, sets: Sets, calls: int, *, graphs: bool = True) -> dict[str, Any]:
     """Milliseconds of ``calls`` calls over rotated inputs, as CUDA graphs or not; a CPU only shows that it runs."""
     called, given = function, sets
-    if not torch.cuda.is_available():
+    if not sets[0][0].is_cuda:
         took, graphs = milliseconds(called, given, runs=1, warm_up=1), False
     else:
         try:

@@ -89,7 +89,9 @@ def check_kernels(shape, case, device, size, dtype=torch.float32):
     out, kept, again, selected = through_kernels(inputs, site, grad, 1 << 40)
     small_out, small_kept, small_again, small_selected = through_kernels(inputs, site, grad, size)
     assert selected[5].any(), "a test of nothing"
-    same([out, *selected], [small_out, *small_selected], exact=True)
+    same([out], [small_out], exact=True)
+    for one, other in zip(selected, small_selected, strict=True):
+        same([one], [other], exact=not one.is_floating_point())  # sums of other shapes may round differently
     for gradients in (again, small_kept, small_again):
         same(kept, gradients, exact=False)
 
