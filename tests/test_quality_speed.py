@@ -105,6 +105,9 @@ def test_every_case_runs_and_fills_the_figures(bench, quick, tmp_path, monkeypat
     model, release = bench("video_needle.model"), bench("video_needle.release")
     small = model.make_model(0, layers=2, hidden=64, heads=2, vision_depth=1).eval()
     monkeypatch.setattr(release, "load", lambda folder: small)
+    script = bench("bench_quality_speed")
+    kernels = script.dense_attention
+    monkeypatch.setattr(script, "dense_attention", lambda scale: kernels(scale) | {"twice": kernels(scale)["sdpa"]})
     content = quick(tmp_path / "x.json")
     assert content["errors"] == {} and len(content["rows"]) == 7
     rows = {(row["kind"], row["data"], row["visual_tokens"]): row for row in content["rows"]}
@@ -114,6 +117,7 @@ def test_every_case_runs_and_fills_the_figures(bench, quick, tmp_path, monkeypat
     assert rows["production", "random", 2048]["kept"] >= rows["production", "random", 2048]["asked_share"] - 0.01
     assert rows["production", "random, extrapolated", 2048]["asked_share"] == content["extrapolation"]["kept"]
     assert all(row["speedup"] > 0 and "sdpa" in row["dense_ms"] for row in content["rows"])
+    assert all(set(r["dense_ms"]) == {"sdpa", "twice"} for r in content["rows"] if r["visual_tokens"] == 512)
     # The figures are of the whole length, and the slower of two cases.
     figures = bench("quality_speed_figures").figures
     assert figures(content) == {}
