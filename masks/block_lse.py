@@ -33,7 +33,8 @@ def block_lse(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, scal
 
 
 def _block_lse(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, scale: float, block: int) -> Tensor:
-    if rows.is_cuda and rows.shape[3] <= 256 and (kernel := _kernel()) is not None:
+    takes = rows.is_cuda and rows.dtype != torch.float64 and rows.shape[3] <= 256
+    if takes and (kernel := _kernel()) is not None:
         made = kernel(rows, key, last, real, scale, block)
         if made is not None:
             return made

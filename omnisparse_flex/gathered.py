@@ -18,6 +18,9 @@ from omnisparse_flex.masks.segments import (
 )
 from omnisparse_flex.site import Site
 
+#: Logits that take what one key of a list takes while it is read from bits.
+LIST_COST = 8
+
 
 def attend_gathered(
     query: Tensor,
@@ -56,7 +59,8 @@ def attend_gathered(
     queries = segments_of(query, kv_heads, segment)
     chosen, key_count = chosen.expand(*rows.shape[:2], -1, -1), key_count.expand(*rows.shape[:2], -1)
     width, height = most(key_count, most_keys), most(row_count, rows.shape[-1])
-    step = max(1, CHUNK_LOGITS // max(1, rows.shape[0] * rows.shape[1] * width * height))
+    each = max(width * height, LIST_COST * key.shape[2])
+    step = max(1, CHUNK_LOGITS // max(1, rows.shape[0] * rows.shape[1] * each))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     outs, lses = [], []
     for m in range(0, rows.shape[2], step):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -30,6 +31,8 @@ from omnisparse_flex.token_lists import far_lists, near_lists
 
 #: The lists of keys take the keys' and values' bytes divided by this.
 LISTS = 2
+#: Stands for a tensor that autograd keeps.
+SAVED = object()
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -163,19 +166,23 @@ class _Attend(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site,
         done: tuple[Tensor, SegmentLayout, list[Attended]],
     ) -> Tensor:  # fmt: skip
-        out, ctx.segments, ctx.parts = done
-        ctx.site = site
-        ctx.save_for_backward(query, key, value, out)
+        out, *kept = done
+        # Saved like the inputs, so that checkpointing drops them and a backward pass frees them.
+        leaves, ctx.form = pytree.tree_flatten(kept)
+        ctx.site, ctx.leaves = site, [SAVED if isinstance(x, Tensor) else x for x in leaves]
+        ctx.save_for_backward(query, key, value, out, *(x for x in leaves if isinstance(x, Tensor)))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
+        query, key, value, out, *saved = ctx.saved_tensors
+        left = iter(saved)
+        segments, parts = pytree.tree_unflatten([next(left) if x is SAVED else x for x in ctx.leaves], ctx.form)
         grad, found = _rowwise(grad), _nothing(query, key, value, ctx.site.sinks)
-        for done in ctx.parts:
+        for done in parts:
             if not _add(found, grad, query, key, value, ctx.site, done, out[:, :, done.own]):
-                selection = _joined(ctx.segments, ctx.parts)
+                selection = _joined(segments, parts)
                 return *listed_gradients(grad, query, key, value, selection, ctx.site), None, None
         return *found, None, None
 

@@ -96,8 +96,24 @@ def check_kernels(shape, case, device, size, dtype=torch.float32):
         same(kept, gradients, exact=False)
 
 
+def check_what_is_kept(shape, device):
+    """Autograd holds everything that the backward reads: checkpointing drops it, and a backward frees it."""
+    from omnisparse_flex.quick_tokens import attend_quickly
+
+    inputs, site = tensors(shape, device), site_with_sinks(shape, device, {})
+    query, key = inputs[:2]
+    plain = plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
+    segments = token_attention.segments_of_site(query, key, site)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        text = token_attention.text_queries(query, key, site)
+        out, selection = attend_quickly(*inputs, site, plain, segments, text, True)
+    assert {x.data_ptr() for x in (selection.chosen, selection.rows, selection.key_count, out)} <= set(saved)
+
+
 def check_interpreted():
     shape = AttentionShape(1, 2, 1, 140, 520, 16)
+    check_what_is_kept(shape, "cpu")
     for case, size in zip(CASES, (0, one_span_of_small_steps(shape)), strict=False):
         check_kernels(shape, case, "cpu", size)
 
@@ -114,6 +130,11 @@ def test_in_kernels_on_the_gpu(case, dtype):
     for shape in (AttentionShape(1, 4, 7, 3000, 3000, 64), AttentionShape(2, 2, 2, 700, 1111, 128)):
         for size in (0, one_span_of_small_steps(shape)):
             check_kernels(shape, case, "cuda", size, dtype)
+
+
+@pytest.mark.gpu
+def test_what_is_kept_on_the_gpu():
+    check_what_is_kept(SHAPE, "cuda")
 
 
 def test_steps_are_alike_and_fit():
