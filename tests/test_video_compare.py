@@ -91,6 +91,11 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
         assert 0 < sparse["density"] < 1.1, "so short a video keeps nearly all, and scores count too"
         assert new[name, "random at recall 0.5"]["density"] >= min(sparse["density"], 1), "it has no scores to count"
         assert new[name, "query selection alone"]["density"] > sparse["density"]
+    told = call(tmp_path, given, "--recalls", "0.5", "--parts", "together", "--ratios", "1.3", "--known", "question")
+    found = [row for row in told[len(again) :] if row["checkpoint"] == "sparse"]
+    assert [row["wanted_ratio"] for row in found] == [None, 1.3] and len(told) == len(again) + 4
+    assert found[1]["kv_ratio"] == pytest.approx(1.3, rel=0.1)
+    assert all(row["density"] == new["sparse", "OmniSparse at recall 0.5"]["density"] for row in found)
     with pytest.raises(ConfigError, match="out must hold rows of at least 9 videos, got 4"):
         compare.Comparison(tmp_path / "out", 9, 1024, (), 0, {})
 

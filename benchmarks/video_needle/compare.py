@@ -29,6 +29,9 @@ from video_needle.report import keep_figures, table
 from video_needle.scene import STEPS
 from video_needle.slim import KNOWN
 
+#: Parts about the slim cache: after dense prefill, and after sparse prefill at the first target recall.
+CACHE = ("slim", "together")
+
 
 def load_model(directory: Path, device: torch.device) -> Any:
     """A checkpoint's model, ready to be asked.
@@ -45,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", action="append", required=True, help="name=directory; repeatable")
     parser.add_argument("--out", type=Path, required=True, help="directory of the JSON, the table and the plot")
-    parser.add_argument("--parts", default=",".join(("dense", *FAMILIES, "slim")), help="what to measure, in order")
+    parser.add_argument("--parts", default=",".join(("dense", *FAMILIES, *CACHE)), help="what to measure, in order")
     parser.add_argument("--lengths", default="2048,8192,32768", help="visual tokens")
     parser.add_argument("--videos", type=int, default=200, help="test videos a length; six questions each")
     parser.add_argument("--tokens", type=int, default=65536, help="visual tokens of a batch")
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require(set(known) <= set(KNOWN), "known", f"hold only {', '.join(KNOWN)}", options.known)
         require(all(n in STEPS for n in lengths), "lengths", f"hold lengths of {sorted(STEPS)}", options.lengths)
         parts = [part for part in options.parts.split(",") if part]
-        families = {part: family_of(part) for part in parts if part not in ("dense", "slim")}
+        families = {part: family_of(part) for part in parts if part not in ("dense", *CACHE)}
         pairs = [pair.partition("=")[::2] for pair in options.checkpoint]
         todo = Comparison(
             options.out, options.videos, options.tokens, recalls, options.dense_layers, options.omnisparse, ratios,
@@ -92,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             break
         if part == "dense":
             todo.run_dense(weights, model, lengths)
-        elif part == "slim":
-            todo.run_slim(weights, model, lengths, known)
+        elif part in CACHE:
+            todo.run_slim(weights, model, lengths, known, recalls[0] if part == "together" and recalls else None)
         else:
             todo.run_family(families[part], weights, model, lengths)
     print(table(todo.rows))

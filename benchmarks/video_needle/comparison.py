@@ -21,7 +21,7 @@ from video_needle.controls import match_density, scoring
 from video_needle.evaluate import by_kind, describe, evaluate
 from video_needle.families import FAMILIES, Family
 from video_needle.intervals import interval
-from video_needle.slim import KNOWN, ask_slim, dense_prefill
+from video_needle.slim import KNOWN, ask_slim, dense_prefill, sparse_prefill
 
 #: What a model may see, by the name of the row.
 BASELINES = {"dense": "all", "last frame only": "last", "text only": "none"}
@@ -111,27 +111,47 @@ class Comparison:
         config = {**self.base, **family.fields}
         self._once(name, length, label, ask, family=own, target=target, config=config)
 
-    def run_slim(self, weights: Weights, model: Any, lengths: list[int], how: tuple[str, ...] = KNOWN) -> None:
-        """The cache alone, after dense prefill, in the weights' dtype on a CPU and in bfloat16 on a GPU."""
+    def run_slim(
+        self,
+        weights: Weights,
+        model: Any,
+        lengths: list[int],
+        how: tuple[str, ...] = KNOWN,
+        recall: float | None = None,
+    ) -> None:
+        """The cache after dense prefill, or, with ``recall``, after sparse prefill at a density that has a row.
+
+        In the weights' dtype on a CPU and in bfloat16 on a GPU.
+        """
         first = next(iter(weights.values()))
         model.load_state_dict(first)
         device = next(model.parameters()).device
         small = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
         config = Family("slim").config(self.base, model.config.text_config.num_hidden_layers, self.dense_layers)
-        with dense_prefill(small, config):
+        with dense_prefill(small, config) if recall is None else sparse_prefill(small, config):
             for name, state in weights.items():
                 small.load_state_dict(state)
                 for length in lengths:
                     for ratio in (None, *self.ratios):
                         for known in how:
-                            self._slim(name, small, length, ratio, known)
+                            self._slim(name, small, length, ratio, known, recall)
         model.to(torch.float32)
 
-    def _slim(self, name: str, model: Any, length: int, ratio: float | None, known: str) -> None:
-        label = f"{'full' if ratio is None else f'slim {ratio:g}x'} cache, {known} known"
+    def _slim(self, name: str, model: Any, length: int, ratio: float | None, known: str, recall: float | None) -> None:
+        label, family, density = f"{'full' if ratio is None else f'slim {ratio:g}x'} cache, {known} known", "cache", 1.0
+        if recall is not None:
+            plain = self.find(name, length, f"OmniSparse at recall {recall:g}")
+            if plain is None:
+                return
+            label, family, density = (
+                f"{label}, after OmniSparse at recall {recall:g}",
+                "three together",
+                plain["density"],
+            )
+            self._set_target(model, recall)
         batch = max(1, self.tokens // length)
         ask = lambda: ask_slim(model, "test", length, self.videos, batch, ratio, known)  # noqa: E731
-        self._once(name, length, label, ask, family=f"cache, {known} known", density=1.0, wanted_ratio=ratio)
+        self._once(name, length, label, ask, family=f"{family}, {known} known", density=density, wanted_ratio=ratio)
 
     def find(self, name: str, length: int, label: str) -> dict[str, Any] | None:
         """The row of some weights, length and label, if it was measured."""
@@ -190,5 +210,5 @@ def family_of(name: str) -> Family:
     Raises:
         ConfigError: If there is none.
     """
-    require(name in FAMILIES, "parts", f"hold only dense, slim and {', '.join(FAMILIES)}", name)
+    require(name in FAMILIES, "parts", f"hold only dense, slim, together and {', '.join(FAMILIES)}", name)
     return FAMILIES[name]

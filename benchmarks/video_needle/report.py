@@ -76,7 +76,8 @@ def table(rows: list[dict[str, Any]], only: str | None = None) -> str:
         cells = [row["checkpoint"], str(row["length"]), name, f"{row['density']:.3f}", cache]
         cells.append(f"{100 * row['accuracy']:.1f} [{low:.1f}, {high:.1f}]")
         # A cache's questions stand alone: they are compared with the full cache's.
-        baseline = name.replace(name.split(" cache")[0], "full") if " cache" in name else "dense"
+        how = name.partition(" cache")[2].partition(", after")[0]
+        baseline = f"full cache{how}" if " cache" in name else "dense"
         for checkpoint in (row["checkpoint"], rows[0]["checkpoint"]):
             found = [r for r in rows if (r["checkpoint"], r["length"]) == (checkpoint, row["length"])]
             found = [r for r in found if r["inference"] == baseline]

@@ -38,6 +38,16 @@ def dense_prefill(model: Any, config: OmniSparseConfig) -> Iterator[None]:
             os.environ[DISABLE_VARIABLE] = before
 
 
+@contextlib.contextmanager
+def sparse_prefill(model: Any, config: OmniSparseConfig) -> Iterator[None]:
+    """All three mechanisms: the prompt is read sparsely, too."""
+    apply_omnisparse(model, config, min_seq_len=0)
+    try:
+        yield
+    finally:
+        remove_omnisparse(model)
+
+
 @torch.no_grad()
 def ask_slim(
     model: Any, split: str, length: int, videos: int, batch: int, ratio: float | None, known: str = "question"
