@@ -13,8 +13,8 @@ import torch
 from benchmarks import summary
 from benchmarks.video_needle.intervals import interval
 
-#: The figures are of this length, of the whole model, and of the densest sparse row up to this density: 20 %, rounded.
-TOKENS, LAYERS, DENSITY = 8192, 30, 0.205
+#: The figures are of this length, of the whole model, and of the densest sparse row up to this density.
+TOKENS, LAYERS, DENSITY = 8192, 30, 0.2
 
 
 def versions() -> dict[str, str]:
@@ -102,22 +102,21 @@ def keep_figures(content: dict[str, Any], scoring: str, script: str, path: Path 
     """
     if content["plan"]["tokens"] != TOKENS or content["layers"] != LAYERS:
         return []
-    found = {}
-    for weights in ("tuned sparse", "pretrained"):
-        rows = [row for row in find(content, weights, scoring) if row["density"] <= DENSITY]
-        more = [behind(content, row) for row in rows]
-        if rows and None not in more:
-            found[weights] = max(zip(rows, more, strict=True), key=lambda pair: pair[0]["density"])
-    if "tuned sparse" not in found:
+    within = [row for row in find(content, "tuned sparse", scoring) if row["density"] <= DENSITY]
+    row = max(within, key=lambda row: row["density"], default=None)
+    change = None if row is None else behind(content, row)
+    if row is None or change is None:
         return []
-    (row, change), steps = found["tuned sparse"], content["plan"]["steps"]
+    steps = content["plan"]["steps"]
     told = f"{scoring}, {steps} steps, {content['held_out_windows']} held-out windows"
     values = [
         ("finetuned.ppl_delta_pct.8k", change[0], "%", f"equally fine-tuned dense model, dense inference; {told}"),
         ("finetuned.density.8k", row["density"], "share, 0-1", f"dense causal attention FLOPs, whole model; {told}"),
     ]
-    if "pretrained" in found:
-        other, change = found["pretrained"]
+    near = lambda other: abs(other["density"] - row["density"])  # noqa: E731
+    other = min(find(content, "pretrained", scoring), key=near, default=None)
+    change = None if other is None else behind(content, other)
+    if other is not None and change is not None:
         told = f"pretrained model, dense inference; {scoring}, density {other['density']:.3f}"
         values.append(("training_free.ppl_delta_pct.8k", change[0], "%", told))
     where = {"device": content["device"], "torch_version": content["torch"], "path": path}

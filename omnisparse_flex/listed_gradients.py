@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,12 +29,25 @@ def listed_gradients(
     Returns:
         Of query, key, value and the sinks, each of its shape and dtype.
     """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, own: Site) -> Tensor:
+        return attend_selected(q, k, v, *attend_near(q, k, v, selection.segments, own), selection, own)
+
+    return gradients_through(attend, grad, query, key, value, site)
+
+
+def gradients_through(
+    attend: Callable[[Tensor, Tensor, Tensor, Site], Tensor],
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    site: Site,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What ``attend``, called once more, gives by autograd; the rest as in ``listed_gradients``."""
     with torch.enable_grad():
-        learning = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, site.sinks)]
-        q, k, v, sinks = learning
-        assert q is not None and k is not None and v is not None
-        near = attend_near(q, k, v, selection.segments, site)
-        out = attend_selected(q, k, v, *near, selection, dataclasses.replace(site, sinks=sinks))
-    given = [x for x in learning if x is not None]
+        given = [x.detach().requires_grad_() for x in (query, key, value, site.sinks) if x is not None]
+        q, k, v, *sinks = given
+        out = attend(q, k, v, dataclasses.replace(site, sinks=sinks[0] if sinks else None))
     of_query, of_key, of_value, *own = torch.autograd.grad(out, given, grad.to(out.dtype))
     return of_query, of_key, of_value, own[0] if own else None

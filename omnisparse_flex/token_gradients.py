@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
 from torch import Tensor
 
+from omnisparse_flex.listed_gradients import gradients_through
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import (
     attend_tokens,
@@ -39,9 +37,4 @@ def token_gradients(
         found = gradients_quickly(grad, query, key, value, *inputs)
         if found is not None:
             return found
-    with torch.enable_grad():
-        tensors = [x.detach().requires_grad_() for x in (query, key, value, site.sinks) if x is not None]
-        q, k, v, *own = tensors
-        out = attend_tokens(q, k, v, dataclasses.replace(site, sinks=own[0] if own else None))
-    of_query, of_key, of_value, *found_own = torch.autograd.grad(out, tensors, grad)
-    return of_query, of_key, of_value, found_own[0] if found_own else None
+    return gradients_through(attend_tokens, grad, query, key, value, site)
