@@ -90,7 +90,8 @@ def test_compiled_gradients_equal_dense_with_copies(device, monkeypatch):
     weight = torch.randn(shape[0], device=device)
     expected = torch.autograd.grad(plain(*tensors), tensors, weight)
     compiled = torch.compile(plain, backend=Backend(config, min_seq_len=0, kernel="triton"))
-    got = torch.autograd.grad(compiled(*tensors), tensors, weight)
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # a graph from the cache is not traced again
+        got = torch.autograd.grad(compiled(*tensors), tensors, weight)
     assert spreads, "the copies did not run"
     for a, b in zip(expected, got, strict=True):
         assert (a - b).abs().max() <= 2e-3 * b.abs().max() + 1e-3

@@ -56,6 +56,8 @@ class Lab:
     def __init__(self) -> None:
         self.rule = Rule("dense", estimator="dense")
         self.books: dict[int, Books] = {}
+        #: By first query: what the layer that leads has chosen for those that share.
+        self.choices: dict[int, Chosen] = {}
 
     @contextlib.contextmanager
     def using(self, rule: Rule) -> Iterator[dict[int, Books]]:
@@ -87,17 +89,20 @@ class Lab:
         book, active = self.books.setdefault(layer, Books()), 0.0
         rows = ESTIMATORS[rule.estimator](query, key, scale, **rule.options)
         truth = exact(query, key, scale)
+        leads = (layer - len(rule.dense_layers)) % rule.share == 0
         generator = torch.Generator(query.device).manual_seed(layer)
         stretch, out = max(rule.segment or tokens, STRETCH), torch.empty_like(query)
         for start in range(0, tokens, stretch):
             stop = min(start + stretch, tokens)
             local = local_pairs(rule, start, stop, query.device)
             true = truth(start, stop)
-            plain = rule.estimator == "exact" and rule.refine is None
-            part = query[:, :, start:stop]
-            mass = true if plain else estimate(rows, rule, local, part, key[:, :, :stop], scale, start)
-            chosen = choose(mass, local, rule, start, generator)
-            if stop > tokens - rule.dense_tail:
+            if leads:
+                plain = rule.estimator == "exact" and rule.refine is None
+                part = query[:, :, start:stop]
+                mass = true if plain else estimate(rows, rule, local, part, key[:, :, :stop], scale, start)
+                self.choices[start] = choose(mass, local, rule, start, generator)
+            chosen = self.choices[start]
+            if leads and stop > tokens - rule.dense_tail:
                 tail = max(0, tokens - rule.dense_tail - start)
                 chosen.keep[:, :, tail:] = causal(start, stop, query.device)[tail:]
             out[:, :, start:stop] = _output(true, chosen, value[:, :, :stop], book, rule, start)
@@ -106,7 +111,9 @@ class Lab:
         pairs = query.shape[0] * query.shape[1] * _causal_pairs(tokens)
         share = active / query[..., 0].numel()
         book.allowed += pairs
-        book.selection += pairs * selection_cost(rule, tokens, query.shape[3], query.shape[1] // key.shape[1], share)
+        if leads:
+            groups = query.shape[1] // key.shape[1]
+            book.selection += pairs * selection_cost(rule, tokens, query.shape[3], groups, share)
         return out
 
 

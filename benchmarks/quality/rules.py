@@ -31,6 +31,7 @@ class Rule:
         window: Last keys that are always kept, the query's own included.
         dense_layers: These layers stay dense.
         dense_tail: The last queries of the sequence see everything.
+        share: Neighbouring sparse layers that use one choice, that of the first of them.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Rule:
     window: int = 256
     dense_layers: tuple[int, ...] = (0, 1)
     dense_tail: int = 0
+    share: int = 1
 
     @property
     def blocks(self) -> bool:
