@@ -147,6 +147,34 @@ def third() -> list[Row]:
     return [*rows, Row(DENSE, long), Row(rows[2].rule, long)]
 
 
+def blocks() -> list[Row]:
+    """Blocks as the library has them, 128 and one choice per KV head: what each estimate of their mass is worth."""
+    estimators: dict[str, tuple[str, dict[str, int]]] = {
+        "exact": ("exact", {}),
+        "meanpool": ("pooled", {"queries": 128, "keys": 128}),
+        "pool16": ("pooled", {"queries": 16, "keys": 16}),
+        "antidiag16": ("antidiagonal", {"stride": 16}),
+        "pool32": ("pooled", {"queries": 32, "keys": 32}),
+        "pool8": ("pooled", {"queries": 8, "keys": 8}),
+        "antidiag8": ("antidiagonal", {"stride": 8}),
+        "probe8": ("probe", {"every": 8}),
+        "pool32x128": ("pooled", {"queries": 32, "keys": 128}),
+        "probe32": ("probe", {"every": 32}),
+    }
+    shape = {"size": 128, "budget": "per_head", "gqa": "mean", "dense_layers": (0,)}
+
+    def of(label: str, target: float, note: str = "", **changes: object) -> Row:
+        estimator, options = estimators[label]
+        changes = {"estimator": estimator, "options": options, "window": 128} | shape | changes
+        return Row(block(f"{label} per_head gqa-mean{note}", target=target, **changes))  # type: ignore[arg-type]
+
+    few = ("exact", "meanpool", "pool16")
+    rows = [Row(DENSE), *(of(label, target) for target in (0.8, 0.9) for label in estimators)]
+    rows += [of(label, target, " window1", window=1) for target in (0.85, 0.92) for label in few]
+    rows += [of(label, 0.9, lazy=lazy) for lazy in (0.05, 0.1) for label in few]
+    return [*rows, of("exact", 0.9, " share2", share=2)]
+
+
 def lengths() -> list[Row]:
     """Density needed at 2K, 4K and 8K, true mass, three targets."""
     tasks = tuple(f"ppl:{tokens}" for tokens in (2048, 4096, 8192))
@@ -172,6 +200,7 @@ PLANS = {
     "first": first(),
     "second": second(),
     "third": third(),
+    "blocks": blocks(),
     "rules": rules(),
     "lengths": lengths(),
     "quick": quick(),
