@@ -24,13 +24,16 @@ RUN = 32
 VOCABULARY_ROWS = 2048
 
 
-def split(texts: dict[str, Tensor], tokens: int, most: int) -> tuple[dict[str, Tensor], list[Tensor], float]:
+def split(
+    texts: dict[str, Tensor], tokens: int, most: int, further: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor], float]:
     """Training text, and windows of held-out text.
 
     Args:
         texts: int32 token ids by source.
         tokens: Length of a window.
         most: Most windows of a text.
+        further: Token ids by source, for training alone.
 
     Returns:
         ``(training, windows, repeated)``: ids by source; int64 (tokens,) windows; share of the held-out runs of
@@ -39,14 +42,16 @@ def split(texts: dict[str, Tensor], tokens: int, most: int) -> tuple[dict[str, T
     Raises:
         ConfigError: If a text is too short for a window on either side.
     """
-    training, windows, repeated, runs = {}, [], 0, 0
+    training = {name: ids.long() for name, ids in further.items()}
+    known = {tuple(run) for ids in training.values() for run in ids.unfold(0, RUN, 1).tolist()}
+    windows, repeated, runs = [], 0, 0
     for name, ids in texts.items():
         cut = len(ids) - max(tokens, int(HELD_OUT * len(ids)) // tokens * tokens)
         require(cut > tokens, "tokens", f"leave a training window of the text {name}", tokens)
         training[name] = ids[:cut].long()
         held = ids[cut:].long()
         windows += list(held[: len(held) // tokens * tokens].split(tokens))[:most]
-        known = {tuple(run) for run in training[name].unfold(0, RUN, 1).tolist()}
+        known |= {tuple(run) for run in training[name].unfold(0, RUN, 1).tolist()}
         own = held.unfold(0, RUN, 1).tolist()
         repeated, runs = repeated + sum(tuple(run) in known for run in own), runs + len(own)
     return training, windows, repeated / runs

@@ -26,15 +26,15 @@ class Plan:
     """
 
     tokens: int = 8192
-    steps: int = 160
+    steps: int = 300
     rows: int = 2
     windows: int = 8
     lr: float = 1e-4
     dense_layers: int = 1
     train_density: float = 0.19
-    densities: tuple[float, ...] = (0.16, 0.19, 0.3)
+    densities: tuple[float, ...] = (0.15, 0.18, 0.25)
     base: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"budget": "per_head", "lazy_threshold": None, "window_size": 128}
+        default_factory=lambda: {"budget": "per_head", "lazy_threshold": 0.1, "window_size": 1}
     )
 
     def __post_init__(self) -> None:
@@ -47,6 +47,16 @@ class Plan:
         self.config("mean_pool", self.dense_layers + 1)
 
     def config(self, scoring: str, layers: int) -> OmniSparseConfig:
-        """The rules; the sparse layers' target is replaced at run time."""
+        """The rules; the sparse layers' target is replaced at run time.
+
+        Args:
+            scoring: An estimator, or ``NAME@2``: two neighbouring layers share one choice.
+            layers: Of the model.
+        """
         recalls = [1.0] * self.dense_layers + [0.5] * (layers - self.dense_layers)
-        return OmniSparseConfig.from_dict({**self.base, "scoring": scoring, "target_recall": recalls})
+        name, _, shared = scoring.partition("@")
+        fields = {"scoring": name, "target_recall": recalls}
+        if shared:
+            require(shared.isdecimal(), "scoring", "name a number of layers after @", scoring)
+            fields["share_layers"] = int(shared)
+        return OmniSparseConfig.from_dict({**self.base, **fields})

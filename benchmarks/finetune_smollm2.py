@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from benchmarks import finetune_report as report
 from benchmarks.finetune_parts import FineTuning, perplexity_parts, set_targets, split, target_for, weights
 from benchmarks.finetune_plan import Plan
-from benchmarks.quality.prepare import load
+from benchmarks.quality.prepare import load, training_only
 from benchmarks.quality.weights import load_model
 from omnisparse_flex import apply_omnisparse, collect_stats, remove_omnisparse
-from omnisparse_flex.config import SCORINGS
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.stats import Stats
 
 RESULTS = Path(__file__).resolve().parent / "results" / "finetune_smollm2.json"
+SCORINGS = ["tile_pool", "mean_pool", "antidiagonal", "tile_pool@2"]
 QUICK = {"tokens": 1024, "steps": 2, "rows": 1, "windows": 1, "densities": [0.9], "train_density": 0.9}
 WORK = Path(__file__).resolve().parent / "scratch" / "finetune_smollm2"
 
@@ -38,7 +38,14 @@ class Experiment:
     """One pretrained model, its fine-tuned weights, and the rows measured so far."""
 
     def __init__(
-        self, model: Any, texts: dict[str, Tensor], plan: Plan, out: Path, work: Path, deadline: float
+        self,
+        model: Any,
+        texts: dict[str, Tensor],
+        plan: Plan,
+        out: Path,
+        work: Path,
+        deadline: float,
+        further: dict[str, Tensor] | None = None,
     ) -> None:
         """Split the texts and read what is there already.
 
@@ -49,6 +56,7 @@ class Experiment:
             out: JSON of the rows.
             work: Folder of the fine-tuned weights.
             deadline: Time (``time.monotonic``) after which nothing new begins.
+            further: Token ids by source, for training alone.
 
         Raises:
             ConfigError: If ``out`` or ``work`` is of another plan, or a text is too short.
@@ -56,7 +64,7 @@ class Experiment:
         self.model, self.plan, self.out, self.work, self.deadline = model, plan, out, work, deadline
         self.layers = len(model.model.layers)
         require(plan.dense_layers < self.layers, "dense_layers", f"be under {self.layers}", plan.dense_layers)
-        self.training, self.windows, repeated = split(texts, plan.tokens, plan.windows)
+        self.training, self.windows, repeated = split(texts, plan.tokens, plan.windows, further or {})
         head = {"plan": json.loads(json.dumps(dataclasses.asdict(plan))), "layers": self.layers}
         head |= {"held_out_windows": len(self.windows), "held_out_runs_in_training": repeated}
         self.content: dict[str, Any] = {**head, **report.versions(), "rows": [], "training": {}, "targets": {}}
@@ -86,7 +94,8 @@ class Experiment:
             tuned = self.tune(scoring)
             dense = self.tuned("dense")
             with collect_stats(self.model) as stats:
-                for name, state in (("pretrained", self.pretrained), ("tuned dense", dense), ("tuned sparse", tuned)):
+                # What the claim is about first: time may end.
+                for name, state in (("tuned sparse", tuned), ("tuned dense", dense), ("pretrained", self.pretrained)):
                     if state is not None:
                         self._sparse_rows(name, state, scoring, stats, target)
         finally:
@@ -185,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.quality.prepare")
     parser.add_argument("--minutes", type=float, default=3.0, help="begin nothing new after so long")
-    parser.add_argument("--scoring", nargs="+", choices=SCORINGS["block"], default=["mean_pool", "antidiagonal"])
+    parser.add_argument("--scoring", nargs="+", default=SCORINGS, help="estimators; NAME@2: two layers share a choice")
     parser.add_argument("--plan", type=json.loads, default={}, help="fields of the plan as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="two layers, two steps, 1K tokens: figures mean nothing")
@@ -213,8 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = sorted(fields.keys() - {f.name for f in dataclasses.fields(Plan)})
         require(not unknown, "plan", "hold only fields of the plan", unknown)
         plan = Plan(**{**fields, "densities": tuple(fields.get("densities", Plan.densities))})
+        for scoring in options.scoring:
+            plan.config(scoring, plan.dense_layers + 1)
         model = load_small(options.data, options.device, 2 if options.quick else None)
-        experiment = Experiment(model, load(options.data)[0], plan, options.out, options.work, deadline)
+        texts, further = load(options.data)[0], training_only(options.data)
+        experiment = Experiment(model, texts, plan, options.out, options.work, deadline, further)
     except ConfigError as error:
         print(f"finetune_smollm2.py: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Mass of key blocks from a few rows of logits per query block: what ``antidiagonal`` and ``probe`` share."""
+"""Mass of key blocks from a few rows of logits per query block: what all estimators but block means share."""
 
 from __future__ import annotations
 
@@ -130,13 +130,19 @@ def key_units(key: Tensor, block: int, size: int) -> Units:
     Returns:
         The units, with E = ``size`` * D.
     """
+    count = (key.shape[2] + block - 1) // block
+    vectors = whole_blocks(key, block).unflatten(2, (count * (block // size), size)).flatten(3)
+    return Units(vectors, *unit_places(key, block, size))
+
+
+def unit_places(key: Tensor, block: int, size: int) -> tuple[Tensor, Tensor]:
+    """``positions`` and ``weights`` of the ``Units`` of ``size`` consecutive keys (B, Hkv, S, D)."""
     length = key.shape[2]
     count = (length + block - 1) // block
-    vectors = whole_blocks(key, block).unflatten(2, (count * (block // size), size)).flatten(3)
     starts = torch.arange(count * (block // size), device=key.device) * size
     first = starts.view(count, block // size).transpose(0, 1).view(-1, 1, 1, 1, count)
     share = (length - first).clamp(min=0, max=size).to(torch.float32) / size
-    return Units(vectors, within(first, length), share.log())
+    return within(first, length), share.log()
 
 
 def within(positions: Tensor, length: int) -> Tensor:

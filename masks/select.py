@@ -19,13 +19,24 @@ from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.probe import PROBES, probe
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.queries import active_rows
+from omnisparse_flex.masks.tile_pool import TILE, tile_pool
 
 #: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
 BLOCK = 128
 
-SCORERS: dict[str, Callable[..., Tensor]] = {"mean_pool": mean_pool, "antidiagonal": antidiagonal, "probe": probe}
+SCORERS: dict[str, Callable[..., Tensor]] = {
+    "mean_pool": mean_pool,
+    "tile_pool": tile_pool,
+    "antidiagonal": antidiagonal,
+    "probe": probe,
+}
 #: A scorer's products for a pair of blocks, as a share of what attention itself computes for it (QK and PV).
-COSTS = {"mean_pool": 0.5 / BLOCK**2, "antidiagonal": 0.5 / STRIDE, "probe": 0.5 * PROBES / BLOCK}
+COSTS = {
+    "mean_pool": 0.5 / BLOCK**2,
+    "tile_pool": 0.5 / TILE**2,
+    "antidiagonal": 0.5 / STRIDE,
+    "probe": 0.5 * PROBES / BLOCK,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

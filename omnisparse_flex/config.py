@@ -12,7 +12,7 @@ from omnisparse_flex.errors import ConfigError, require
 Budget = Literal["flattest_head", "per_head"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
-SCORINGS = {"block": ("mean_pool", "antidiagonal", "probe"), "token": ("one_pass", "column_mass")}
+SCORINGS = {"block": ("mean_pool", "tile_pool", "antidiagonal", "probe"), "token": ("one_pass", "column_mass")}
 LAZY_MODES = ("local", "skip")
 #: Queries of a block: a segment is a whole number of them.
 SEGMENT_UNIT = 128
@@ -31,8 +31,9 @@ class OmniSparseConfig:
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
-            cheapest), ``"antidiagonal"`` (strided sums) or ``"probe"`` (exact rows of sampled
-            queries); for tokens ``"one_pass"`` (rows' normalisers guessed) or ``"column_mass"``
+            cheapest), ``"tile_pool"`` (means of 32 tokens), ``"antidiagonal"`` (strided sums) or
+            ``"probe"`` (exact rows of sampled queries); for tokens ``"one_pass"`` (rows' normalisers
+            guessed) or ``"column_mass"``
             (exact); ``"auto"``: the granularity's first.
         budget: ``"per_head"`` gives every head of a layer the budget that it needs;
             ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int

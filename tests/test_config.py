@@ -43,7 +43,7 @@ INVALID = [
     ({"target_recall": [0.9, 2]}, "target_recall must be in (0, 1], got (0.9, 2)"),
     ({"target_recall": ()}, "target_recall must hold one value per layer, got ()"),
     ({"granularity": "row"}, "granularity must be one of block, token, got 'row'"),
-    ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, antidiagonal, probe, got 'oracle'"),
+    ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, tile_pool, antidiagonal, probe, got 'oracle'"),
     (
         {"granularity": "token", "scoring": "mean_pool"},
         "scoring must be one of auto, one_pass, column_mass, got 'mean_pool'",

@@ -37,15 +37,31 @@ def texts(length=6000):
 
 def test_training_and_held_out_text_are_disjoint():
     given = {"one": torch.arange(6000, dtype=torch.int32)}
-    training, windows, repeated = split(given, 512, 8)
+    training, windows, repeated = split(given, 512, 8, {})
     assert len(windows) == 2 and all(len(window) == 512 for window in windows)
     assert max(training["one"]) < min(int(window.min()) for window in windows) and repeated == 0
     rows = torch.cat([batch_of(training, 512, step, 2) for step in range(20)])
     assert int(rows.max()) <= int(training["one"].max()) and (rows[:, 1:] - rows[:, :-1] == 1).all()
     assert torch.equal(batch_of(training, 512, 3, 2), batch_of(training, 512, 3, 2))
-    assert split({"one": torch.arange(6000) % 50}, 512, 8)[2] == 1.0, "text that repeats itself says so"
+    assert split({"one": torch.arange(6000) % 50}, 512, 8, {})[2] == 1.0, "text that repeats itself says so"
     with pytest.raises(ConfigError, match="tokens must leave a training window of the text one"):
-        split(given, 3100, 8)
+        split(given, 3100, 8, {})
+
+
+def test_further_text_is_trained_on_and_counted_when_it_repeats_what_is_held_out():
+    given, other = {"one": torch.arange(6000)}, {"training.one": torch.arange(5000, 7000)}
+    training, windows, repeated = split(given, 512, 8, other)
+    assert set(training) == {"one", "training.one"} and len(windows) == 2
+    assert repeated == pytest.approx((6000 - 5000 - 31) / (2 * 512 - 31), abs=0.03)
+    assert split(given, 512, 8, {})[2] == 0
+
+
+def test_the_plan_reads_how_many_layers_share_a_choice():
+    assert bench.Plan().config("tile_pool@2", 4).share_layers == 2
+    assert bench.Plan().config("tile_pool", 4).share_layers == 1
+    for wrong in ("tile_pool@two", "tiles"):
+        with pytest.raises(ConfigError, match="scoring"):
+            bench.Plan().config(wrong, 4)
 
 
 def test_losses_are_the_model_s_own():

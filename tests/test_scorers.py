@@ -1,4 +1,4 @@
-"""The estimators of block mass: what each of them owes its callers, and what the two row-wise ones really compute."""
+"""The estimators of block mass: what each of them owes its callers, and what the row-wise ones really compute."""
 
 import functools
 import itertools
@@ -127,18 +127,28 @@ def test_a_probe_of_every_query_is_the_true_block_mass(site, seed):
             assert torch.allclose(mass[:, :, row, column][known].double(), (block / total)[known], atol=ROUNDING)
 
 
-def test_antidiagonal_is_exact_for_a_tile_of_equal_logits():
-    # Constant inside tiles of 16: the mean of an antidiagonal is then every logit of its tile.
+@pytest.mark.parametrize(("name", "tile"), [("antidiagonal", 16), ("tile_pool", 32)])
+def test_tiles_of_equal_logits_are_exact(name, tile):
+    # Constant inside tiles: their mean, or that of an antidiagonal, is then every logit of the tile.
     generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 2, 10, 8, generator=generator).repeat_interleave(16, 2) for _ in range(2))
-    mass, _ = score("antidiagonal", 3 * query, key, NO_MASK)
-    exact = torch.softmax((3 * query @ key.mT).double() * 8**-0.5, -1).unflatten(-1, (5, BLOCK)).sum(-1)
-    assert torch.allclose(mass.double(), exact.unflatten(2, (5, BLOCK)).mean(3), atol=ROUNDING)
+    query, key = (torch.randn(1, 2, 10, 8, generator=generator).repeat_interleave(tile, 2) for _ in range(2))
+    mass, _ = score(name, 3 * query, key, NO_MASK, block=2 * tile)
+    exact = torch.softmax((3 * query @ key.mT).double() * 8**-0.5, -1).unflatten(-1, (5, 2 * tile)).sum(-1)
+    assert torch.allclose(mass.double(), exact.unflatten(2, (5, 2 * tile)).mean(3), atol=ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["antidiagonal", "probe"])
-def test_padded_keys_inside_a_block_get_no_mass(name):
-    valid = (torch.arange(128) >= 48)[None]
+def test_a_tile_that_looks_far_is_not_hidden_by_its_block():
+    # One tile of the last block's queries points at block 0, the others at nothing: their mean points nowhere.
+    query, key = torch.zeros(1, 1, 512, 8), torch.zeros(1, 1, 512, 8)
+    key[:, :, :128, 0] = 4.0
+    query[:, :, 384:416, 0], query[:, :, 416:, 0] = 12.0, -12.0
+    share = {name: score(name, query, key, NO_MASK, block=128, scale=1.0)[0][0, 0, 3, 0] for name in SCORINGS}
+    assert share["mean_pool"] < 1e-6 and all(abs(share[x] - 0.25) < 1e-3 for x in ("tile_pool", "antidiagonal"))
+
+
+@pytest.mark.parametrize(("name", "start"), [("antidiagonal", 48), ("probe", 48), ("tile_pool", 64)])
+def test_padded_keys_inside_a_block_get_no_mass(name, start):
+    valid = (torch.arange(128) >= start)[None]
     mask = MaskProgram(Apply("and", (causal(Const(0)), Load(0, (B, KV)))), (valid,))
     query, key, _ = AttentionShape(1, 1, 1, 128, 128, 8).inputs()
     loud = key.masked_fill(~valid[:, None, :, None], 50.0)
@@ -148,7 +158,7 @@ def test_padded_keys_inside_a_block_get_no_mass(name):
 def test_activations_that_are_not_finite_leave_a_legal_estimate():
     query, key, _ = AttentionShape(1, 1, 1, 96, 96, 8).inputs()
     query[:, :, 39] = float("nan")  # a query that is probed
-    for name in ("antidiagonal", "probe"):
+    for name in ("tile_pool", "antidiagonal", "probe"):
         mass, some = score(name, query, key, MaskProgram(causal(Const(0))))
         assert torch.isfinite(mass).all() and not (mass * ~some).any()
         assert torch.allclose(mass.sum(-1), torch.ones(3), atol=ROUNDING)
@@ -166,7 +176,7 @@ def test_no_tensor_over_all_pairs(name):
     assert max(sizes) <= max(2 * tokens * tokens // 128, 2 * tokens * 8)
 
 
-@pytest.mark.parametrize("name", ["antidiagonal", "probe"])
+@pytest.mark.parametrize("name", ["tile_pool", "antidiagonal", "probe"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_under_compile_at_several_lengths(name, backend):

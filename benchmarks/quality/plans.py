@@ -175,6 +175,37 @@ def blocks() -> list[Row]:
     return [*rows, of("exact", 0.9, " share2", share=2)]
 
 
+def fourth() -> list[Row]:
+    """Under a quarter of dense, scores counted: layer 1 sparse too, normalisers guessed from coarser means."""
+
+    def lean(target: float, lazy: float, pool: int, **changes: object) -> Rule:
+        label = f"one-pass fp8 dims32 pool{pool} per_head" + "".join(f" {x}" for x in changes.values()) + " d0"
+        fields = {"estimator": "one_pass", "options": {"dims": 32, "pool": pool}, "budget": "per_head"}
+        return token(label, target, lazy, dense_layers=(0,), **fields, **changes)
+
+    tasks = (PPL, "items:8192")
+    rows = [Row(DENSE, tasks), Row(lean(0.95, 0.1, 32), tasks), Row(lean(0.96, 0.1, 32), tasks)]
+    rows += with_controls(lean(0.96, 0.1, 32), tasks)[1:]
+    rows += [Row(lean(0.95, 0.1, 16), tasks), Row(lean(0.95, 0.05, 32), tasks)]
+    return [*rows, Row(lean(0.95, 0.1, 32, gqa="mean"), tasks), Row(lean(0.97, 0.2, 32), tasks)]
+
+
+def budgets() -> list[Row]:
+    """Budget rules beside one another: each estimator of blocks, and tokens as the library's kernels choose them."""
+    rows = [Row(DENSE)]
+    shape = {"size": 128, "gqa": "mean", "dense_layers": (0,), "window": 128}
+    pools = {"meanpool": 128, "pool32": 32}
+    for rule, targets in (("flattest_head", (0.7, 0.8)), (1024, (0.9,)), (1536, (0.9,)), ("per_head", (0.85,))):
+        for label, size in pools.items():
+            options = {"queries": size, "keys": size}
+            changes = {"estimator": "pooled", "options": options, "budget": rule} | shape
+            rows += [Row(block(f"{label} {rule} gqa-mean", target=t, **changes)) for t in targets]  # type: ignore[arg-type]
+    for rule, targets in (("per_head", (0.95, 0.98)), ("flattest_head", (0.9,)), (512, (0.9,)), (1024, (0.9,))):
+        changes = {"estimator": "one_pass", "budget": rule, "gqa": "mean"}
+        rows += [Row(token(f"one-pass fp8 {rule} gqa-mean", t, **changes)) for t in targets]
+    return rows
+
+
 def lengths() -> list[Row]:
     """Density needed at 2K, 4K and 8K, true mass, three targets."""
     tasks = tuple(f"ppl:{tokens}" for tokens in (2048, 4096, 8192))
@@ -201,6 +232,8 @@ PLANS = {
     "second": second(),
     "third": third(),
     "blocks": blocks(),
+    "fourth": fourth(),
+    "budgets": budgets(),
     "rules": rules(),
     "lengths": lengths(),
     "quick": quick(),

