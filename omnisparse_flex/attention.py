@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from omnisparse_flex import select_op, sink_copies
+from omnisparse_flex import sink_copies
+from omnisparse_flex.choice import choose
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
@@ -16,7 +17,7 @@ from omnisparse_flex.masks.capture import Captures
 from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
-from omnisparse_flex.masks.select import BLOCK, BlockSelection, at_centres, dense_selection, grid_of, select_blocks
+from omnisparse_flex.masks.select import BLOCK, dense_selection
 from omnisparse_flex.sink_block import with_sink_block
 from omnisparse_flex.sink_copies import original, spread
 from omnisparse_flex.site import Site
@@ -50,7 +51,8 @@ def sparse_attention(
         query: (B, Hq, L, D), float16 / bfloat16 / float32 (float64 eagerly).
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
-        config: Selection rules. Only the first ``target_recall`` is used if it lists layers.
+        config: Selection rules. Only the first ``target_recall`` is used if it lists layers; ``share_layers`` is
+            without effect, this being one layer.
         visual_mask: bool (B, S), tokens eligible for selection; the others are always kept.
             None: every token is eligible.
         is_causal: Query i sees keys up to i + S - L (lower-right causality).
@@ -106,13 +108,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     Returns:
         (B, Hq, L, Dv).
     """
-    query, key, value = _autocast(*_distinct(query, key, value))
+    query, key, value = autocast(*_distinct(query, key, value))
     if site.config is not None and site.config.granularity == "token":
         return call_token_op(query, key, value, site) if site.rules else attend_tokens(query, key, value, site)
     # Heads are numbers, also where Dynamo made every size a symbol: masks divide by them.
     kv_heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
     scale = site.scale_for(query)
-    keep, full = _maps(query.detach(), key.detach(), scale, site)
+    keep, full = _maps(query.detach(), key.detach(), site)
 
     # Where block lists are ignored, the map of kept blocks is one more captured tensor: realized,
     # because the Triton template cannot read through what computes it.
@@ -166,31 +168,12 @@ def _has_lse(query: Tensor, site: Site) -> bool:
     return query.device.type != "cpu" or not (site.lists or torch.compiler.is_dynamo_compiling())
 
 
-def _maps(query: Tensor, key: Tensor, scale: float, site: Site) -> tuple[Tensor, Tensor]:
+def _maps(query: Tensor, key: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """The kept and the full block maps of a site."""
     if site.config is None:
         return dense_selection(query, key, site.mask)
-    selection = select_op.call_select_op(query, key, site) if site.rules else _select(query, key, scale, site)
-    if site.write is not None:
-        site.write(site.measured(selection, query, key))
+    selection = choose(query, key, site)
     return selection.keep, selection.layout.full
-
-
-def _select(query: Tensor, key: Tensor, scale: float, site: Site) -> BlockSelection:
-    assert site.config is not None
-    adjust = at_centres(grid_of(query, key), site.plain_score) if site.changes_scores else None
-    return select_blocks(
-        query,
-        key,
-        site.mask,
-        site.config,
-        target=site.target,
-        scale=scale,
-        visual=site.visual,
-        q_offset=site.q_offset,
-        adjust=adjust,
-        layout=site.layout,
-    )
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -263,7 +246,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
+def autocast(*tensors: Tensor) -> list[Tensor]:
     """Follow autocast as SDPA does; the flex operator is not on its list."""
     dtype = autocast_dtype(tensors[0].device.type)
     return [x if dtype is None or x.dtype not in DTYPES else x.to(dtype) for x in tensors]

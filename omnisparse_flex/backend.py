@@ -20,6 +20,7 @@ from omnisparse_flex.inductor import CompiledFn, compile_graph, device_of, tenso
 from omnisparse_flex.kernel_choice import KERNELS, has_flash
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
 from omnisparse_flex.passes.rewrite import Site, shape_of
+from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.report import RewriteReport, SiteReport
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
@@ -155,6 +156,7 @@ class Backend:
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
         self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
+        self.log.notes.update(dict.fromkeys(sharing_notes(rewrite.sites)))
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
         self.log.inners.add(name)
         if inner != "inductor":

@@ -52,12 +52,19 @@ class OmniSparseConfig:
             hides. The blocks are the tensor's: of a
             right-padded row they hold padding. An even number; 0: they are estimated like the
             others. Without effect at token granularity.
+        share_layers: Neighbouring sparse layers that use one choice of blocks, that of the first of them, head by
+            head; 1: every layer chooses for itself. Dense layers in between do not count. What the first one's
+            ``target_recall`` asks for holds for all of them: a follower's own has no effect (unless it is 1.0:
+            dense). A layer that cannot use the choice before it (another mask, length or number of heads,
+            or a graph of its own, as each layer under activation checkpointing has) chooses for itself and for
+            those after it, and the report says so. Block granularity.
 
     Raises:
         ConfigError: On a wrong type, range or combination.
 
-    Source: PAPER "Query selection", "KV selection with head-level dynamic budget
-    allocation". Our choice: ``last_rows`` and the default values; see README "Defaults".
+    Source: PAPER "Query selection", "KV selection with head-level dynamic budget allocation"; Kascade
+    (arXiv 2512.16391) for layers that share a choice. Our choice: each head takes the choice of the head with its own
+    number; ``last_rows`` and the default values; see README "Defaults".
     """
 
     target_recall: float | tuple[float, ...] = 0.98
@@ -71,6 +78,7 @@ class OmniSparseConfig:
     sink_size: int = 64
     window_size: int = 256
     last_rows: int = 64
+    share_layers: int = 1
 
     def __post_init__(self) -> None:
         """Normalise ``target_recall`` and check every field."""
@@ -86,6 +94,9 @@ class OmniSparseConfig:
         require(ok, "segment_size", f"be a multiple of {SEGMENT_UNIT}", self.segment_size)
         _count("last_rows", self.last_rows, minimum=0)
         require(self.last_rows % 2 == 0, "last_rows", "be even", self.last_rows)
+        _count("share_layers", self.share_layers, minimum=1)
+        ok = self.share_layers == 1 or self.granularity == "block"
+        require(ok, "share_layers", "be 1 at token granularity", self.share_layers)
         _one_of("lazy_mode", self.lazy_mode, LAZY_MODES)
         if isinstance(self.budget, str):
             _one_of("budget", self.budget, BUDGETS)

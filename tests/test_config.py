@@ -29,6 +29,8 @@ VALID = [
     {"lazy_threshold": 1.0},
     {"sink_size": 0},
     {"window_size": 1},
+    {"share_layers": 3},
+    {"granularity": "token", "share_layers": 1},
 ]
 
 INVALID = [
@@ -63,6 +65,9 @@ INVALID = [
     ({"sink_size": -1}, "sink_size must be an int of at least 0, got -1"),
     ({"sink_size": None}, "sink_size must be an int of at least 0, got None"),
     ({"window_size": 0}, "window_size must be an int of at least 1, got 0"),
+    ({"share_layers": 0}, "share_layers must be an int of at least 1, got 0"),
+    ({"share_layers": True}, "share_layers must be an int of at least 1, got True"),
+    ({"granularity": "token", "share_layers": 2}, "share_layers must be 1 at token granularity, got 2"),
 ]
 
 
