@@ -11,6 +11,7 @@ the run what is kept. Then 20 more lengths, to count the graphs.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 import warnings
@@ -33,6 +34,7 @@ DENSE = OmniSparseConfig(target_recall=1.0)
 BATCHES = (1, 4)
 #: In K tokens; 4 rows of the longest do not fit beside the dense decoder's own intermediate results.
 LENGTHS = {1: (1, 2, 4, 8, 12, 16, 32, 64, 128, 256), 4: (1, 2, 4, 8, 16, 32, 64)}
+TURNS = 3
 KINDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
@@ -63,17 +65,30 @@ class Decoder:
         return len(rewrite_report(self.model).rewritten)
 
 
-def times(decoder: Decoder, batch: int, tokens: int, device: str) -> dict[str, float]:
-    """Milliseconds of ``"prefill B x N"`` and ``"decode B x N"``."""
+def times(decoders: dict[str, Decoder], batch: int, tokens: int, device: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of ``"prefill B x N"`` and ``"decode B x N"`` of each decoder.
+
+    Decoders take turns, so that a machine that is busy for a while is so for all of them; the median of ``TURNS``.
+    """
     from transformers import DynamicCache
 
-    config = decoder.model.config
-    inputs = torch.randn(batch, tokens, config.hidden_size, device=device, dtype=decoder.model.dtype)
-    prefill = milliseconds(decoder.prefill, [(inputs,)], runs=3, queued=1).median
-    past = DynamicCache(config=config)
-    decoder.model(inputs_embeds=inputs, past_key_values=past, use_cache=True)
-    decode = milliseconds(decoder.decode, [(inputs[:, :1], past)], runs=9, queued=1).median
-    return {f"prefill {batch} x {tokens}": prefill, f"decode {batch} x {tokens}": decode}
+    model = next(iter(decoders.values())).model
+    inputs = torch.randn(batch, tokens, model.config.hidden_size, device=device, dtype=model.dtype)
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in decoders}
+
+    def note(name: str, what: str, took: float) -> None:
+        found[name].setdefault(f"{what} {batch} x {tokens}", []).append(took)
+
+    for _ in range(TURNS):
+        for name, decoder in decoders.items():
+            note(name, "prefill", milliseconds(decoder.prefill, [(inputs,)], runs=2, queued=1).median)
+    pasts = {name: DynamicCache(config=model.config) for name in decoders}
+    for name, decoder in decoders.items():
+        decoder.model(inputs_embeds=inputs, past_key_values=pasts[name], use_cache=True)
+    for _ in range(TURNS):
+        for name, decoder in decoders.items():
+            note(name, "decode", milliseconds(decoder.decode, [(inputs[:, :1], pasts[name])], runs=7, queued=1).median)
+    return {name: {what: statistics.median(took) for what, took in own.items()} for name, own in found.items()}
 
 
 def graphs_over_lengths(model: Any, device: str, longest: int) -> tuple[int, int]:
@@ -101,11 +116,12 @@ def measure(options: argparse.Namespace, done: Callable[[dict[str, Any]], None])
         for batch, tokens in shapes:
             if time.perf_counter() - start > options.seconds:
                 break
-            for name, decoder in decoders.items():
-                result[name] |= times(decoder, batch, tokens, options.device)
-                result[f"{name}_report"] = rewrite_report(decoder.model).to_dict()["notes"]
+            for name, took in times(decoders, batch, tokens, options.device).items():
+                result[name] |= took
+                result[f"{name}_report"] = rewrite_report(decoders[name].model).to_dict()["notes"]
             dense = result["dense"]
             result["slowdown_pct"] = {name: 100 * (took / dense[name] - 1) for name, took in result["chosen"].items()}
+            show(result, f"{batch} x {tokens}")
             done(result)
         for decoder in decoders.values():
             decoder.close()
@@ -116,11 +132,16 @@ def measure(options: argparse.Namespace, done: Callable[[dict[str, Any]], None])
     return result
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the table."""
+def show(result: dict[str, Any], shape: str) -> None:
+    """Print the rows of a shape."""
     for name, change in result["slowdown_pct"].items():
-        dense, chosen = result["dense"][name], result["chosen"][name]
-        print(f"  {name:18s} dense {dense:9.3f} ms, chosen {chosen:9.3f} ms, {change:+.1f} %")
+        if name.endswith(f" {shape}"):
+            dense, chosen = result["dense"][name], result["chosen"][name]
+            print(f"  {name:18s} dense {dense:9.3f} ms, chosen {chosen:9.3f} ms, {change:+.1f} %", flush=True)
+
+
+def conclude(result: dict[str, Any]) -> None:
+    """Print what holds for all shapes."""
     print(f"  {result.get('graphs_over_20_lengths', '?')} graphs over 20 lengths; {'; '.join(result['chosen_report'])}")
 
 
@@ -152,7 +173,7 @@ def main() -> int:
     options = parser.parse_args()
     options.hidden = "small" if options.quick else "7b"
     options.layers = 2 if options.quick else options.layers
-    show(measure(options, (lambda result: None) if options.quick else keep))
+    conclude(measure(options, (lambda result: None) if options.quick else keep))
     return 0
 
 

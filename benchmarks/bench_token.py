@@ -47,7 +47,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 HEADS, KV_HEADS, DIM = 28, 4, 128
 #: Queries that resemble one another, tokens over which positions resemble one another, and the pull of near keys.
 RUN, REACH, PULL = 16, 300.0, 12.0
-SHARES, KEYS = (0.10, 0.25, 0.50, 0.80), (0.02, 0.05, 0.10, 0.20)
+SHARES, KEYS = (0.10, 0.25, 0.50), (0.02, 0.05, 0.10, 0.20)
 RUNS = 5
 
 

@@ -34,7 +34,7 @@ class Plan:
     train_density: float = 0.19
     densities: tuple[float, ...] = (0.15, 0.18, 0.25)
     base: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"budget": "per_head", "lazy_threshold": 0.1, "window_size": 1}
+        default_factory=lambda: {"budget": "per_head", "lazy_threshold": None, "window_size": 128}
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,12 @@ from benchmarks.quality.rules import Rule
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: The library's names of what the lab writes with options, at blocks of 128.
-LIBRARY = {"pooled128x128": "mean_pool", "antidiagonal16": "antidiagonal", "probe8": "probe"}
+LIBRARY = {
+    "pooled128x128": "mean_pool",
+    "pooled32x32": "tile_pool",
+    "antidiagonal16": "antidiagonal",
+    "probe8": "probe",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +99,7 @@ class TimeModel:
     def __init__(self, folder: Path = RESULTS, kernel: str = "flash") -> None:
         self.prefill, self.token = (json.loads((folder / f"{name}.json").read_text()) for name in ("prefill", "token"))
         scorers = folder / "scorers.json"
-        self.scorers: list[dict[str, Any]] = json.loads(scorers.read_text()) if scorers.exists() else []
+        self.scorers: list[dict[str, Any]] = json.loads(scorers.read_text())["rows"] if scorers.exists() else []
         self.kernel = kernel
 
     def dense_ms(self, tokens: int, files: Sequence[str] = ("prefill", "token")) -> float:

@@ -26,7 +26,8 @@ from benchmarks.quality.table import change, retrieved
 from benchmarks.time_model import RESULTS, TimeModel, label
 
 TASK, ITEMS, LENGTHS = "ppl:8192", "items:4096", (32768, 131072)
-QUALITY = ("quality_smollm2", "quality_smollm2_second", "quality_smollm2_third", "quality_smollm2_blocks")
+PLANS = ("second", "third", "fourth", "blocks", "budgets")
+QUALITY = ("quality_smollm2", *(f"quality_smollm2_{plan}" for plan in PLANS))
 NOTES = (
     "Nothing new was measured. Quality and shares: SmolLM2-135M at 8K, exact attention within masks. Times: H200, 28/4 "
     "heads, D=128, random data, all heads' budgets alike. The shares of 8K stand at 32K and 128K: they would "

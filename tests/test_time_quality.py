@@ -109,7 +109,7 @@ def test_tokens_are_clipped_by_share(folder: Path):
 def test_other_scorers_come_from_their_file(folder: Path):
     assert TimeModel(folder).blocks(TOKENS, 0.1, "antidiagonal").selection_ms is None
     row = {"scoring": "antidiagonal", "tokens": TOKENS, "attention_ms": 5.0, "selection_ms": 3.0}
-    (folder / "scorers.json").write_text(json.dumps([row]))
+    (folder / "scorers.json").write_text(json.dumps({"rows": [row]}))
     time = TimeModel(folder).blocks(TOKENS, 0.1, "antidiagonal")
     assert (time.attention_ms, time.selection_ms) == (1.0, 3.0)
     assert TimeModel(folder).blocks(time_quality.LENGTHS[1], 0.1, "antidiagonal").selection_ms is None

@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,35 +115,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = OmniSparseConfig.from_dict(options.omnisparse)
         sizes = checkpoint.read_record(options.init)["sizes"] if options.init else {}
-        result = measure(plan, config, sizes, options, device)
+        for result in measure(plan, config, sizes, options, device):
+            print(json.dumps(result, indent=1), flush=True)
+            keep(result, options)
     except ConfigError as error:
         print(f"step_time.py: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=1))
+    return 0
+
+
+def keep(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write what there is so far, and record the figure."""
     summary.write_json(result, options.out / "step_time.json")
     if options.figures and options.length == 32768:
-        told = f"attention, forward and backward, SDPA; density {result['density']:.3f}; the whole step"
-        told += f" {result['step_ms']['dense'] / result['step_ms']['sparse']:.2f}x"
+        told = f"attention, forward and backward, SDPA; density {result['density']:.3f}"
+        if "sparse" in result["step_ms"]:
+            told += f"; the whole step {result['step_ms']['dense'] / result['step_ms']['sparse']:.2f}x"
         value = result["attention_ms"]["dense"] / result["attention_ms"]["sparse"]
         summary.record("video.train_step_speedup.32k", value, unit="x", baseline=told, script=__file__)
-    return 0
 
 
 def measure(
     plan: Schedule, config: OmniSparseConfig, sizes: dict[str, int], options: argparse.Namespace, device: torch.device
-) -> dict[str, Any]:
-    """Milliseconds of the whole step and of attention, dense and sparse, and the sparse density."""
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of attention, dense and sparse, and its density; then, as a second result, of the whole step too."""
     batch = StepData(plan)[0].to(device)
-    step, density = {}, 1.0
     parts = captured(_trainer(plan, device, None, sizes, options.init), batch)
-    for name, fields in (("dense", None), ("sparse", config.to_dict())):
-        compiled = fields is None and device.type == "cuda"
-        trainer = _trainer(plan, device, fields, sizes, options.init, compile_layers=compiled)
-        if fields is not None:
-            with collect_stats(trainer.model) as stats, torch.no_grad():
-                trainer.forward(batch)
-            density = stats.density
-        step[name] = median_ms(functools.partial(trainer.train_step, batch), options.repeats, device)
     visual = batch.input_ids == IDS["<video>"]
     dense = Attention().to(device)
     sparse = apply_omnisparse(Attention().to(device), config, min_seq_len=0, visual_mask=visual)
@@ -151,9 +148,20 @@ def measure(
         "dense": attention_ms(parts, dense, options.repeats),
         "sparse": attention_ms(parts, sparse, options.repeats),
     }
+    with collect_stats(sparse) as stats, torch.no_grad():
+        sparse(*parts)
     shape = {"length": options.length, "query": list(parts[0].shape), "key": list(parts[1].shape)}
     told = {"config": config.to_dict(), "torch": torch.__version__, "device": summary.device_name()}
-    return {"step_ms": step, "attention_ms": attention, "density": density, **shape, **told}
+    result: dict[str, Any] = {"attention_ms": attention, "density": stats.density, "step_ms": {}, **shape, **told}
+    yield result
+    for name, fields in (("dense", None), ("sparse", config.to_dict())):
+        compiled = fields is None and device.type == "cuda"
+        trainer = _trainer(plan, device, fields, sizes, options.init, compile_layers=compiled)
+        result["step_ms"][name] = median_ms(functools.partial(trainer.train_step, batch), options.repeats, device)
+    with collect_stats(trainer.model) as stats, torch.no_grad():
+        trainer.forward(batch)
+    result["step_density"] = stats.density
+    yield result
 
 
 def _trainer(
