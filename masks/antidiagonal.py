@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from omnisparse_flex.masks.rows import Rows, add_rows, key_units, normalised, row_positions, whole_blocks
+from omnisparse_flex.masks.rows import key_units, tile_mass, whole_blocks
 
 #: Side of a tile in tokens. Our choice, one of the two of the source: 1/16 of the exact logits' products.
 STRIDE = 16
@@ -49,17 +48,8 @@ def antidiagonal(
     query block at a time, so that no tensor holds all (N / STRIDE)^2 of them.
     """
     stride = math.gcd(block, STRIDE)
-    length, q_blocks = query.shape[2], some.shape[-2]
     units = key_units(key, block, stride)
     # Scaled first: a sum of STRIDE unscaled dot products may leave the range of float16.
-    tiles = (whole_blocks(query, block) * (scale / stride)).unflatten(2, (q_blocks, block // stride, stride))
-    tiles = tiles.flip(4).flatten(4)
-    starts = torch.arange(q_blocks, device=query.device) * block
-    total = None
-    for row in range(block // stride):
-        last = torch.full_like(starts, (row + 1) * stride - 1)
-        exist = (starts + row * stride < length).unsqueeze(1)
-        rows = Rows(tiles[:, :, :, row], row_positions(last, length, block), exist)
-        total = add_rows(total, rows, units, some, scale=1.0, adjust=adjust, allowed=allowed)
-    assert total is not None  # a block holds at least one tile
-    return normalised(total, some)
+    tiles = (whole_blocks(query, block) * (scale / stride)).unflatten(2, (some.shape[-2], block // stride, stride))
+    tiles, length = tiles.flip(4).flatten(4), query.shape[2]
+    return tile_mass(tiles, units, some, length=length, block=block, scale=1.0, adjust=adjust, allowed=allowed)

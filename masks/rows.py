@@ -87,6 +87,44 @@ def add_rows(
     return mass if total is None else total + mass
 
 
+def tile_mass(
+    tiles: Tensor,
+    units: Units,
+    some: Tensor,
+    *,
+    length: int,
+    block: int,
+    scale: float,
+    adjust: Callable[[Tensor], Tensor] | None,
+    allowed: Callable[..., Tensor],
+) -> Tensor:
+    """Mass by rows of tiles of consecutive queries, each tile a row of its own; its last query stands for it.
+
+    Args:
+        tiles: (B, Hq, NQ, c, E), the ``c`` tiles of every query block.
+        units: What they look at.
+        some: bool (B or 1, Hkv or 1, NQ, NK).
+        length: Number of queries.
+        block: Tokens per block.
+        scale: Logit scale.
+        adjust: The model's own change of the logits at block centres, or None.
+        allowed: The model's mask.
+
+    Returns:
+        float32 (B, Hkv, NQ, NK), see ``normalised``.
+    """
+    count = int(tiles.shape[3])
+    starts = torch.arange(tiles.shape[2], device=tiles.device) * block
+    size, total = block // count, None
+    for row in range(count):
+        last = torch.full_like(starts, (row + 1) * size - 1)
+        exist = (starts + row * size < length).unsqueeze(1)
+        rows = Rows(tiles[:, :, :, row], row_positions(last, length, block), exist)
+        total = add_rows(total, rows, units, some, scale=scale, adjust=adjust, allowed=allowed)
+    assert total is not None  # a block holds at least one tile
+    return normalised(total, some)
+
+
 def normalised(total: Tensor, some: Tensor) -> Tensor:
     """Mass whose rows sum to 1 from what ``add_rows`` gave.
 

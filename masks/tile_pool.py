@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from omnisparse_flex.masks.mean_pool import block_mean
-from omnisparse_flex.masks.rows import Rows, Units, add_rows, normalised, row_positions, unit_places, whole_blocks
+from omnisparse_flex.masks.rows import Units, tile_mass, unit_places, whole_blocks
 
 #: Tokens of a tile. Our choice: tiles of 16 or 8 choose no better (``benchmarks/results/quality_smollm2_blocks.json``).
 TILE = 32
@@ -50,15 +49,8 @@ def tile_pool(
     tile of every query block at a time: B * Hq * NQ * (S / ``TILE``) products are in memory.
     """
     tile = math.gcd(block, TILE)
-    length, q_blocks, per_block = query.shape[2], some.shape[-2], block // tile
+    per_block = block // tile
     units = Units(whole_blocks(block_mean(key, tile), per_block), *unit_places(key, block, tile))
-    tiles = whole_blocks(block_mean(query, tile), per_block).unflatten(2, (q_blocks, per_block))
-    starts = torch.arange(q_blocks, device=query.device) * block
-    total = None
-    for row in range(per_block):
-        last = torch.full_like(starts, (row + 1) * tile - 1)
-        exist = (starts + row * tile < length).unsqueeze(1)
-        rows = Rows(tiles[:, :, :, row], row_positions(last, length, block), exist)
-        total = add_rows(total, rows, units, some, scale=scale, adjust=adjust, allowed=allowed)
-    assert total is not None  # a block holds at least one tile
-    return normalised(total, some)
+    tiles = whole_blocks(block_mean(query, tile), per_block).unflatten(2, (some.shape[-2], per_block))
+    length = query.shape[2]
+    return tile_mass(tiles, units, some, length=length, block=block, scale=scale, adjust=adjust, allowed=allowed)
