@@ -317,10 +317,10 @@ def checkpointing(model, layers=None):
     return model
 
 
-@pytest.mark.parametrize("layers", [None, (0,), (1, 2)], ids=["all", "first", "middle"])
+@pytest.mark.parametrize("layers", [None, (1, 2)], ids=["all", "some"])
 def test_checkpointing_changes_no_choice(layers, spy):
     """Training with it, training without and evaluation attend by the same maps, chosen once for each group."""
-    inputs = batch((LENGTH, 800))
+    inputs = batch((900, 600))
     model = apply_omnisparse(sharpened(layers=4), SHARED, min_seq_len=0, inner="eager")
     with torch.no_grad():
         model(**inputs)
@@ -346,7 +346,7 @@ def test_checkpointed_layers_share_in_one_graph_for_two_lengths():
     model = apply_omnisparse(sharpened(layers=2).train(), SHARED, min_seq_len=0, inner="aot_eager", dynamic=True)
     checkpointing(model)
     static = apply_omnisparse(sharpened(layers=2).train(), SHARED, min_seq_len=0, inner="eager")
-    for length in (400, 700):
+    for length in (400, 600):
         got, want = (loss_and_gradients(each, batch((length,))) for each in (model, static))
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert rewrite_report(model).graphs == 1
