@@ -55,9 +55,10 @@ class OmniSparseConfig:
         share_layers: Neighbouring sparse layers that use one choice of blocks, that of the first of them, head by
             head; 1: every layer chooses for itself. Dense layers in between do not count. What the first one's
             ``target_recall`` asks for holds for all of them: a follower's own has no effect (unless it is 1.0:
-            dense). A layer that cannot use the choice before it (another mask, length or number of heads,
-            or a graph of its own, as each layer under activation checkpointing has) chooses for itself and for
-            those after it, and the report says so. Block granularity.
+            dense). A layer that cannot use the choice before it (another mask, length or number of heads)
+            chooses for itself and for those after it, and the report says so. Under activation checkpointing
+            layers share as without it; a group's choice is then kept for the backward, a byte for each pair of
+            blocks and KV head. Block granularity.
 
     Raises:
         ConfigError: On a wrong type, range or combination.

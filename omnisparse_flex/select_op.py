@@ -42,7 +42,7 @@ graphs = 0
 #: What a graph of the selection calls; each has globals of its own, which hold its own.
 FUNCTION: Callable[..., tuple[Tensor, ...]]
 #: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
-_PARTS = (
+PARTS = (
     ("keep", torch.bool, True),
     ("mass", torch.float32, True),
     ("needs", torch.int64, False),
@@ -62,7 +62,7 @@ def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         site: A site with a layout and a name for its rules, whose logits are plain products.
 
     Returns:
-        The selection; without ``site.write`` everything but ``keep`` and ``layout`` is empty.
+        The selection; without ``site.write`` or ``site.whole`` everything but ``keep`` and ``layout`` is empty.
     """
     assert site.layout is not None and isinstance(site.mask, MaskProgram)
     parts = torch.ops.omnisparse.select_blocks(
@@ -72,9 +72,9 @@ def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         torch.as_tensor(site.target, dtype=torch.float32, device=query.device),
         list(site.mask.buffers),
         site.rules,
-        site.write is not None,
+        site.write is not None or site.whole,
     )
-    return BlockSelection(layout=site.layout, **{name: x for (name, *_), x in zip(_PARTS, parts, strict=True)})
+    return BlockSelection(layout=site.layout, **{name: x for (name, *_), x in zip(PARTS, parts, strict=True)})
 
 
 def _select(
@@ -88,7 +88,7 @@ def _select(
     below = torch._C._AutoDispatchBelowADInplaceOrView()  # where a first call is, and later ones are not
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False), below, limits:
         made = run(query.detach(), key.detach(), target, *layout, *buffers)
-    blank = (query.new_empty(0, dtype=dtype) for _, dtype, _ in _PARTS[len(made) :])
+    blank = (query.new_empty(0, dtype=dtype) for _, dtype, _ in PARTS[len(made) :])
     return (*made, *blank)
 
 
@@ -97,7 +97,7 @@ def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, .
     site = registered(rules)
     assert site.config is not None and isinstance(site.mask, MaskProgram)
     config, expr, scale = site.config, site.mask.expr, site.scale
-    names = [name for name, *_ in _PARTS] if record else ["keep"]
+    names = [name for name, *_ in PARTS] if record else ["keep"]
 
     def select(query: Tensor, key: Tensor, target: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         chosen = select_blocks(
@@ -147,12 +147,16 @@ def _fake(
     query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, buffers: Sequence[Tensor], rules: str,
     record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    return empty_parts(query, key, len(PARTS) if record else 1)
+
+
+def empty_parts(query: Tensor, key: Tensor, wanted: int) -> tuple[Tensor, ...]:
+    """Tensors of the sizes of a selection's ``PARTS``; those past the first ``wanted`` hold nothing."""
     grid = grid_of(query, key)
     shape = (query.shape[0], key.shape[1], grid.q_blocks, grid.kv_blocks)
-    wanted = len(_PARTS) if record else 1
     return tuple(
         query.new_empty((shape if keys else shape[:3]) if i < wanted else (0,), dtype=dtype)
-        for i, (_, dtype, keys) in enumerate(_PARTS)
+        for i, (_, dtype, keys) in enumerate(PARTS)
     )
 
 

@@ -47,6 +47,7 @@ class Site:
         choice: Another layer's choice of blocks, of this layout, to be used in place of an own one; or None.
         write: Called with what the selection left behind, to record statistics; or None.
         exact: ``write`` wants true recalls too.
+        whole: Without ``write``, too, all of the selection is wanted: the record of a layer that uses it tells of it.
         rules: Name under which the operators know this site's constants, where a graph is traced; or "".
     """
 
@@ -69,6 +70,7 @@ class Site:
     choice: BlockSelection | None = None
     write: Callable[[Measured], None] | None = None
     exact: bool = False
+    whole: bool = False
     rules: str = ""
 
     @property

@@ -20,6 +20,7 @@ from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import Measured
 from omnisparse_flex.masks.select import BlockSelection, grid_of
 from omnisparse_flex.passes.rewrite import Site, value_of
+from omnisparse_flex.select_op import PARTS
 from omnisparse_flex.site import Site as AttentionSite
 
 
@@ -100,14 +101,42 @@ def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
     return _named(call, f"omnisparse_layer_{site.layer}", site)
 
 
-def choice_function(site: Site, constants: Constants) -> Callable[..., BlockSelection]:
-    """``(query, key, layout, *state, *leaves, *score operands)`` to the blocks of several layers, by this one."""
+def choice_function(site: Site, constants: Constants, *, whole: bool) -> Callable[..., BlockSelection]:
+    """``(query, key, layout, *state, *leaves, *score operands)`` to the blocks of several layers, by this one.
+
+    ``whole``: with all that a record tells, whether this layer has one or not.
+    """
+    if whole:
+        constants = dataclasses.replace(constants, fixed={**constants.fixed, "whole": True})
 
     def call(query: Tensor, key: Tensor, *rest: Any) -> BlockSelection:
         query, key = autocast(query, key)
         return choose(query.detach(), key.detach(), constants.attention(query, key, None, *rest))
 
     return _named(call, f"omnisparse_choice_{site.layer}", site)
+
+
+def part_function(name: str) -> Callable[[BlockSelection], Tensor]:
+    """``choice`` to one of its tensors: only tensors go from graph to graph."""
+
+    def call(choice: BlockSelection) -> Tensor:
+        part: Tensor = getattr(choice, name)
+        return part
+
+    return importable(_renamed(call, f"omnisparse_{name}"), None)
+
+
+def given_function(names: tuple[str, ...]) -> Callable[..., BlockSelection]:
+    """``(layout, keep, *parts)`` to a choice that was made in another graph; what is not among ``names`` is empty."""
+
+    def call(layout: Layout, *parts: Tensor) -> BlockSelection:
+        blank = {name: parts[0].new_empty(0, dtype=dtype) for name, dtype, _ in PARTS}
+        # Copies: a node of this body that no other body has. The partitioner then keeps what it reads for the
+        # backward. Without it, the lead's lists and ours are one computation, the lead's, and so is choosing anew.
+        given = {name: part.clone() for name, part in zip(names, parts, strict=True)}
+        return BlockSelection(layout=layout, **(blank | given))
+
+    return importable(_renamed(call, "omnisparse_given"), None)
 
 
 def _named(call: Callable[..., Any], name: str, site: Site) -> Callable[..., Any]:

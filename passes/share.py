@@ -12,29 +12,32 @@ from omnisparse_flex.passes.rewrite import Rewrite, Site, shape_of
 def share(rewrite: Rewrite) -> None:
     """Set ``lead`` of the sites that use another's choice, and ``alone`` where one had to start a group early.
 
-    Groups are runs of up to ``share_layers`` sparse sites in the order in which they run. The choice is of
-    block maps: a site that differs from its lead in mask, lengths or heads cannot read them, nor can one in
-    another graph.
+    Groups are runs of up to ``share_layers`` sparse sites in the order in which they run, whether their graph is
+    the same or not: which layers are checkpointed must not change what is selected. The choice is of block maps: a
+    site that differs from its lead in mask, lengths or heads cannot read them.
     """
     config = rewrite.settings.config
     sparse = [site for site in rewrite.open_sites() if config.recall_of(site.layer) < 1.0]
     if config.share_layers == 1 or len(sparse) < 2:
         return
-    sparse.sort(key=_place)
+    sparse.sort(key=place)
     lead, size = sparse[0], 1
     for site in sparse[1:]:
         if size < config.share_layers:
-            site.alone = _obstacle(site, lead)
-            if not site.alone:
+            if layout_key(site) == layout_key(lead):
                 site.lead, size = lead, size + 1
                 continue
+            site.alone = "another mask, length or number of heads than the layer before"
         lead, size = site, 1
 
 
 def layout_key(site: Site) -> Hashable:
-    """What a site's block maps depend on beside its tensors; sites of one key may share a layout, and a choice."""
+    """What a site's block maps depend on beside its queries and keys; sites of one key may share a choice.
+
+    Those of one graph share a layout too.
+    """
     shapes = str((shape_of(site.query)[:3], shape_of(site.key)[:3]))
-    return site.scope, site.expr, site.offset, tuple(site.leaves), shapes
+    return site.expr, site.offset, tuple(leaf.node for leaf in site.leaves), shapes
 
 
 def notes(sites: Iterable[Site]) -> list[str]:
@@ -52,17 +55,9 @@ def notes(sites: Iterable[Site]) -> list[str]:
     ]
 
 
-def _place(site: Site) -> tuple[Node, ...]:
-    """Calls that lead to a site, outermost first: nodes of one graph compare by their order."""
+def place(site: Site) -> tuple[Node, ...]:
+    """When a site runs: the calls that lead to it, outermost first. Nodes of one graph compare by their order."""
     nodes, scope = [site.node], site.scope
     while scope.parent is not None and scope.call is not None:
         nodes, scope = [scope.call, *nodes], scope.parent
     return tuple(nodes)
-
-
-def _obstacle(site: Site, lead: Site) -> str:
-    if site.scope is not lead.scope:
-        return "no graph is shared with the layer before (activation checkpointing)"
-    return (
-        "" if layout_key(site) == layout_key(lead) else "another mask, length or number of heads than the layer before"
-    )

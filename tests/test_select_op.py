@@ -61,7 +61,7 @@ def test_the_operator_chooses_what_the_function_chooses(config):
         site, query, key = site_of(config, lengths, padded=padded, seed=lengths[0])
         want = select_blocks(query, key, site.mask, config, target=0.7, scale=0.25, layout=site.layout)
         same(call_select_op(query, key, site), want, ["keep"])
-    everything = [name for name, *_ in select_op._PARTS]
+    everything = [name for name, *_ in select_op.PARTS]
     same(call_select_op(query, key, dataclasses.replace(site, write=print)), want, everything)
     with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
         same(call_select_op(query.requires_grad_(), key, site), want, ["keep"])

@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from test_passes import Capture, qkv
 from tiny import batch, build
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +30,7 @@ from omnisparse_flex import choice as choices
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.masks.record import SAMPLED_ROWS
 from omnisparse_flex.masks.select import BLOCK
+from omnisparse_flex.passes.share import place
 from omnisparse_flex.reference import dense_attention, dense_logits, expand_block_map
 
 RULES = {"target_recall": 0.5, "sink_size": 16, "window_size": 64, "lazy_threshold": None}
@@ -116,9 +119,9 @@ def test_dense_layers_do_not_count(spy):
 
 
 class Stack(nn.Module):
-    """Layers of attention whose masks can be given."""
+    """Layers of attention whose masks can be given; ``checkpointed``: so many to a body, 0: no bodies."""
 
-    def __init__(self, layers=3, checkpointed=False):
+    def __init__(self, layers=3, checkpointed=0):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Linear(32, 96, dtype=torch.float64) for _ in range(layers))
@@ -131,16 +134,16 @@ class Stack(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[i], is_causal=self.masks[i] is None)
         return x + out.transpose(1, 2).flatten(2)
 
-    def both(self, x, i):
-        return self.attend(self.attend(x, i), i + 1)
+    def attend_from(self, x, first, last):
+        for i in range(first, last):
+            x = self.attend(x, i)
+        return x
 
     def forward(self, x):
-        if self.checkpointed:
-            for i in range(0, len(self.layers), 2):
-                x = checkpoint(self.both, x, i, use_reentrant=False)
-            return x
-        for i in range(len(self.layers)):
-            x = self.attend(x, i)
+        if not self.checkpointed:
+            return self.attend_from(x, 0, len(self.layers))
+        for i in range(0, len(self.layers), self.checkpointed):
+            x = checkpoint(self.attend_from, x, i, i + self.checkpointed, use_reentrant=False)
         return x
 
 
@@ -150,9 +153,9 @@ def gradients(model, x):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [0, 1, 2])
 def test_gradients_equal_dense_under_the_lead_s_map(checkpointed, spy):
-    """Two sites inside one checkpointed body share as anywhere: the backward's second forward chooses the same."""
+    """Also where both sites are in one checkpointed body, or each is in a body of its own."""
     x = torch.randn(1, LENGTH, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     shared, plain = Stack(2), Stack(2)
     with torch.no_grad():
@@ -296,30 +299,154 @@ def test_refused_sites_are_nobody_s_lead(device):
     assert sites[1].skip is not None and sites[2].lead is sites[0]
 
 
-def test_checkpointed_layers_choose_for_themselves():
-    inputs, grads = batch((400,)), []
-    for config in (SHARED, ALONE):
-        model = apply_omnisparse(sharpened(layers=2).train(), config, min_seq_len=0, inner="aot_eager")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-        notes = [note for note in rewrite_report(model).notes if "share_layers" in note]
-        why = "no graph is shared with the layer before (activation checkpointing)"
-        told = [f"share_layers: layers 1 choose for themselves: {why}"]
-        assert notes == (told if config is SHARED else [])
-    for name in grads[0]:
-        torch.testing.assert_close(grads[0][name], grads[1][name])
+# --- activation checkpointing ------------------------------------------------
 
 
-def test_a_checkpoint_in_between_ends_a_group(device):
-    """Sites are told apart by when they run, and a body's are found after all of the outer graph's."""
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def checkpointing(model, layers=None):
+    """Every layer in a body of its own, or some of them."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for i, layer in enumerate(model.model.layers):
+        layer.gradient_checkpointing = layers is None or i in layers
+    return model
+
+
+@pytest.mark.parametrize("layers", [None, (1, 2)], ids=["all", "some"])
+def test_checkpointing_changes_no_choice(layers, spy):
+    """Training with it, training without and evaluation attend by the same maps, chosen once for each group."""
+    inputs = batch((900, 600))
+    model = apply_omnisparse(sharpened(layers=4), SHARED, min_seq_len=0, inner="eager")
+    with torch.no_grad():
+        model(**inputs)
+    evaluated = [spy.keep(i) for i in range(4)]
+    assert spy.chosen == 2 and not torch.equal(evaluated[0], evaluated[2])
+    want = loss_and_gradients(model.train(), inputs)
+    checkpointing(model, layers)
+    spy.layers, spy.chosen = [], 0
+    got = loss_and_gradients(model, inputs)
+    trained = [spy.keep(i) for i in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(evaluated, trained, strict=True))
+    again = sorted(range(4) if layers is None else layers, reverse=True)
+    if len(spy.layers) > 4:  # torch 2.11 computes nothing again without a partitioner
+        assert len(spy.layers) == 4 + len(again) and spy.chosen == 2 + sum(i % 2 == 0 for i in again)
+        assert all(torch.equal(spy.keep(4 + place), trained[i]) for place, i in enumerate(again))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    assert [note for note in rewrite_report(model).notes if "share_layers" in note] == [
+        f"share_layers: layers {i + 1} use the blocks that layer {i} chooses" for i in (0, 2)
+    ]
+
+
+def test_checkpointed_layers_share_in_one_graph_for_two_lengths():
+    model = apply_omnisparse(sharpened(layers=2).train(), SHARED, min_seq_len=0, inner="aot_eager", dynamic=True)
+    checkpointing(model)
+    static = apply_omnisparse(sharpened(layers=2).train(), SHARED, min_seq_len=0, inner="eager")
+    for length in (400, 600):
+        got, want = (loss_and_gradients(each, batch((length,))) for each in (model, static))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert rewrite_report(model).graphs == 1
+
+
+def test_a_backward_keeps_the_choice_instead_of_choosing_again():
+    """The partitioner keeps what one body reads of another, so that both directions see one map, in all layers."""
+    graphs = []
+
+    def inner(graph_module, inputs):
+        keep = lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward)  # noqa: E731
+        compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+        return compiler(graph_module, inputs)
+
+    x = torch.randn(1, 600, 32, dtype=torch.float64)
+    gradients(torch.compile(Stack(2, checkpointed=1), backend=Backend(SHARED, min_seq_len=0, inner=inner)), x)
+    sorts = [sum("sort" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    assert len(sorts) == 2 and sorts[0] > 0 and sorts[1] == 0
+
+
+def in_body(*calls):
+    """A checkpointed body that makes these calls one after the other."""
 
     def call(q, k, v):
-        layer = lambda q: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
-        return layer(checkpoint(layer, layer(q), use_reentrant=False))
+        def body(q, k, v):
+            for each in calls:
+                q = each(q, k, v)
+            return q
 
-    backend, notes = grouped(call, *qkv(device), share_layers=3)
-    assert all(site.lead is None for site in backend.last.sites) and len(notes) == 1
+        return checkpoint(body, q, k, v, use_reentrant=False, preserve_rng_state=len(calls) > 1)
+
+    return call
+
+
+def causal_site(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+PLACES = {
+    "bodies": [in_body(causal_site), in_body(causal_site), in_body(causal_site)],
+    "body_then_outside": [in_body(causal_site), causal_site, causal_site],
+    "outside_then_body": [causal_site, in_body(causal_site, causal_site)],
+    "between": [causal_site, in_body(causal_site), causal_site],
+    "from_a_body_in_a_body": [in_body(in_body(causal_site), causal_site), in_body(causal_site)],
+    "into_a_body_in_a_body": [in_body(causal_site, in_body(causal_site)), causal_site],
+    "from_depth_to_depth": [in_body(in_body(causal_site)), in_body(causal_site, in_body(causal_site))],
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_choice_reaches_every_body(name, inner, spy):
+    def call(q, k, v):
+        for each in PLACES[name]:
+            q = each(q, k, v)
+        return q
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = [(3 * torch.randn(1, 2, 700, 16, generator=generator)).requires_grad_() for _ in range(3)]
+    results, config = [], dataclasses.replace(SHARED, share_layers=3)
+    for function in (chain(3), call):
+        backend = Capture(config, inner=inner)
+        out = torch.compile(function, backend=backend, fullgraph=True)(*tensors)
+        assert [site.lead is None for site in sorted(backend.last.sites, key=place)] == [True, False, False]
+        assert sum("choice" in name for name in backend.calls()) == 1
+        assert spy.chosen == (1 if inner == "eager" else 2)  # which traces twice
+        results.append((out, torch.autograd.grad(out.square().sum(), tensors)))
+        spy.chosen = 0
+    torch.testing.assert_close(*results)
+    assert (results[0][0] - causal_site(*tensors)).abs().max() > 1e-2
+
+
+RECORDING = [pytest.param("eager"), pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("inner", RECORDING)
+def test_a_record_outside_tells_of_a_choice_inside(inner):
+    """Bodies write no records; that of a follower outside has its lead's budgets all the same."""
+    found = []
+    for checkpointed in ((), (0,)):
+        model = apply_omnisparse(sharpened(layers=2), SHARED, min_seq_len=0, inner=inner)
+        checkpointing(model.train(), checkpointed)
+        with torch.no_grad(), collect_stats(model, exact=True, maps=True) as stats:
+            model(**batch((LENGTH,)))
+        told = {name: torch.tensor(x) for name, x in dataclasses.asdict(stats.per_layer()[-1]).items()}
+        found.append((told, stats.block_maps(1)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert found[0][0]["layer"] == 1 and found[0][0]["budget"] > 0
+
+
+@pytest.mark.slow
+def test_inductor_chooses_once_for_checkpointed_layers(monkeypatch):
+    calls, compiled = [], select_op.compiled
+    monkeypatch.setattr(select_op, "compiled", lambda *args: calls.append(1) or compiled(*args))
+    inputs = batch((LENGTH,))
+    with torch.no_grad():
+        want = apply_omnisparse(sharpened(layers=3), SHARED, min_seq_len=0, inner="eager")(**inputs).logits
+        model = checkpointing(apply_omnisparse(sharpened(layers=3).train(), SHARED, min_seq_len=0, inner="inductor"))
+        torch.testing.assert_close(model(**inputs).logits, want, atol=1e-3, rtol=1e-3)
+    assert len(calls) == 2
 
 
 # --- what is said of them ----------------------------------------------------
