@@ -176,8 +176,10 @@ def test_no_tensor_over_all_pairs(name):
     assert max(sizes) <= max(2 * tokens * tokens // 128, 2 * tokens * 8)
 
 
-@pytest.mark.parametrize("name", ["tile_pool", "antidiagonal", "probe"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("probe", "aot_eager"), *(pytest.param(x, "inductor", marks=pytest.mark.slow) for x in SCORINGS[1:])],
+)
 @torch.no_grad()
 def test_under_compile_at_several_lengths(name, backend):
     config = OmniSparseConfig(scoring=name, lazy_threshold=None, sink_size=1, window_size=1)

@@ -396,8 +396,10 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", PLACES)
+TRACED = ("bodies", "outside_then_body", "from_depth_to_depth")
+
+
+@pytest.mark.parametrize(("name", "inner"), [*((x, "eager") for x in PLACES), *((x, "aot_eager") for x in TRACED)])
 def test_a_choice_reaches_every_body(name, inner, spy):
     def call(q, k, v):
         for each in PLACES[name]:
