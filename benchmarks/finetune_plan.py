@@ -23,19 +23,21 @@ class Plan:
         train_density: Whole-model density of the pretrained model on a training window; its target is trained with.
         densities: Whole-model densities of sparse inference.
         base: Further fields of the ``OmniSparseConfig``.
+        more_text: Train on ``prepare.training_only`` too.
     """
 
     tokens: int = 8192
-    steps: int = 300
+    steps: int = 160
     rows: int = 2
     windows: int = 8
     lr: float = 1e-4
     dense_layers: int = 1
     train_density: float = 0.19
-    densities: tuple[float, ...] = (0.15, 0.18, 0.25)
+    densities: tuple[float, ...] = (0.16, 0.19, 0.3)
     base: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"budget": "per_head", "lazy_threshold": None, "window_size": 128}
     )
+    more_text: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""

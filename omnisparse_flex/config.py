@@ -33,8 +33,7 @@ class OmniSparseConfig:
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
             cheapest), ``"tile_pool"`` (means of 32 tokens), ``"antidiagonal"`` (strided sums) or
             ``"probe"`` (exact rows of sampled queries); for tokens ``"one_pass"`` (rows' normalisers
-            guessed) or ``"column_mass"``
-            (exact); ``"auto"``: the granularity's first.
+            guessed) or ``"column_mass"`` (exact); ``"auto"``: the granularity's first.
         budget: ``"per_head"`` gives every head of a layer the budget that it needs;
             ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
             is a fixed number of tokens.

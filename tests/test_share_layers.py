@@ -196,14 +196,16 @@ def test_one_graph_for_two_lengths():
 
 
 @pytest.mark.slow
-def test_inductor_chooses_once_for_each_group(monkeypatch):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_inductor_chooses_once_for_each_group(checkpointed, monkeypatch):
     calls, compiled = [], select_op.compiled
     monkeypatch.setattr(select_op, "compiled", lambda *args: calls.append(1) or compiled(*args))
     inputs = batch((LENGTH,))
     with torch.no_grad():
         want = apply_omnisparse(sharpened(layers=3), SHARED, min_seq_len=0, inner="eager")(**inputs).logits
         assert not calls
-        model = apply_omnisparse(sharpened(layers=3), SHARED, min_seq_len=0, inner="inductor")
+        model = apply_omnisparse(sharpened(layers=3).train(checkpointed), SHARED, min_seq_len=0, inner="inductor")
+        model = checkpointing(model) if checkpointed else model
         torch.testing.assert_close(model(**inputs).logits, want, atol=1e-3, rtol=1e-3)
     assert len(calls) == 2
 
@@ -437,18 +439,6 @@ def test_a_record_outside_tells_of_a_choice_inside(inner):
         found.append((told, stats.block_maps(1)))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     assert found[0][0]["layer"] == 1 and found[0][0]["budget"] > 0
-
-
-@pytest.mark.slow
-def test_inductor_chooses_once_for_checkpointed_layers(monkeypatch):
-    calls, compiled = [], select_op.compiled
-    monkeypatch.setattr(select_op, "compiled", lambda *args: calls.append(1) or compiled(*args))
-    inputs = batch((LENGTH,))
-    with torch.no_grad():
-        want = apply_omnisparse(sharpened(layers=3), SHARED, min_seq_len=0, inner="eager")(**inputs).logits
-        model = checkpointing(apply_omnisparse(sharpened(layers=3).train(), SHARED, min_seq_len=0, inner="inductor"))
-        torch.testing.assert_close(model(**inputs).logits, want, atol=1e-3, rtol=1e-3)
-    assert len(calls) == 2
 
 
 # --- what is said of them ----------------------------------------------------
