@@ -33,8 +33,9 @@ RULES = OmniSparseConfig(budget=2 * K)
 DENSE = OmniSparseConfig(target_recall=1.0)
 BATCHES = (1, 4)
 #: In K tokens; 4 rows of the longest do not fit beside the dense decoder's own intermediate results.
-LENGTHS = {1: (1, 2, 4, 8, 12, 16, 32, 64, 128, 256), 4: (1, 2, 4, 8, 16, 32, 64)}
-TURNS = 3
+LENGTHS = {1: (1, 2, 4, 8, 12, 16, 32, 64, 128, 256), 4: (1, 2, 4, 8, 16, 32, 64, 128)}
+#: Turns of a prefill of few and of many tokens in all, and of a decoded token, whose time is the host's, and noisy.
+TURNS, LONG_TURNS, MANY, TOKEN_TURNS = 11, 3, 32 * K, 15
 KINDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
@@ -68,7 +69,7 @@ class Decoder:
 def times(decoders: dict[str, Decoder], batch: int, tokens: int, device: str) -> dict[str, dict[str, float]]:
     """Milliseconds of ``"prefill B x N"`` and ``"decode B x N"`` of each decoder.
 
-    Decoders take turns, so that a machine that is busy for a while is so for all of them; the median of ``TURNS``.
+    Decoders take turns, so that a machine that is busy for a while is so for all of them; the median of the turns.
     """
     from transformers import DynamicCache
 
@@ -79,13 +80,13 @@ def times(decoders: dict[str, Decoder], batch: int, tokens: int, device: str) ->
     def note(name: str, what: str, took: float) -> None:
         found[name].setdefault(f"{what} {batch} x {tokens}", []).append(took)
 
-    for _ in range(TURNS):
+    for _ in range(TURNS if batch * tokens <= MANY else LONG_TURNS):
         for name, decoder in decoders.items():
-            note(name, "prefill", milliseconds(decoder.prefill, [(inputs,)], runs=2, queued=1).median)
+            note(name, "prefill", milliseconds(decoder.prefill, [(inputs,)], runs=2, warm_up=1, queued=1).median)
     pasts = {name: DynamicCache(config=model.config) for name in decoders}
     for name, decoder in decoders.items():
         decoder.model(inputs_embeds=inputs, past_key_values=pasts[name], use_cache=True)
-    for _ in range(TURNS):
+    for _ in range(TOKEN_TURNS):
         for name, decoder in decoders.items():
             note(name, "decode", milliseconds(decoder.decode, [(inputs[:, :1], pasts[name])], runs=7, queued=1).median)
     return {name: {what: statistics.median(took) for what, took in own.items()} for name, own in found.items()}
@@ -167,8 +168,8 @@ def main() -> int:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=100.0, help="start no shape after so long")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=240.0, help="start no shape after so long")
     parser.add_argument("--quick", action="store_true", help="2 small layers, short; records nothing")
     options = parser.parse_args()
     options.hidden = "small" if options.quick else "7b"

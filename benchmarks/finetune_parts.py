@@ -42,19 +42,23 @@ def split(
     Raises:
         ConfigError: If a text is too short for a window on either side.
     """
-    training = {name: ids.long() for name, ids in further.items()}
-    known = {tuple(run) for ids in training.values() for run in ids.unfold(0, RUN, 1).tolist()}
-    windows, repeated, runs = [], 0, 0
+    training, held, windows = {name: ids.long() for name, ids in further.items()}, [], []
     for name, ids in texts.items():
         cut = len(ids) - max(tokens, int(HELD_OUT * len(ids)) // tokens * tokens)
         require(cut > tokens, "tokens", f"leave a training window of the text {name}", tokens)
         training[name] = ids[:cut].long()
-        held = ids[cut:].long()
-        windows += list(held[: len(held) // tokens * tokens].split(tokens))[:most]
-        known |= {tuple(run) for run in training[name].unfold(0, RUN, 1).tolist()}
-        own = held.unfold(0, RUN, 1).tolist()
-        repeated, runs = repeated + sum(tuple(run) in known for run in own), runs + len(own)
-    return training, windows, repeated / runs
+        held.append(ids[cut:].long())
+        windows += list(held[-1][: len(held[-1]) // tokens * tokens].split(tokens))[:most]
+    known = torch.cat([_runs(ids) for ids in training.values()])
+    own = torch.cat([_runs(ids) for ids in held])
+    return training, windows, torch.isin(own, known).double().mean().item()
+
+
+def _runs(ids: Tensor) -> Tensor:
+    """A number for each run of ``RUN`` tokens, int64: the same for the same tokens, hardly ever for others."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (RUN,), generator=generator) | 1
+    return torch.stack([factor * ids[i : len(ids) - RUN + 1 + i] for i, factor in enumerate(factors)]).sum(0)
 
 
 def batch_of(training: dict[str, Tensor], tokens: int, step: int, size: int) -> Tensor:

@@ -81,8 +81,10 @@ def add_rows(
     pairs = allowed(b, h, rows.positions, units.positions).to(torch.bool)
     blocks = some if some.shape[1] == 1 else some.repeat_interleave(heads // kv_heads, 1)
     logits = (logits + units.weights).masked_fill(~(pairs & blocks & rows.exist), float("-inf"))
-    # First over the units of a block: nothing but the products is then ever as large as they are.
-    weights = torch.softmax(torch.logsumexp(logits, dim=0), dim=-1).nan_to_num(0.0)
+    # First over the units of a block: nothing but the products is then ever as large as they are. Realized: Inductor
+    # would write the masked products of every unit, head and row out in one kernel, which takes minutes to compile.
+    lse = torch.ops.omnisparse.realize(torch.logsumexp(logits, dim=0))
+    weights = torch.softmax(lse, dim=-1).nan_to_num(0.0)
     mass: Tensor = weights.unflatten(1, (kv_heads, -1)).sum(2)
     return mass if total is None else total + mass
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks.quality.lab import Lab, install
 from benchmarks.quality.plans import token
 from benchmarks.quality.retrieval import FORMATS, QUESTIONS, generate
 from benchmarks.quality.rules import Rule
+from benchmarks.quality.texts import docstrings
 from benchmarks.quality.weights import unpack
 
 TOKENS, HEADS, KV_HEADS, DIM = 128, 9, 3, 16
@@ -250,6 +252,15 @@ def test_costs():
     assert selection_cost(cluster, 8192, 64, 3, 1.0) == pytest.approx(1 / 16 + 1 / 16)
     refined = dataclasses.replace(cluster, refine=0.2)
     assert selection_cost(refined, 8192, 64, 3, 0.5) == pytest.approx(0.125 + 0.1)
+
+
+def test_docstrings_of_a_wheel_come_in_order_and_only_the_long_ones(tmp_path):
+    long, short = "Says " * 50, "Says little."
+    files = {"b.py": f'"""{long}b."""', "a.py": f'def f():\n    """{long}a."""\n\ndef g():\n    """{short}"""'}
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+        for name, source in {**files, "broken.py": "def", "notes.txt": long}.items():
+            archive.writestr(name, source)
+    assert docstrings(tmp_path / "x.whl") == f"{long}a.\n\n{long}b."
 
 
 # --- look-up items -----------------------------------------------------------

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 if not all(importlib.util.find_spec(name) for name in ("transformers", "av", "skvideo")):
     pytest.skip("needs the demo extra", allow_module_level=True)
 
-from video_needle import compare, report
+from video_needle import compare, release, report
 from video_needle.data import batch_of, inputs, make_batch, position_ids
 from video_needle.families import FAMILIES
 from video_needle.model import make_model
@@ -26,6 +26,7 @@ from video_needle.trainer import StepData, Trainer
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 
+PLAN = Schedule(stages="512:6", tokens=512, rounds=1, warmup=1)
 SMALL = {"layers": 2, "hidden": 64, "heads": 2, "vision_depth": 1}
 
 
@@ -145,6 +146,17 @@ def test_every_family_is_a_config_of_its_own():
     assert FAMILIES["query selection alone"].recalls[0] > 0.999
 
 
+def test_step_times_begin_with_a_released_model_or_a_checkpoint(tmp_path):
+    from video_needle import step_time
+
+    released = Path(__file__).resolve().parents[1] / "models" / "video_needle"
+    trainer = step_time._trainer(PLAN, torch.device("cpu"), None, step_time._sizes(released), released)
+    shipped = release.load(released).state_dict()
+    assert all(torch.equal(x, shipped[name]) for name, x in trainer.model.state_dict().items())
+    with pytest.raises(ConfigError, match=r"directory with train\.json"):
+        step_time._sizes(tmp_path)
+
+
 @pytest.mark.slow
 def test_step_times_are_of_the_same_batch_dense_and_sparse(tmp_path):
     from video_needle import step_time
@@ -155,5 +167,5 @@ def test_step_times_are_of_the_same_batch_dense_and_sparse(tmp_path):
     found = json.loads((tmp_path / "step_time.json").read_text())
     assert found["query"] == [1, 2, 512 + 26, 32] and found["key"] == [1, 1, 512 + 26, 32]
     assert 0 < found["density"] < 1.1
-    assert all(found[part][how] > 0 for part in ("step_ms", "attention_ms") for how in ("dense", "sparse"))
+    assert all(found["step_ms"][how] > 0 < found["attention_ms"][how]["launched"] for how in ("dense", "sparse"))
     assert step_time.main([*line, "--omnisparse", '{"target_recall": 5}']) == 2

