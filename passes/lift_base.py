@@ -9,7 +9,8 @@ from typing import Any
 from torch.fx import Node
 
 from omnisparse_flex.masks.expr import Const, Expr, Load, axes
-from omnisparse_flex.passes.rewrite import Leaf, Scope, mutations, shape_of, value_of
+from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
+from omnisparse_flex.passes.rewrite import Leaf, Scope
 
 Indices = tuple[Expr, ...]
 
