@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from omnisparse_flex.masks.expr import Const, Expr, Load, axes
 from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
-from omnisparse_flex.passes.rewrite import Leaf, Scope
+from omnisparse_flex.passes.rewrite import Leaf
+from omnisparse_flex.passes.scope import Scope
 
 Indices = tuple[Expr, ...]
 
