@@ -23,26 +23,12 @@ def antidiagonal(
     adjust: Callable[[Tensor], Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
-    """Estimated attention mass that each query block gives to each key block.
+    """Every tile of ``STRIDE`` x ``STRIDE`` pairs is judged by the mean logit of its antidiagonal.
 
-    Every tile of ``STRIDE`` x ``STRIDE`` pairs is judged by the mean logit of its
-    antidiagonal, which meets each of its queries and keys once. A row of tiles goes through
-    a softmax; its mass is summed over key blocks and averaged over the query block's rows.
+    It meets each of the tile's queries and keys once. A row of tiles goes through a softmax;
+    its mass is summed over key blocks and averaged over the query block's rows.
 
-    Args:
-        query: (B, Hq, L, D).
-        key: (B, Hkv, S, D).
-        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
-        scale: Logit scale.
-        block: Tokens per block.
-        adjust: The model's own change of the logits (bias, soft cap) at block centres,
-            (..., B, Hq, NQ, NK) -> the same shape, or None.
-        allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices; read at
-            each tile's last query and first key.
-
-    Returns:
-        float32 (B, Hkv, NQ, NK): the mean over the group's query heads; a row sums to 1,
-        or to 0 where nothing is allowed.
+    Args, Returns: see ``Scorer``. ``allowed`` is read at each tile's last query and first key.
 
     Source: PAPER "Scores"; XAttention, arXiv 2503.16428. Our choice: one row of tiles per
     query block at a time, so that no tensor holds all (N / STRIDE)^2 of them.

@@ -17,23 +17,11 @@ def mean_pool(
     scale: float,
     block: int,
     adjust: Callable[[Tensor], Tensor] | None,
-    allowed: Callable[..., Tensor] | None = None,
+    allowed: Callable[..., Tensor],
 ) -> Tensor:
-    """Estimated attention mass that each query block gives to each key block.
+    """Softmax between block means, each head of a group on its own.
 
-    Args:
-        query: (B, Hq, L, D).
-        key: (B, Hkv, S, D).
-        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
-        scale: Logit scale.
-        block: Tokens per block.
-        adjust: The model's own change of the logits (bias, soft cap) at block centres,
-            (..., B, Hq, NQ, NK) -> the same shape, or None.
-        allowed: The model's mask, pair by pair; not used: block means resolve no pairs.
-
-    Returns:
-        float32 (B, Hkv, NQ, NK): the mean over the group's query heads; a row sums to 1,
-        or to 0 where nothing is allowed.
+    Args, Returns: see ``Scorer``. ``allowed`` is not used: block means resolve no pairs.
 
     Source: PAPER "Scores"; block means as in most block-sparse prefill methods. Our
     choice: the group shares the mean of its heads' mass.

@@ -23,21 +23,9 @@ def probe(
     adjust: Callable[[Tensor], Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
-    """Estimated attention mass that each query block gives to each key block.
+    """Exact softmax rows of ``PROBES`` queries of each block; those that see no key do not count.
 
-    Args:
-        query: (B, Hq, L, D).
-        key: (B, Hkv, S, D).
-        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
-        scale: Logit scale.
-        block: Tokens per block.
-        adjust: The model's own change of the logits (bias, soft cap) at block centres,
-            (..., B, Hq, NQ, NK) -> the same shape, or None.
-        allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices.
-
-    Returns:
-        float32 (B, Hkv, NQ, NK): the mean over the sampled rows that see any key, and over the
-        group's query heads; a row sums to 1, or to 0 where nothing is allowed.
+    Args, Returns: see ``Scorer``.
 
     Source: PAPER "Scores"; sampled exact rows as in SampleAttention and ZipVL, arXiv
     2410.08584. Our choice: evenly spaced within the tokens that the block holds, its last

@@ -19,12 +19,13 @@ from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.probe import PROBES, probe
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.queries import active_rows
+from omnisparse_flex.masks.scorer import Scorer
 from omnisparse_flex.masks.tile_pool import TILE, tile_pool
 
 #: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
 BLOCK = 128
 
-SCORERS: dict[str, Callable[..., Tensor]] = {
+SCORERS: dict[str, Scorer] = {
     "mean_pool": mean_pool,
     "tile_pool": tile_pool,
     "antidiagonal": antidiagonal,

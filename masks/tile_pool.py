@@ -24,26 +24,12 @@ def tile_pool(
     adjust: Callable[[Tensor], Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
-    """Estimated attention mass that each query block gives to each key block.
+    """Means of ``TILE`` queries attend to means of ``TILE`` keys.
 
-    Means of ``TILE`` queries attend to means of ``TILE`` keys. A tile of queries goes through a
-    softmax of its own, so that one tile that looks far is not hidden by its neighbours, and a key
-    block weighs what its heaviest tiles weigh.
+    A tile of queries goes through a softmax of its own, so that one tile that looks far is not
+    hidden by its neighbours, and a key block weighs what its heaviest tiles weigh.
 
-    Args:
-        query: (B, Hq, L, D).
-        key: (B, Hkv, S, D).
-        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
-        scale: Logit scale.
-        block: Tokens per block.
-        adjust: The model's own change of the logits (bias, soft cap) at block centres,
-            (..., B, Hq, NQ, NK) -> the same shape, or None.
-        allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices; read at
-            each tile's last query and first key.
-
-    Returns:
-        float32 (B, Hkv, NQ, NK): the mean over a block's tiles of queries and the group's query
-        heads; a row sums to 1, or to 0 where nothing is allowed.
+    Args, Returns: see ``Scorer``. ``allowed`` is read at each tile's last query and first key.
 
     Source: Our choice, between block means and the tiles of XAttention, arXiv 2503.16428. One
     tile of every query block at a time: B * Hq * NQ * (S / ``TILE``) products are in memory.

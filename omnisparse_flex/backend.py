@@ -19,7 +19,8 @@ from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.inductor import CompiledFn, compile_graph, device_of, tensors_of
 from omnisparse_flex.kernel_choice import KERNELS, has_flash
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
-from omnisparse_flex.passes.rewrite import Site, shape_of
+from omnisparse_flex.passes.nodes import shape_of
+from omnisparse_flex.passes.rewrite import Site
 from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.report import RewriteReport, SiteReport
 

@@ -14,7 +14,7 @@ from omnisparse_flex.entry import Entry, State, entry_of
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks.record import STATS
 from omnisparse_flex.masks.select import BLOCK
-from omnisparse_flex.passes.rewrite import shape_of
+from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.report import table
 
 #: Largest number of heads, query blocks and key blocks that a picture holds.

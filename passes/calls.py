@@ -19,7 +19,8 @@ from omnisparse_flex.masks.layout import Layout, block_layout
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import Measured
 from omnisparse_flex.masks.select import BlockSelection, grid_of
-from omnisparse_flex.passes.rewrite import Site, value_of
+from omnisparse_flex.passes.nodes import value_of
+from omnisparse_flex.passes.rewrite import Site
 from omnisparse_flex.select_op import PARTS
 from omnisparse_flex.site import Site as AttentionSite
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from omnisparse_flex.passes.find_sites import BINDS
-from omnisparse_flex.passes.rewrite import Rewrite, Scope, op_name
+from omnisparse_flex.passes.nodes import op_name
+from omnisparse_flex.passes.rewrite import Rewrite
+from omnisparse_flex.passes.scope import Scope
 
 
 def clean_up(rewrite: Rewrite) -> None:

@@ -7,7 +7,8 @@ import torch
 from omnisparse_flex.attention import DTYPES, HEAD_DIMS, autocast_dtype
 from omnisparse_flex.cost import Shape
 from omnisparse_flex.masks.expr import TRUE, Const, causal
-from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site, shape_of, value_of
+from omnisparse_flex.passes.nodes import shape_of, value_of
+from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site
 
 
 def decide(rewrite: Rewrite) -> None:

@@ -12,7 +12,8 @@ from omnisparse_flex.masks.expr import Apply, Const, Expr
 from omnisparse_flex.masks.program import cast_of
 from omnisparse_flex.passes.lift_base import Indices, LiftError
 from omnisparse_flex.passes.lift_shapes import ShapeRules
-from omnisparse_flex.passes.rewrite import Scope, mutations, op_name, value_of
+from omnisparse_flex.passes.nodes import mutations, op_name, value_of
+from omnisparse_flex.passes.scope import Scope
 
 #: Dynamo-level operation name -> name in ``masks.expr.OPS``.
 POINTWISE: dict[str, str] = {

@@ -9,7 +9,9 @@ from typing import Any
 from torch.fx import Node
 
 from omnisparse_flex.masks.expr import Const, Expr, Load, axes
-from omnisparse_flex.passes.rewrite import Leaf, Scope, mutations, shape_of, value_of
+from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
+from omnisparse_flex.passes.rewrite import Leaf
+from omnisparse_flex.passes.scope import Scope
 
 Indices = tuple[Expr, ...]
 

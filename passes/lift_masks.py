@@ -24,7 +24,9 @@ from omnisparse_flex.masks.expr import (
 )
 from omnisparse_flex.passes.lift import Lifter
 from omnisparse_flex.passes.lift_base import LiftError
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Site, mutations, shape_of, value_of
+from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
+from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Site
+from omnisparse_flex.passes.scope import Scope
 
 #: An additive mask value at or under this means "not allowed" (finfo.min of half is -65504).
 NEGATIVE = -1e4

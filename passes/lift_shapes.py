@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from omnisparse_flex.masks.expr import Apply, Const, Expr
 from omnisparse_flex.passes.lift_base import Indices, Reader, is_one
-from omnisparse_flex.passes.rewrite import Scope, shape_of, value_of
+from omnisparse_flex.passes.nodes import shape_of, value_of
+from omnisparse_flex.passes.scope import Scope
 
 
 class ShapeRules(Reader):

@@ -19,7 +19,9 @@ from omnisparse_flex.passes.calls import (
     layout_function,
     part_function,
 )
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Scope, Settings, Site, mutations, value_of
+from omnisparse_flex.passes.nodes import mutations, value_of
+from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Settings, Site
+from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.share import layout_key, place, share
 from omnisparse_flex.select_op import PARTS, empty_parts
 from omnisparse_flex.site import Site as AttentionSite

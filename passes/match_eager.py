@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from omnisparse_flex.passes.rewrite import number_of, op_name, shape_of
+from omnisparse_flex.passes.nodes import number_of, op_name, shape_of
 
 _MATMUL = ("matmul", "bmm")
 _CASTS = ("to", "type_as", "float", "half", "bfloat16", "type")

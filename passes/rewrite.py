@@ -1,106 +1,17 @@
-"""The state that one run of the pipeline shares: scopes, sites, settings and reasons."""
+"""The state that one run of the pipeline shares: sites, settings and reasons."""
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost import Shape
-from omnisparse_flex.errors import PassError
 from omnisparse_flex.masks.expr import TRUE, Expr
-
-
-@dataclasses.dataclass(eq=False)
-class Scope:
-    """A graph, and for a sub-graph (an activation-checkpoint body) the call that runs it.
-
-    Attributes:
-        graph_module: The graph.
-        parent: The scope that holds ``call``; None for the outermost graph.
-        call: The higher-order call; its operands are ``call.args[1:]``.
-        carried: Inputs that ``carry`` added, by the enclosing graph's node.
-        handed: The parent's nodes for outputs that ``hand_out`` added, by this graph's node.
-    """
-
-    graph_module: GraphModule
-    parent: Scope | None = None
-    call: Node | None = None
-    carried: dict[Node, Node] = dataclasses.field(default_factory=dict)
-    handed: dict[Node, Node] = dataclasses.field(default_factory=dict)
-
-    def placeholders(self) -> list[Node]:
-        """This graph's inputs, in order."""
-        return self.graph_module.graph.find_nodes(op="placeholder", sort=True)
-
-    def operand_of(self, placeholder: Node) -> Node | None:
-        """The parent's node that feeds ``placeholder``, if this is a sub-graph."""
-        if self.parent is None or self.call is None:
-            return None
-        position = self.placeholders().index(placeholder)
-        operand = self.call.args[1 + position]
-        return operand if isinstance(operand, Node) else None
-
-    def carry(self, node: Node, home: Scope) -> Node:
-        """Make a node of an enclosing scope readable here, through new sub-graph inputs."""
-        if home is self:
-            return node
-        if node in self.carried:
-            return self.carried[node]
-        if self.parent is None or self.call is None:
-            raise PassError(f"{node.name} is not in an enclosing graph")
-        outer = self.parent.carry(node, home)
-        graph = self.graph_module.graph
-        inputs = self.placeholders()
-        with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(next(iter(graph.nodes))):
-            inner = graph.placeholder(f"omnisparse_{outer.name}")
-        inner.meta = dict(outer.meta)
-        self.call.args = (*self.call.args, outer)
-        self.carried[node] = inner
-        return inner
-
-    def hand_out(self, node: Node) -> Node:
-        """Make a tensor of this sub-graph readable in the parent, through a new output; earlier ones keep their places.
-
-        Autograd takes the new output for one of the body's results: hand out what has no gradient.
-        """
-        if node in self.handed:
-            return self.handed[node]
-        if self.parent is None or self.call is None:
-            raise PassError(f"{node.name} is in no sub-graph")
-        output = self.graph_module.graph.output_node()
-        results = output.args[0]
-        assert isinstance(results, tuple), "Dynamo flattens what a body returns"
-        output.args = ((*results, node),)
-        graph = self.parent.graph_module.graph
-        with graph.inserting_after(self.call):
-            outer = graph.create_node("call_function", operator.getitem, (self.call, len(results)), name=node.name)
-        for name in ("example_value", "val"):
-            values = self.call.meta.get(name)
-            if isinstance(values, (tuple, list)):
-                outer.meta[name] = value_of(node)
-                self.call.meta[name] = (*values, value_of(node))
-        self.handed[node] = outer
-        return outer
-
-    def reach(self, node: Node, home: Scope) -> Node:
-        """Make a tensor of any graph readable here: out of the sub-graphs that hold it, and into this one.
-
-        The calls on the way must run ``node`` before what reads it here.
-        """
-        around, scope = [self], self
-        while scope.parent is not None:
-            scope = scope.parent
-            around.append(scope)
-        while home not in around:
-            assert home.parent is not None, f"{node.name} and its reader have no graph in common"
-            node, home = home.hand_out(node), home.parent
-        return self.carry(node, home)
+from omnisparse_flex.passes.scope import Scope
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -241,66 +152,3 @@ class Rewrite:
         """Let sites that attend over another site's output (no projection in between) follow its rewrite."""
         for site in self.sites:
             site.query, site.key, site.value = (new if x is old else x for x in (site.query, site.key, site.value))
-
-
-def value_of(node: Any) -> Any:
-    """The fake value that Dynamo (or AOTAutograd) recorded for a node."""
-    if not isinstance(node, Node):
-        return node
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value
-
-
-def shape_of(node: Node) -> tuple[Any, ...]:
-    """A node's recorded shape, () if it has none."""
-    value = value_of(node)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-def number_of(x: Any) -> float | None:
-    """A number, or the number that a size computation stands for (which fixes it by a guard)."""
-    value = value_of(x)
-    return float(value) if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else None
-
-
-def op_name(node: Node) -> str:
-    """One vocabulary for ``operator.and_``, ``torch.bitwise_and``, ``Tensor.__and__`` and methods."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        packet = getattr(node.target, "overloadpacket", node.target)
-        name = str(getattr(packet, "__name__", packet))
-    else:
-        return node.op
-    if name.startswith("__") and name.endswith("__"):
-        return name.strip("_")
-    return name[:-1] if name in ("and_", "or_", "not_") else name
-
-
-_RESHAPES = ("view", "view_as", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "expand", "expand_as")
-_OTHERS = ("getitem", "narrow", "select", "unbind", "transpose", "permute", "t", "mT", "getattr", "to", "contiguous")
-#: Operations whose result may share memory with their first argument.
-_VIEWS = frozenset((*_RESHAPES, *_OTHERS, "detach", "alias", "broadcast_to", "swapaxes", "type", "type_as", "float"))
-
-
-def writes(node: Node) -> bool:
-    """Whether ``node`` changes its first argument in place."""
-    name = op_name(node)
-    if node.op == "call_function":
-        return name in ("setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior") or name.endswith("_")
-    return node.op == "call_method" and name.endswith("_")
-
-
-def mutations(node: Node) -> list[Node]:
-    """Nodes of the graph that change the value of ``node`` in place after it was made, also through views."""
-    base = node
-    while (writes(base) or op_name(base) in _VIEWS) and base.args and isinstance(base.args[0], Node):
-        base = base.args[0]
-    found, aliases = [], [base]
-    while aliases:
-        alias = aliases.pop()
-        for user in alias.users:
-            if user.args and user.args[0] is alias and (writes(user) or op_name(user) in _VIEWS):
-                aliases.append(user)
-                found += [user] if writes(user) and node < user else []
-    return found

@@ -6,7 +6,8 @@ from collections.abc import Hashable, Iterable
 
 from torch.fx import Node
 
-from omnisparse_flex.passes.rewrite import Rewrite, Site, shape_of
+from omnisparse_flex.passes.nodes import shape_of
+from omnisparse_flex.passes.rewrite import Rewrite, Site
 
 
 def share(rewrite: Rewrite) -> None:

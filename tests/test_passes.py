@@ -12,7 +12,7 @@ import omnisparse_flex.ops  # noqa: F401  (defines the marker)
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.passes import Settings, run_pipeline
-from omnisparse_flex.passes.rewrite import op_name
+from omnisparse_flex.passes.nodes import op_name
 from omnisparse_flex.testing import assert_close_to_oracle, assert_no_square, count_hops
 
 EVERYTHING = OmniSparseConfig(target_recall=0.9999999, lazy_threshold=None)

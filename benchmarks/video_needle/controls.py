@@ -20,7 +20,7 @@ from omnisparse_flex.masks import select
 
 
 def random_blocks(query: Tensor, key: Tensor, some: Tensor, *, scale: float, block: int, **_: Any) -> Tensor:
-    """A hash of batch row, head, query block and key block as the mass; takes and returns what ``mean_pool`` does."""
+    """A hash of batch row, head, query block and key block as the mass; a ``Scorer``."""
     places = _places(query, key, some)
     mixed = sum(x * factor for x, factor in zip(places, (17.13, 5.717, 12.9898, 78.233), strict=True))
     return _normalised(1 + (torch.sin(mixed) * 43758.5453).frac().abs(), some)

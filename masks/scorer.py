@@ -1,0 +1,40 @@
+"""What a scorer takes and owes: the estimated mass of blocks; the budget and the choice are made from it elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Scorer(Protocol):
+    """A function of this signature, traceable and without a tensor over queries x keys; ``SCORERS`` lists them."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        some: Tensor,
+        *,
+        scale: float,
+        block: int,
+        adjust: Callable[[Tensor], Tensor] | None,
+        allowed: Callable[..., Tensor],
+    ) -> Tensor:
+        """Estimated attention mass that each query block gives to each key block.
+
+        Args:
+            query: (B, Hq, L, D).
+            key: (B, Hkv, S, D).
+            some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
+            scale: Logit scale.
+            block: Tokens per block.
+            adjust: The model's own change of the logits (bias, soft cap) at block centres,
+                (..., B, Hq, NQ, NK) -> the same shape, or None.
+            allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices.
+
+        Returns:
+            float32 (B, Hkv, NQ, NK): the mean over the rows of logits that stand for a query block and over the
+            group's query heads; a row sums to 1, or to 0 where nothing is allowed.
+        """
