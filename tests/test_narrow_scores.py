@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_one_pass import by_loops, situation
 from test_token_kernels import CONFIG, loud, site_of
+from test_token_streaming import chunks_of
 from test_tokens import run
 
 from omnisparse_flex import apply_omnisparse, sparse_attention
@@ -87,6 +88,19 @@ def test_all_coordinates_give_the_same_choice():
         found.append(selection)
     assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
     assert not torch.equal(found[0].chosen, found[2].chosen), "a test of nothing"
+
+
+def test_a_few_segments_at_a_time_read_the_same_coordinates():
+    given = loud(SHAPE, "cpu")
+    # The last segment's queries alone would choose other coordinates.
+    given[0] = given[0].detach().index_fill(3, torch.arange(16), 0.0).where(torch.arange(520)[:, None] >= 384, given[0])
+    found = []
+    for size in (1 << 40, 0):
+        with chunks_of(size):
+            _, selection, *_ = run(SHAPE, given, NARROW, MaskProgram(causal()))
+        found.append(selection)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+    assert found[0].key_count.any(), "a test of nothing"
 
 
 def test_a_broken_key_is_kept_though_its_break_is_not_read():

@@ -192,7 +192,7 @@ def check_ready_keys(device, dtype, kv_len=300, dim=32):
     real = (torch.arange(kv_len, device=device) > 4).to(torch.uint8).expand(2, -1).contiguous()
     broken = ~key.isfinite().all(-1)
     whole = torch.where(broken.unsqueeze(-1), 0.0, key)
-    means, (packed, gain, state) = ready_keys(key, real, 16, torch.float8_e4m3fn)
+    means, (packed, gain, state, _) = ready_keys(key, real, 16, torch.float8_e4m3fn)
     torch.testing.assert_close(means, block_mean(whole, 16))
     assert torch.equal(state, torch.where(broken, BROKEN, WHOLE).to(torch.uint8) * real[:, None])
     error = (packed.float() * gain[..., None, None] - whole.float()).abs()
@@ -201,9 +201,14 @@ def check_ready_keys(device, dtype, kv_len=300, dim=32):
     assert (
         error <= whole.float().abs() / (16 if device == "cuda" else 1.9) + peak * 2**-18
     ).all() and packed.is_contiguous()
-    same_means, (same_keys, ones, _) = ready_keys(key, None, 16, dtype)
+    same_means, (same_keys, ones, _, _) = ready_keys(key, None, 16, dtype)
     torch.testing.assert_close(same_means, means)
     assert same_keys is key and (ones == 1).all()
+    columns = torch.randperm(dim, generator=torch.Generator().manual_seed(1))[:16].to(device, torch.int32)
+    columns = torch.stack([columns + h % 2 for h in range(6)]).clamp(max=dim - 1).view(2, 3, 16)
+    narrow_means, (narrow, ones, *_) = ready_keys(key, None, 16, dtype, columns)
+    at = columns.long().unsqueeze(2).expand(-1, -1, kv_len, -1)
+    assert torch.equal(narrow_means, same_means) and torch.equal(narrow, whole.gather(3, at)) and (ones == 1).all()
 
 
 def check_gradients_in_tensor_code(shape, device, dtype=torch.float32, **fields):
