@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnisparse_flex.masks.keys_kernel import FLOAT8_MAX
+from omnisparse_flex.masks.keys_kernel import FLOAT8_MAX, ReadyKeys
 from omnisparse_flex.masks.rectangle_kernel import LOG2_E, listed_rows
 
 #: Keys of a program of the mass kernel, and rows that it takes at a time.
@@ -72,10 +72,10 @@ def classify(
 
 @triton.jit(do_not_specialize=["q_len", "scale", "first_segment", "segments"])
 def _pack(
-    query, guess, rows, row_count, key_gain, packed, gains, guesses, q_b, q_h, q_n, q_len, scale, first_segment,
-    segments,
+    query, guess, rows, row_count, key_gain, columns, packed, gains, guesses, q_b, q_h, q_n, q_len, scale,
+    first_segment, segments,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, DIM: tl.constexpr, TOP: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Gather one tile of active rows, each scaled to the packed type's range; what is no row weighs nothing."""
     first, chunk_m, row = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
@@ -85,14 +85,17 @@ def _pack(
         return
     member, place, mine = listed_rows(rows, row_count, part, first, m, q_len, ROWS, GROUP * SEGMENT, SEGMENT, True)
     own, dims = head * GROUP + member, tl.arange(0, DIM)
+    at = dims
+    if NARROW:
+        at = tl.load(columns + row * DIM + dims)
     q = tl.load(
-        query + batch.to(tl.int64) * q_b + own.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + dims,
+        query + batch.to(tl.int64) * q_b + own.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + at,
         mask=mine[:, None], other=0.0,
     ).to(tl.float32)  # fmt: skip
     normal = tl.load(
         guess + (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place, mask=mine, other=float("inf")
     )
-    # What is not finite has no say in the choice.
+    # What is not finite has no say in the choice; where it is not in these coordinates, the guess is not finite either.
     broken = tl.max(tl.where(tl.abs(q) < float("inf"), 0, 1), 1) > 0
     says = mine & (broken == 0) & (tl.abs(normal) < float("inf"))
     q = tl.where(says[:, None], q, 0.0)
@@ -142,16 +145,14 @@ def _mass(
 
 
 def column_masses(
-    query: Tensor, keys: Tensor, key_gain: Tensor, state: Tensor, guess: Tensor, eligible: Tensor, rows: Tensor,
-    row_count: Tensor, part: slice, packed_at_once: int, segment: int, block: int, scale: float,
+    query: Tensor, ready: ReadyKeys, guess: Tensor, eligible: Tensor, rows: Tensor, row_count: Tensor, part: slice,
+    packed_at_once: int, segment: int, block: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Sums over the active rows of exp(logit - guess), cut at 1, for some segments.
 
     Args:
         query: (B, Hq, L, D), last dimension contiguous.
-        keys: (B, Hkv, S, D) of ``ready_keys``, last dimension contiguous.
-        key_gain: float32 (B, Hkv).
-        state: uint8 (B, Hkv, S).
+        ready: The keys, of ``ready_keys``.
         guess: float32 (B, Hq, L) contiguous.
         eligible: uint8 (B, Hkv, M, NK), strides may be 0 but the last is 1.
         rows: int (B, Hkv, M, R) contiguous.
@@ -165,8 +166,8 @@ def column_masses(
     Returns:
         float32 (B, Hkv, segments of the part, S rounded up to ``KEYS``); -1 for what is no key to choose.
     """
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = keys.shape[1:3]
+    (batch, heads, q_len, _), (keys, key_gain, state, columns) = query.shape, ready
+    kv_heads, kv_len, dim = keys.shape[1:]
     width, segments = rows.shape[3], rows.shape[2]
     tiles = triton.cdiv(kv_len, KEYS)
     mass = torch.empty(
@@ -178,9 +179,10 @@ def column_masses(
     for first in range(part.start, part.stop, packed_at_once):
         count = min(packed_at_once, part.stop - first)
         _pack[(width // ROWS, count, batch * kv_heads)](
-            query, guess, rows, row_count, key_gain, packed, gains, guesses, *query.stride()[:3], q_len, scale * LOG2_E,
-            first, segments, KV_HEADS=kv_heads, GROUP=heads // kv_heads, SEGMENT=segment, DIM=dim,
-            TOP=FLOAT8_MAX if keys.dtype.itemsize == 1 else 1.0, ROWS=ROWS,
+            query, guess, rows, row_count, key_gain, state if columns is None else columns, packed, gains, guesses,
+            *query.stride()[:3], q_len, scale * LOG2_E, first, segments, KV_HEADS=kv_heads, GROUP=heads // kv_heads,
+            SEGMENT=segment, DIM=dim, TOP=FLOAT8_MAX if keys.dtype.itemsize == 1 else 1.0, ROWS=ROWS,
+            NARROW=columns is not None,
         )  # fmt: skip
         _mass[(tiles, count, batch * kv_heads)](
             packed, gains, guesses, row_count, keys, state, eligible, mass, *keys.stride()[:3], *eligible.stride()[:3],

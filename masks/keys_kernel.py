@@ -24,21 +24,24 @@ class ReadyKeys(NamedTuple):
     """Keys as the mass kernel takes them.
 
     Attributes:
-        keys: (B, Hkv, S, D), the keys themselves, or in float8, scaled by head; last dimension contiguous.
+        keys: (B, Hkv, S, D), the keys themselves, or in float8, scaled by head; last dimension contiguous. Of narrow
+            scores (B, Hkv, S, dims).
         gain: float32 (B, Hkv), what undoes the scaling.
         state: uint8 (B, Hkv, S), what each key's mass means.
+        columns: int32 (B, Hkv, dims) contiguous, the coordinates that narrow scores multiply; None: all.
     """
 
     keys: Tensor
     gain: Tensor
     state: Tensor
+    columns: Tensor | None
 
 
 @triton.jit(do_not_specialize=["kv_len", "count"])
-def _ready(key, finite, factor, means, packed, k_b, k_h, k_n, kv_len, count,
+def _ready(key, finite, factor, means, packed, columns, k_b, k_h, k_n, kv_len, count,
            KV_HEADS: tl.constexpr, DIM: tl.constexpr, POOL: tl.constexpr, KEYS: tl.constexpr, TOP: tl.constexpr,
-           PACKS: tl.constexpr):  # fmt: skip
-    """Means of a tile of keys, and the keys in float8; keys that are not finite are zeros in both."""
+           PACKS: tl.constexpr, NARROW: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Means of a tile of keys, and the keys as they are multiplied; keys that are not finite are zeros in both."""
     tile, row = tl.program_id(0), tl.program_id(1)
     places, dims = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
     slots = row.to(tl.int64) * kv_len + places
@@ -47,8 +50,13 @@ def _ready(key, finite, factor, means, packed, k_b, k_h, k_n, kv_len, count,
     own = key + (row // KV_HEADS).to(tl.int64) * k_b + (row % KV_HEADS).to(tl.int64) * k_h
     k = tl.load(own + places.to(tl.int64)[:, None] * k_n + dims, mask=whole[:, None], other=0.0).to(tl.float32)
     if PACKS:
-        scaled = tl.minimum(tl.maximum(k * tl.load(factor + row), -TOP), TOP)
-        tl.store(packed + slots[:, None] * DIM + dims, scaled.to(packed.dtype.element_ty), mask=there[:, None])
+        said, own_dims = k, tl.arange(0, WIDTH)
+        if NARROW:
+            chosen = tl.load(columns + row * WIDTH + own_dims)
+            at = own + places.to(tl.int64)[:, None] * k_n + chosen
+            said = tl.load(at, mask=whole[:, None], other=0.0).to(tl.float32)
+        scaled = tl.minimum(tl.maximum(said * tl.load(factor + row), -TOP), TOP)
+        tl.store(packed + slots[:, None] * WIDTH + own_dims, scaled.to(packed.dtype.element_ty), mask=there[:, None])
     sums = tl.sum(tl.reshape(k, (KEYS // POOL, POOL, DIM)), 1)
     pools = tile * (KEYS // POOL) + tl.arange(0, KEYS // POOL)
     sizes = tl.maximum(tl.minimum(kv_len - pools * POOL, POOL), 1).to(tl.float32)
@@ -56,26 +64,29 @@ def _ready(key, finite, factor, means, packed, k_b, k_h, k_n, kv_len, count,
     tl.store(at, (sums / sizes[:, None]).to(means.dtype.element_ty), mask=(pools < count)[:, None])
 
 
-def packed_type(query: Tensor) -> torch.dtype:
+def packed_type(query: Tensor, dims: int) -> torch.dtype:
     """What products of the estimate are computed in: float8 where the device multiplies it, else the query's own.
 
-    Rows of less than 32 numbers are too short for a float8 product. Devices of ROCm have capabilities too, and
-    another float8.
+    Rows of less than 32 numbers (``dims``) are too short for a float8 product. Devices of ROCm have capabilities too,
+    and another float8.
     """
-    ours = query.is_cuda and torch.version.hip is None and query.shape[3] >= 32
+    ours = query.is_cuda and torch.version.hip is None and dims >= 32
     if ours and torch.cuda.get_device_capability(query.device) >= (9, 0):
         return torch.float8_e4m3fn
     return query.dtype
 
 
-def ready_keys(key: Tensor, real: Tensor | None, pool: int, dtype: torch.dtype) -> tuple[Tensor, ReadyKeys]:
-    """Means of the keys, and the keys for the mass kernel; no copy of the keys but the float8 one is made.
+def ready_keys(
+    key: Tensor, real: Tensor | None, pool: int, dtype: torch.dtype, columns: Tensor | None = None
+) -> tuple[Tensor, ReadyKeys]:
+    """Means of the keys, and the keys for the mass kernel; no copy of the keys but the float8 or narrow one is made.
 
     Args:
         key: (B, Hkv, S, D), last dimension contiguous.
         real: uint8 (B, S), 0 = nobody sees the key; or None.
         pool: Keys to a mean.
         dtype: float8_e4m3fn, or key's own.
+        columns: int32 (B, Hkv, dims) contiguous, the coordinates that are multiplied; None: all.
 
     Returns:
         Means (B, Hkv, S / pool rounded up, D) in key's dtype, 0 standing for keys that are not finite; and the keys.
@@ -86,15 +97,17 @@ def ready_keys(key: Tensor, real: Tensor | None, pool: int, dtype: torch.dtype) 
     state = torch.where(finite, WHOLE, BROKEN).to(torch.uint8)
     if real is not None:
         state *= real[:, None]
-    packs = dtype != key.dtype
+    scales, width = dtype != key.dtype, dim if columns is None else columns.shape[2]
+    packs = scales or columns is not None
     peak = torch.where(finite, torch.maximum(high, -low), 0.0).amax(-1).float()
     # Finite where all keys are 0.
-    factor = FLOAT8_MAX / peak.clamp(min=1e-30) if packs else torch.ones_like(peak)
+    factor = FLOAT8_MAX / peak.clamp(min=1e-30) if scales else torch.ones_like(peak)
     count = triton.cdiv(kv_len, pool)
     means = torch.empty((batch, kv_heads, count, dim), dtype=key.dtype, device=key.device)
-    packed = torch.empty(key.shape, dtype=dtype, device=key.device) if packs else key
+    packed = torch.empty((*key.shape[:3], width), dtype=dtype, device=key.device) if packs else key
     _ready[(triton.cdiv(kv_len, KEYS), batch * kv_heads)](
-        key, finite.view(torch.uint8), factor, means, packed, *key.stride()[:3], kv_len, count,
-        KV_HEADS=kv_heads, DIM=dim, POOL=pool, KEYS=KEYS, TOP=FLOAT8_MAX, PACKS=packs, num_warps=8,
+        key, finite.view(torch.uint8), factor, means, packed, state if columns is None else columns, *key.stride()[:3],
+        kv_len, count, KV_HEADS=kv_heads, DIM=dim, POOL=pool, KEYS=KEYS, TOP=torch.finfo(dtype).max, PACKS=packs,
+        NARROW=columns is not None, WIDTH=width, num_warps=8,
     )  # fmt: skip
-    return means, ReadyKeys(packed, 1.0 / factor, state)
+    return means, ReadyKeys(packed, 1.0 / factor, state, columns)

@@ -42,6 +42,7 @@ def select_quickly(
     target: Tensor | float,
     scale: float,
     real: Tensor | None,
+    columns: Tensor | None = None,
 ) -> TokenSelection:
     """Choose the active queries and the keys of every segment, under a ``PlainMask`` and with ``scoring="one_pass"``.
 
@@ -56,6 +57,7 @@ def select_quickly(
         target: Recall to keep, number or 0-d tensor.
         scale: Logit scale.
         real: uint8 (B, S) contiguous, 0 = a key nobody sees; None: there is none.
+        columns: int32 (B, Hkv, dims) contiguous, the coordinates that scores multiply; None: all.
 
     Returns:
         As ``select_tokens``, with int32 rows.
@@ -74,24 +76,25 @@ def select_quickly(
     order, row_count = pack_rows(active, kv_heads, segment)
     rows = order.int()
     del order  # twice as large
-    means, ready = ready_keys(key, real, GUESS_POOL, packed_type(query))
+    dims = query.shape[3] if columns is None else columns.shape[2]
+    means, ready = ready_keys(key, real, GUESS_POOL, packed_type(query, dims), columns)
     far = _pooled(query, means, GUESS_POOL, eligible, (rows, row_count), segment, block=block, scale=scale)
     guess = torch.logaddexp(near_lse, far, out=far)
     near = torch.where(active & guess.isfinite(), torch.exp(near_lse - guess), 0.0).unsqueeze(-1)
     kept = segments_of(near, kv_heads, segment).sum((3, 4))
     del means, near
-    steps = _steps(key, rows, ready.keys.element_size())
+    steps = _steps(key, rows, dims * ready.keys.element_size())
     listed = (eligible, rows, row_count, kept, config, steps)
     chosen = _choose(query, ready, guess, *listed, block=block, target=target, scale=scale)
     return TokenSelection(segments, active, lazy, rows, row_count, *chosen)
 
 
 def _steps(key: Tensor, rows: Tensor, size: int) -> tuple[int, int]:
-    """Segments whose masses are held at once, and whose rows are gathered at once, in numbers of ``size`` bytes."""
-    batch, kv_heads, kv_len, dim = key.shape
+    """Segments whose masses are held at once, and whose rows, of ``size`` bytes, are gathered at once."""
+    batch, kv_heads, kv_len, _ = key.shape
     heads, count = batch * kv_heads, rows.shape[2]
     step = at_once(count, heads * -(-kv_len // KEYS) * KEYS * 4, key, MASSES)
-    return step, at_once(step, heads * rows.shape[3] * (dim * size + 8), key, ROWS)
+    return step, at_once(step, heads * rows.shape[3] * (size + 8), key, ROWS)
 
 
 def _choose(
@@ -127,7 +130,7 @@ def _choose(
         part = slice(start, min(start + step, row_count.shape[2]))
         asked, anyway, ends = row_count[:, :, part] > 0, kept[:, :, part].contiguous(), stops[:, :, part].contiguous()
         mass = column_masses(
-            query, *ready, guess, flags, rows, row_count, part, packed, config.segment_size, block, scale
+            query, ready, guess, flags, rows, row_count, part, packed, config.segment_size, block, scale
         )
         needs, there, total = masses_needed(mass, ends, anyway, goal)
         budget = shared_budget(needs.clamp(max=most), asked, config.budget)

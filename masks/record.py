@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 
     Attributes:
         stats: float32 (len(STATS),).
-        cells: uint8 (Hkv, NQ, NK), the first batch row's picture.
+        cells: uint8 (Hkv, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
         recalls: float32 (2, Hq), mean and minimum true recall; (2, 0) unless asked for.
     """
 
@@ -76,7 +76,7 @@ def measure(
             of budgets, needs and lazy rows is said of the layer that made it.
 
     Returns:
-        The record. ``kept_blocks`` and ``allowed_blocks`` are means over batch and KV heads of
+        The record. ``kept_blocks`` and ``allowed_blocks`` are means over batch and the heads that choose of
         the number of block pairs (a token pair counts 1 / BLOCK^2); ``selection_blocks`` is the
         selection's own cost in the same unit; ``budget`` is the mean number of blocks beyond the
         always-kept ones of an active row (segment); ``discarded_share`` is that of the lazy rows;
@@ -87,7 +87,7 @@ def measure(
         values, cells = _block_stats(selection, config, chose), _block_cells(selection)
         kept = _kept_by_blocks(selection, rows, key.shape[2]) if exact else None
     else:
-        values, cells = _token_stats(selection, config, key.shape[2]), _token_cells(selection, config)
+        values, cells = _token_stats(selection, config, key), _token_cells(selection, config)
         kept = kept_pairs(selection, rows, key.shape[2], config, BLOCK) if exact else None
     recalls = torch.zeros((2, 0), device=query.device)
     if kept is not None:
@@ -124,16 +124,17 @@ def _last_rows(selection: BlockSelection, config: OmniSparseConfig) -> Tensor:
     return pairs / (batch * heads) * (0.5 * min(config.last_rows // BLOCKS, BLOCK) / BLOCK)
 
 
-def _token_stats(selection: TokenSelection, config: OmniSparseConfig, kv_len: int) -> tuple[Tensor, ...]:
+def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tensor) -> tuple[Tensor, ...]:
     segments = selection.segments
     # Segments of padding have active rows that see nothing.
     size, asked = selection.row_count.shape[:2].numel(), (selection.row_count > 0) & (selection.mass > 0)
     pairs = size * BLOCK * BLOCK * (selection.rows.shape[-1] // config.segment_size)
-    eligible = tokens_of_blocks(segments.eligible, BLOCK, kv_len).sum(-1).expand_as(selection.key_count)
+    eligible = tokens_of_blocks(segments.eligible, BLOCK, key.shape[2]).sum(-1).expand_as(selection.key_count)
     wide = (*selection.row_count.shape[:2], *segments.some.shape[2:])
     fetched = (selection.row_count * selection.key_count).sum() / pairs
-    # Scores of every active row with every eligible key: half of what attention computes for a pair.
-    scored = (selection.row_count * eligible).sum() / pairs / 2
+    # Scores of every active row with every eligible key: half of what attention computes for a pair, if not narrow.
+    width = 1.0 if config.scoring_dims is None else config.scoring_dims / key.shape[3]
+    scored = (selection.row_count * eligible).sum() / pairs / 2 * width
     mass = torch.where(asked, selection.mass, 1.0)
     lazy = selection.lazy.sum().clamp(min=1)
     return (

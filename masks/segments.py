@@ -41,6 +41,16 @@ def segment_layout(layout: Layout, blocks: int) -> SegmentLayout:
     return SegmentLayout(layout.some, layout.some & forced.index_select(2, own), forced, some & ~forced)
 
 
+def per_member(x: Tensor, group: int) -> Tensor:
+    """(B, Hkv, ...) -> (B, Hkv * group, ...): each KV head's for every query head of its group; a copy."""
+    return x if group == 1 else x.repeat_interleave(group, 1)
+
+
+def segments_per_member(segments: SegmentLayout, group: int) -> SegmentLayout:
+    """The layout with a head axis of query heads, or still of 1."""
+    return SegmentLayout(*(x if x.shape[1] == 1 else per_member(x, group) for x in segments))
+
+
 def pack_rows(active: Tensor, kv_heads: int, segment: int) -> tuple[Tensor, Tensor]:
     """``(rows, row_count)`` of a selection, from bool (B, Hq, L) activity."""
     grouped = segments_of(active.unsqueeze(-1), kv_heads, segment).squeeze(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.column_mass import column_mass
 from omnisparse_flex.masks.key_bits import pack_bits, unpack_bits
+from omnisparse_flex.masks.loudest import loudest
 from omnisparse_flex.masks.one_pass import one_pass
 from omnisparse_flex.masks.pooled_lse import pooled_lse
 from omnisparse_flex.masks.queries import LAZY_STRIDE, REDUNDANCY_THRESHOLD
@@ -20,7 +22,7 @@ from omnisparse_flex.masks.segments import SegmentLayout, pack_rows, tokens_of_b
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: Estimators by name; each one's products for a pair, as a share of attention's own, is a half.
-ESTIMATORS = {"one_pass": one_pass, "column_mass": column_mass}
+ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"one_pass": one_pass, "column_mass": column_mass}
 
 #: What ranking takes for each mass: in float32 the masses, as they are sorted, and their running sum; the order in
 #: int64; and a few flags.
@@ -30,21 +32,22 @@ RANKED_BYTES = 32
 class TokenSelection(NamedTuple):
     """What one attention site fetches beyond the always-kept keys; M segments of ``segment_size`` queries.
 
-    The query heads of a KV head's group fetch together: R = group * segment_size rows share one
-    set of keys. Row ``g * segment_size + i`` is query i of the segment in head g of the group.
+    Hc heads choose: the KV heads, for their groups of query heads, or the query heads themselves (``gqa_choice``).
+    The query heads of a group fetch together: R = Hq / Hc * segment_size rows share one set of keys. Row
+    ``g * segment_size + i`` is query i of the segment in head g of the group.
 
     Attributes:
-        segments: The always-kept blocks.
+        segments: The always-kept blocks, their head axis 1 or Hc.
         active: bool (B, Hq, L), queries that fetch.
         lazy: bool (B, Hq, L), queries that look near and repeat their neighbours.
-        rows: int (B, Hkv, M, R), a segment's rows, active ones first.
-        row_count: int64 (B, Hkv, M), number of active ones.
-        chosen: int32 (B, Hkv, M, words), the keys that a segment fetches as bits, see ``pack_bits``: at 128K keys
+        rows: int (B, Hc, M, R), a segment's rows, active ones first.
+        row_count: int64 (B, Hc, M), number of active ones.
+        chosen: int32 (B, Hc, M, words), the keys that a segment fetches as bits, see ``pack_bits``: at 128K keys
             a 32nd of what lists of all keys would take, and an eighth of the keys and values (4 KV heads, D=128).
-        key_count: int64 (B, Hkv, M), how many they are.
-        needs: int64 (B, Hkv, M), how many each head would need.
-        mass: float32 (B, Hkv, M), estimated share of the allowed mass that is kept, mean over active rows.
-        overflow: bool (B, Hkv, M), segments whose need exceeded ``max_kv_budget``.
+        key_count: int64 (B, Hc, M), how many they are.
+        needs: int64 (B, Hc, M), how many each head would need.
+        mass: float32 (B, Hc, M), estimated share of the allowed mass that is kept, mean over active rows.
+        overflow: bool (B, Hc, M), segments whose need exceeded ``max_kv_budget``.
     """
 
     segments: SegmentLayout
@@ -78,7 +81,7 @@ def select_tokens(
 
     Args:
         query: (B, Hq, L, D).
-        key: (B, Hkv, S, D).
+        key: (B, Hc, S, D), a head for each choice.
         near_lse: float32 (B, Hq, L), log-sum-exp of each query's always-kept logits; -inf: none.
         segments: Blocks that are always kept, and blocks to choose from.
         text: bool (B or 1, L), queries that are always active.
@@ -99,11 +102,12 @@ def select_tokens(
     segment, count = config.segment_size, segments.eligible.shape[2]
     each = RANKED_BYTES * key.shape[0] * key.shape[1] * key.shape[2]
     step, found = at_once(count, each, key, 1), []
+    columns = None if config.scoring_dims is None else loudest(query, key, key.shape[1], config.scoring_dims)
     for first in range(0, count, step):
         part, own = slice(first, first + step), slice(first * segment, (first + step) * segment)
         inputs = (query[:, :, own], key, near_lse[:, :, own], segments.eligible[:, :, part], text[:, own], config)
         rules: dict[str, Any] = {"block": block, "scale": scale, "score": score, "first": first}
-        found.append(_select(*inputs, target=target, pairs=pairs, **rules))
+        found.append(_select(*inputs, target=target, pairs=pairs, columns=columns, **rules))
     return TokenSelection(segments, *(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
 
 
@@ -117,11 +121,14 @@ def _select(
     *,
     target: Tensor | float,
     pairs: MaskMod | None,
+    columns: Tensor | None,
     **rules: Any,
 ) -> tuple[Tensor, ...]:
     """The fields of a ``TokenSelection`` from ``active`` on, for some segments."""
     active, lazy = active_tokens(query, key, near_lse, eligible, text, config, **rules)
     rows, row_count = pack_rows(active, key.shape[1], config.segment_size)
+    if columns is not None:
+        rules["columns"] = columns
     mass, kept = ESTIMATORS[config.scorer](
         query, key, near_lse, eligible, rows, row_count, config, pairs=pairs, **rules
     )
@@ -198,11 +205,11 @@ def kept_pairs(selection: TokenSelection, places: Tensor, kv_len: int, config: O
     Returns:
         bool (B, Hq, P, S).
     """
-    heads, kv_heads = selection.active.shape[1], selection.rows.shape[1]
+    heads, choices = selection.active.shape[1], selection.rows.shape[1]
     segment = places // config.segment_size
     fetched = unpack_bits(selection.chosen.index_select(2, segment), kv_len)
     near = tokens_of_blocks(selection.segments.near.index_select(2, places // block), block, kv_len).expand_as(fetched)
-    fetched, near = (x.repeat_interleave(heads // kv_heads, 1) for x in (fetched, near))
+    fetched, near = (x.repeat_interleave(heads // choices, 1) for x in (fetched, near))
     active, lazy = (x.index_select(2, places).unsqueeze(-1) for x in (selection.active, selection.lazy))
     kept = near | (fetched & active)
     return kept & (active | ~lazy) if config.lazy_mode == "skip" else kept

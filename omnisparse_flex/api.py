@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from omnisparse_flex import integration
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.cost import shape_of_config
 from omnisparse_flex.entry import Entry, check_visual, entry_of, refuse_compiled
 from omnisparse_flex.errors import require
 from omnisparse_flex.explain import explain
@@ -84,6 +85,9 @@ def apply_omnisparse(
     decoder = integration.find_decoder(model) if is_hf else model
     if is_hf:
         config.check_layers(integration.layer_count(decoder))
+        shape = shape_of_config(decoder.config)
+        if shape is not None:
+            config.check_head_dim(shape.head_dim)
 
     remove_omnisparse(model)
     undo = _Undo()

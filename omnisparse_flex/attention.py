@@ -74,6 +74,7 @@ def sparse_attention(
     what is selected does not depend on ``sinks``.
     """
     _check(query, key, value, visual_mask, enable_gqa)
+    config.check_head_dim(query.shape[3])
     if sinks is not None:
         check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from omnisparse_flex.masks.segments import per_member
 from omnisparse_flex.masks.tokens import TokenSelection
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import attend_near, attend_selected
@@ -29,8 +30,11 @@ def listed_gradients(
     Returns:
         Of query, key, value and the sinks, each of its shape and dtype.
     """
+    # As many heads as chose: KV heads, or copies of them for all query heads.
+    group = selection.rows.shape[1] // key.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, own: Site) -> Tensor:
+        k, v = per_member(k, group), per_member(v, group)
         return attend_selected(q, k, v, *attend_near(q, k, v, selection.segments, own), selection, own)
 
     return gradients_through(attend, grad, query, key, value, site)

@@ -8,6 +8,7 @@ Importing this module needs Triton.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from omnisparse_flex.guard import guarded
 from omnisparse_flex.listed_gradients import listed_gradients
 from omnisparse_flex.logit_sinks import keys_share
+from omnisparse_flex.masks.loudest import loudest
+from omnisparse_flex.masks.loudest_kernel import loudest_quickly
 from omnisparse_flex.masks.plain import PlainMask
 from omnisparse_flex.masks.quick_select import select_quickly
 from omnisparse_flex.masks.rectangle_kernel import Lists, attend_lists
@@ -26,7 +29,7 @@ from omnisparse_flex.masks.select import BLOCK
 from omnisparse_flex.masks.tokens import TokenSelection
 from omnisparse_flex.quick_gradients import gradients_by_heads
 from omnisparse_flex.site import Site
-from omnisparse_flex.spans import Span, spans
+from omnisparse_flex.spans import Span, joined, spans
 from omnisparse_flex.token_lists import far_lists, near_lists
 
 #: The lists of keys take the keys' and values' bytes divided by this.
@@ -41,12 +44,14 @@ class Attended(NamedTuple):
     """What the forward pass of a span leaves behind beside its output.
 
     Attributes:
+        heads: Its query heads.
         own: Its queries.
-        lse: float32 (B, Hq, own queries) contiguous, sinks included; -inf where the output is 0 whatever values are.
+        lse: float32 (B, heads, own queries) contiguous, sinks included; -inf where the output is 0 whatever values are.
         near: All rows over their always-kept keys.
         selection: The rest.
     """
 
+    heads: slice
     own: slice
     lse: Tensor
     near: Lists
@@ -79,8 +84,9 @@ def attend_quickly(
     learning = [x for x in (query, key, value, site.sinks) if x is not None and x.requires_grad]
     learns = torch.is_grad_enabled() and len(learning) > 0
     out, parts = torch.empty(query.shape, dtype=query.dtype, device=query.device), []
-    for span in spans(key, site.config.segment_size, plain, segments, text):
-        done = _attended(query[:, :, span.own], key, value, site, span, out[:, :, span.own])
+    for span in _spans(query, key, site, plain, segments, text):
+        mine = (slice(None), span.heads, span.own)
+        done = _attended(query[mine], key, value, site, span, out[mine])
         if done is None:
             return None
         if keep or learns:
@@ -89,7 +95,7 @@ def attend_quickly(
     if learns:
         done_parts = (out, segments, parts)
         out = _Attend.apply(query, key, value, site.sinks, site, done_parts)  # type: ignore[no-untyped-call]
-    return out, _joined(segments, parts) if keep else None
+    return out, joined(segments, [(x.heads, x.selection) for x in parts]) if keep else None
 
 
 @torch.no_grad()
@@ -116,10 +122,10 @@ def gradients_quickly(
     assert site.config is not None
     grad, query, key, value = (_rowwise(x) for x in (grad, query, key, value))
     found = _nothing(query, key, value, site.sinks)
-    for span in spans(key, site.config.segment_size, plain, segments, text):
+    for span in _spans(query, key, site, plain, segments, text):
         # The output lies where query's gradient will.
-        out = found[0][:, :, span.own]
-        done = _attended(query[:, :, span.own], key, value, site, span, out)
+        out = found[0][:, span.heads, span.own]
+        done = _attended(query[:, span.heads, span.own], key, value, site, span, out)
         if done is None or not _add(found, grad, query, key, value, site, done, out):
             return None
         del done  # before the next one is made
@@ -134,27 +140,30 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, o
     """
     assert site.config is not None
     config, scale, plain = site.config, site.scale_for(query), span.plain
+    sinks = None if site.sinks is None else site.sinks[span.heads]
     real = None if plain.real is None else plain.real.contiguous().view(torch.uint8)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     near = near_lists(span.segments, key.shape, config.segment_size, PlainMask(plain.offset, real))
     attend_lists(query, key, value, out, lse, near, scale)
     selection = select_quickly(
-        query, key, lse, span.segments, span.text, config, block=BLOCK, target=site.target, scale=scale, real=real
-    )
+        query, key, lse, span.segments, span.text, config, block=BLOCK, target=site.target, scale=scale, real=real,
+        columns=span.columns,
+    )  # fmt: skip
     for far in far_lists(selection, near, config, key, LISTS):
         attend_lists(query, key, value, out, lse, far, scale, goes_on=True)
-    if site.sinks is not None:
-        out.mul_(keys_share(lse, site.sinks).unsqueeze(-1))
-        lse = torch.logaddexp(lse, site.sinks.to(lse.dtype)[:, None])
+    if sinks is not None:
+        out.mul_(keys_share(lse, sinks).unsqueeze(-1))
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
     if config.lazy_mode == "skip":
         skipped = selection.lazy & ~selection.active
         out.masked_fill_(skipped.unsqueeze(-1), 0.0)
         lse.masked_fill_(skipped, -torch.inf)
-    return Attended(span.own, lse, near, selection)
+    return Attended(span.heads, span.own, lse, near, selection)
 
 
 #: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
 _attended = guarded(_attend, "the token kernels failed, token attention runs in tensor code")
+_loudest = guarded(loudest_quickly, "the kernel of the loudest coordinates failed, they are found in tensor code")
 _gradients = guarded(gradients_by_heads, "the token kernels failed, gradients of token attention run in tensor code")
 
 
@@ -181,10 +190,24 @@ class _Attend(torch.autograd.Function):
         segments, parts = pytree.tree_unflatten([next(left) if x is SAVED else x for x in ctx.leaves], ctx.form)
         grad, found = _rowwise(grad), _nothing(query, key, value, ctx.site.sinks)
         for done in parts:
-            if not _add(found, grad, query, key, value, ctx.site, done, out[:, :, done.own]):
-                selection = _joined(segments, parts)
+            if not _add(found, grad, query, key, value, ctx.site, done, out[:, done.heads, done.own]):
+                selection = joined(segments, [(x.heads, x.selection) for x in parts])
                 return *listed_gradients(grad, query, key, value, selection, ctx.site), None, None
         return *found, None, None
+
+
+def _spans(
+    query: Tensor, key: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor
+) -> Iterator[Span]:
+    """The spans of a site."""
+    assert site.config is not None
+    (heads, kv_heads), config, columns = (query.shape[1], key.shape[1]), site.config, None
+    if config.scoring_dims is not None:
+        # Of the whole call: a stretch's own would be others.
+        wanted = (query, key, config.choices(heads, kv_heads), config.scoring_dims)
+        columns = _loudest(*wanted)
+        columns = loudest(*wanted).int() if columns is None else columns
+    return spans(key, heads // kv_heads, config, plain, segments, text, columns)
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:
@@ -200,10 +223,11 @@ def _add(
     """Add the gradients of a span, whose output is ``out``; False once the kernels failed to compile."""
     assert site.config is not None
     of_query, of_key, of_value, of_sinks = found
-    mine = (grad[:, :, done.own], query[:, :, done.own], key, value, out, *done[1:], site.config)
-    along = _gradients(*mine, site.scale_for(query), of_query[:, :, done.own], of_key, of_value)
+    own = (slice(None), done.heads, done.own)
+    mine = (grad[own], query[own], key, value, out, done.lse, done.near, done.selection, site.config)
+    along = _gradients(*mine, site.scale_for(query), of_query[own], of_key, of_value)
     if along is not None and of_sinks is not None and site.sinks is not None:
-        of_sinks += _of_sinks(along, done.lse, site.sinks)
+        of_sinks[done.heads] += _of_sinks(along, done.lse, site.sinks[done.heads])
     return along is not None
 
 
@@ -212,13 +236,6 @@ def _of_sinks(along: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
     share = torch.where(lse == -torch.inf, 0.0, share)  # neither a key nor a sink
     return -(share * along).sum((0, 2))
-
-
-def _joined(segments: SegmentLayout, parts: list[Attended]) -> TokenSelection:
-    """The selection of all queries."""
-    if len(parts) == 1:
-        return parts[0].selection
-    return TokenSelection(segments, *(torch.cat(x, 2) for x in zip(*(p.selection[1:] for p in parts), strict=True)))
 
 
 def _rowwise(x: Tensor) -> Tensor:

@@ -12,7 +12,13 @@ from omnisparse_flex.gathered import attend_gathered
 from omnisparse_flex.masks.key_bits import bits_of_blocks
 from omnisparse_flex.masks.layout import block_layout
 from omnisparse_flex.masks.plain import PlainMask, plain_mask
-from omnisparse_flex.masks.segments import SegmentLayout, segment_layout, tokens_of_blocks
+from omnisparse_flex.masks.segments import (
+    SegmentLayout,
+    per_member,
+    segment_layout,
+    segments_per_member,
+    tokens_of_blocks,
+)
 from omnisparse_flex.masks.select import BLOCK, grid_of
 from omnisparse_flex.masks.tokens import TokenSelection, columns, select_tokens
 from omnisparse_flex.site import Site
@@ -46,7 +52,11 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
 def attend_and_select(
     query: Tensor, key: Tensor, value: Tensor, site: Site, keep: bool = True
 ) -> tuple[Tensor, TokenSelection | None]:
-    """The output and, to ``keep``, the selection: in kernels where there are some, else in tensor code."""
+    """The output and, to ``keep``, the selection: in kernels where there are some, else in tensor code.
+
+    Tensor code copies keys and values for each query head that chooses for itself (``gqa_choice="head"``); autograd
+    sums the copies' gradients.
+    """
     segments, text = segments_of_site(query, key, site), text_queries(query, key, site)
     plain = plain_for_kernels(query, key, value, site)
     if plain is not None:
@@ -55,6 +65,9 @@ def attend_and_select(
         found = attend_quickly(query, key, value, site, plain, segments, text, keep)
         if found is not None:
             return found
+    assert site.config is not None
+    group = site.config.choices(query.shape[1], key.shape[1]) // key.shape[1]
+    key, value, segments = per_member(key, group), per_member(value, group), segments_per_member(segments, group)
     near, near_lse = attend_near(query, key, value, segments, site)
     selection = choose(query, key, near_lse, segments, text, site)
     return attend_selected(query, key, value, near, near_lse, selection, site), selection

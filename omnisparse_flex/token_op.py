@@ -90,7 +90,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[
         site = dataclasses.replace(site, write=found.append, exact=record == 2)
     with torch.no_grad(), _as_given(query):
         out = attend_tokens(query, key, value, site)
-    return (out.contiguous(), *(found[0] if found else _blank(query, key, 0)))
+    return (out.contiguous(), *(found[0] if found else _blank(query, key, site, 0)))
 
 
 def _as_given(query: Tensor) -> torch.autocast:
@@ -98,10 +98,11 @@ def _as_given(query: Tensor) -> torch.autocast:
     return torch.autocast(query.device.type, enabled=False)
 
 
-def _blank(query: Tensor, key: Tensor, record: int) -> Measured:
+def _blank(query: Tensor, key: Tensor, site: Site, record: int) -> Measured:
     """An empty record of the right sizes."""
-    grid = grid_of(query, key)
-    shape = (key.shape[1], grid.q_blocks, grid.kv_blocks) if record else (0, 0, 0)
+    assert site.config is not None
+    grid, choices = grid_of(query, key), site.config.choices(query.shape[1], key.shape[1])
+    shape = (choices, grid.q_blocks, grid.kv_blocks) if record else (0, 0, 0)
     return Measured(
         query.new_zeros(len(STATS) if record else 0, dtype=torch.float32),
         query.new_zeros(shape, dtype=torch.uint8),
@@ -110,8 +111,8 @@ def _blank(query: Tensor, key: Tensor, record: int) -> Measured:
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = value.new_empty((*query.shape[:3], value.shape[3]))
-    return (out, *_blank(query, key, int(rest[-1])))  # type: ignore[call-overload]
+    out, (*_, rules, record) = value.new_empty((*query.shape[:3], value.shape[3])), rest
+    return (out, *_blank(query, key, registered(rules), record))  # type: ignore[arg-type]
 
 
 def _backward_impl(

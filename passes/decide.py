@@ -34,6 +34,9 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
     learned = any(value_of(leaf.node).requires_grad for leaf in site.bias_leaves if _is_tensor(leaf.node))
     if settings.config.granularity == "token" and learned:
         return "a learned bias has no gradient at token granularity"
+    dims = settings.config.scoring_dims
+    if dims is not None and dims > query.shape[3]:
+        return f"scoring_dims = {dims} is more than head_dim {int(query.shape[3])}"
     if _is_zero(query.shape[2]) or _is_zero(key.shape[2]) or _is_zero(query.shape[0]):
         return "the sequence is empty"
     return None

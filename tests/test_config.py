@@ -31,6 +31,8 @@ VALID = [
     {"window_size": 1},
     {"share_layers": 3},
     {"granularity": "token", "share_layers": 1},
+    {"granularity": "token", "scoring": "one_pass", "scoring_dims": 16},
+    {"granularity": "token", "gqa_choice": "head", "budget": 64},
 ]
 
 INVALID = [
@@ -52,6 +54,23 @@ INVALID = [
     ),
     ({"segment_size": 100}, "segment_size must be an int of at least 128, got 100"),
     ({"segment_size": 200}, "segment_size must be a multiple of 128, got 200"),
+    ({"granularity": "token", "scoring_dims": 8}, "scoring_dims must be an int of at least 16, got 8"),
+    ({"granularity": "token", "scoring_dims": 48}, "scoring_dims must be a power of 2, got 48"),
+    ({"scoring_dims": 32}, 'scoring_dims must be None without scoring="one_pass", got 32'),
+    (
+        {"granularity": "token", "scoring": "column_mass", "scoring_dims": 32},
+        'scoring_dims must be None without scoring="one_pass", got 32',
+    ),
+    ({"gqa_choice": "member"}, "gqa_choice must be one of group, head, got 'member'"),
+    (
+        {"gqa_choice": "head"},
+        "gqa_choice must be \"group\" at block granularity, whose maps are one for each KV head, got 'head'",
+    ),
+    (
+        {"granularity": "token", "gqa_choice": "head", "budget": "flattest_head"},
+        'gqa_choice must be "group" for the flattest head\'s budget, which needs all members of a group at once, '
+        "got 'head'",
+    ),
     ({"lazy_mode": None}, "lazy_mode must be one of local, skip, got None"),
     ({"budget": "roundest_head"}, "budget must be one of flattest_head, per_head, got 'roundest_head'"),
     ({"budget": -1}, "budget must be an int of at least 0, got -1"),
@@ -119,6 +138,14 @@ def test_recall_of_layers():
     message = "target_recall must hold one value for each of the 3 layers, got (0.5, 0.6)"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         listed.check_layers(3)
+
+
+def test_a_head_has_as_many_coordinates_as_scores_read():
+    config = OmniSparseConfig(granularity="token", scoring_dims=32)
+    config.check_head_dim(32)
+    with pytest.raises(ConfigError, match=r"^scoring_dims must be at most the head_dim 24, got 32$"):
+        config.check_head_dim(24)
+    OmniSparseConfig().check_head_dim(8)
 
 
 def test_one_listed_target_is_still_a_list_of_one_layer():

@@ -16,12 +16,13 @@ from omnisparse_flex.masks.budget import need, rank
 from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
 from omnisparse_flex.masks.key_bits import unpack_bits, words
 from omnisparse_flex.masks.layout import block_layout
+from omnisparse_flex.masks.loudest import loudest
 from omnisparse_flex.masks.mean_pool import block_mean
 from omnisparse_flex.masks.one_pass import one_pass
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.plain import plain_mask
 from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.segments import segments_of, tokens_of_blocks
+from omnisparse_flex.masks.segments import per_member, segments_of, tokens_of_blocks
 from omnisparse_flex.masks.select import BLOCK, grid_of
 from omnisparse_flex.masks.tokens import kept_pairs
 from omnisparse_flex.reference import materialize_mask
@@ -45,6 +46,13 @@ def tensors(shape, device, dtype=torch.float32):
     liked = torch.rand(shape.kv_len, generator=torch.Generator().manual_seed(3)) < 0.05
     key = torch.where(liked[:, None], key + 2, key)
     return [x.to(device, dtype).requires_grad_() for x in (query + 1, key, value)]
+
+
+def loud(shape, device, dtype=torch.float32):
+    """The same, their first 16 coordinates louder than the rest: enough for scores that read no more."""
+    size = torch.where(torch.arange(shape.head_dim, device=device) < 16, 1.0, 0.1)
+    query, key, value = (x.detach() for x in tensors(shape, device))
+    return [x.to(dtype).requires_grad_() for x in (query * size, key * size, value)]
 
 
 def site_of(shape, device, config=CONFIG, padded=False, order=True):
@@ -74,9 +82,9 @@ def attended_lse(inputs):
     return torch.logsumexp(query @ key.transpose(-1, -2) * query.shape[3] ** -0.5, -1).float()
 
 
-def check_attention(shape, device, dtype=torch.float32, sinks=False, **fields):
+def check_attention(shape, device, dtype=torch.float32, sinks=False, make=tensors, **fields):
     """Output and gradients are those of dense attention under what the selection denotes."""
-    site, inputs = site_of(shape, device, **fields), tensors(shape, device, dtype)
+    site, inputs = site_of(shape, device, **fields), make(shape, device, dtype)
     logits = None
     if sinks:  # a sink takes a good part of a row's mass
         level = attended_lse(inputs).mean((0, 2)) + torch.linspace(-1, 1, shape.heads, device=device)
@@ -101,17 +109,19 @@ def check_attention(shape, device, dtype=torch.float32, sinks=False, **fields):
     return selection
 
 
-def check_selection(shape, device, config, dtype=torch.float32):
+def check_selection(shape, device, config, dtype=torch.float32, make=tensors):
     """The kernels' choice against the tensor code's, on the same inputs."""
-    inputs = [x.detach() for x in tensors(shape, device, dtype)]
+    inputs = [x.detach() for x in make(shape, device, dtype)]
     site = site_of(shape, device, config)
     _, quick = run(inputs, site)
+    choices = config.choices(shape.heads, shape.kv_heads)
+    inputs[1:] = [per_member(x, choices // shape.kv_heads) for x in inputs[1:]]
     segments = token_attention.segments_of_site(*inputs[:2], site)
     near_lse = token_attention.attend_near(*inputs, segments, site)[1]
     text = torch.zeros((1, shape.q_len), dtype=torch.bool, device=device)
     plain = token_attention.choose(*inputs[:2], near_lse, segments, text, site)
     assert (quick.active == plain.active).float().mean() > 0.98
-    packed = segments_of(quick.active.unsqueeze(-1), shape.kv_heads, config.segment_size)
+    packed = segments_of(quick.active.unsqueeze(-1), choices, config.segment_size)
     assert torch.equal(quick.row_count, packed.sum((3, 4)))
     taken = unpack_bits(quick.chosen, shape.kv_len)
     eligible = tokens_of_blocks(segments.eligible, BLOCK, shape.kv_len)
@@ -121,6 +131,8 @@ def check_selection(shape, device, config, dtype=torch.float32):
         assert (quick.mass[quick.row_count > 0] >= target - 2e-3).all()
     # As good as the tensor code's: by the unrounded estimate, its keys hold as much mass as the best of that number.
     given = {"block": BLOCK, "scale": shape.head_dim**-0.5, "pairs": None, "score": None}
+    if config.scoring_dims is not None:
+        given["columns"] = loudest(*inputs[:2], choices, config.scoring_dims)
     mass, _ = one_pass(*inputs[:2], near_lse, segments.eligible, quick.rows.long(), quick.row_count, config, **given)
     as_many = torch.arange(shape.kv_len, device=device) < quick.key_count.unsqueeze(-1)
     got = (mass * taken).sum()
@@ -180,7 +192,7 @@ def check_ready_keys(device, dtype, kv_len=300, dim=32):
     real = (torch.arange(kv_len, device=device) > 4).to(torch.uint8).expand(2, -1).contiguous()
     broken = ~key.isfinite().all(-1)
     whole = torch.where(broken.unsqueeze(-1), 0.0, key)
-    means, (packed, gain, state) = ready_keys(key, real, 16, torch.float8_e4m3fn)
+    means, (packed, gain, state, _) = ready_keys(key, real, 16, torch.float8_e4m3fn)
     torch.testing.assert_close(means, block_mean(whole, 16))
     assert torch.equal(state, torch.where(broken, BROKEN, WHOLE).to(torch.uint8) * real[:, None])
     error = (packed.float() * gain[..., None, None] - whole.float()).abs()
@@ -189,9 +201,14 @@ def check_ready_keys(device, dtype, kv_len=300, dim=32):
     assert (
         error <= whole.float().abs() / (16 if device == "cuda" else 1.9) + peak * 2**-18
     ).all() and packed.is_contiguous()
-    same_means, (same_keys, ones, _) = ready_keys(key, None, 16, dtype)
+    same_means, (same_keys, ones, _, _) = ready_keys(key, None, 16, dtype)
     torch.testing.assert_close(same_means, means)
     assert same_keys is key and (ones == 1).all()
+    columns = torch.randperm(dim, generator=torch.Generator().manual_seed(1))[:16].to(device, torch.int32)
+    columns = torch.stack([columns + h % 2 for h in range(6)]).clamp(max=dim - 1).view(2, 3, 16)
+    narrow_means, (narrow, ones, *_) = ready_keys(key, None, 16, dtype, columns)
+    at = columns.long().unsqueeze(2).expand(-1, -1, kv_len, -1)
+    assert torch.equal(narrow_means, same_means) and torch.equal(narrow, whole.gather(3, at)) and (ones == 1).all()
 
 
 def check_gradients_in_tensor_code(shape, device, dtype=torch.float32, **fields):
@@ -202,9 +219,9 @@ def check_gradients_in_tensor_code(shape, device, dtype=torch.float32, **fields)
         check_attention(shape, device, dtype, **fields)
 
 
-def check_a_nan_key(shape, device, at=300):
+def check_a_nan_key(shape, device, at=300, **fields):
     """Whoever may see a key of NaN gives NaN, and nobody else: near it nobody is lazy, and it is always chosen."""
-    inputs, site = [x.detach() for x in tensors(shape, device)], site_of(shape, device)
+    inputs, site = [x.detach() for x in tensors(shape, device)], site_of(shape, device, **fields)
     inputs[1][0, 0, at, 0] = torch.nan
     sees = materialize_mask(site.mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, device)[..., at]
     sees[1:] = sees[:, shape.group :] = False
@@ -284,9 +301,9 @@ def test_a_site_runs_in_the_kernels_and_its_gradients_too(monkeypatch):
     assert all(x.grad.isfinite().all() and x.grad.any() for x in inputs)
 
 
-def check_operator(shape, device, dtype=torch.float32):
+def check_operator(shape, device, dtype=torch.float32, make=tensors, **fields):
     """The operator of a model's graph, whose backward selects again: the gradients are those of the direct call."""
-    inputs, site = tensors(shape, device, dtype), site_of(shape, device)
+    inputs, site = make(shape, device, dtype), site_of(shape, device, **fields)
     site = dataclasses.replace(site, rules=register(site))
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
     direct, through = token_attention.attend_tokens(*inputs, site), call_token_op(*inputs, site)

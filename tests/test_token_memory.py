@@ -28,11 +28,13 @@ CONFIGS = {
     "all_active": dataclasses.replace(UNBOUNDED, lazy_threshold=None),
     "sinks_skip": dataclasses.replace(UNBOUNDED, budget="per_head", lazy_mode="skip"),
     "bounded": dataclasses.replace(UNBOUNDED, max_kv_budget=1024),
+    "heads": dataclasses.replace(UNBOUNDED, gqa_choice="head", scoring_dims=32, lazy_threshold=0.1),
 }
 KERNELS = {
     "masks.estimate_kernel": ("_classify", "_pack", "_mass"),
     "masks.key_lists_kernel": ("_list",),
     "masks.keys_kernel": ("_ready",),
+    "masks.loudest_kernel": ("_squares",),
     "masks.pick_kernel": ("_needs", "_pick"),
     "masks.rectangle_kernel": ("_attend",),
     "rectangle_backward_kernel": ("_of_queries", "_of_keys"),
@@ -86,7 +88,7 @@ def test_a_run_without_data(monkeypatch, tokens, name, backward):
         for kernel in names:
             monkeypatch.setattr(importlib.import_module(f"omnisparse_flex.{module}"), kernel, Unlaunched())
     select = importlib.import_module("omnisparse_flex.masks.quick_select")
-    monkeypatch.setattr(select, "packed_type", lambda _: torch.float8_e4m3fn)
+    monkeypatch.setattr(select, "packed_type", lambda *_: torch.float8_e4m3fn)
     monkeypatch.setattr(token_attention, "takes_kernels", lambda *_: True)
     with FakeTensorMode(), torch.no_grad():
         tensors, site = inputs(tokens, "cpu"), site_of(CONFIGS[name], name, "cpu")
@@ -94,7 +96,8 @@ def test_a_run_without_data(monkeypatch, tokens, name, backward):
         with Live() as live:
             found = token_gradients(*grad, *tensors, site) if backward else attend_tokens(*tensors, site)
         share = (live.peak - results_of(found)) / layer_bytes(tensors[1])
-    assert 0.5 < share <= 1, share
+    # The masks of one member of a group are small.
+    assert (0.25 if name == "heads" else 0.5) < share <= 1, share
 
 
 def extra_on_the_gpu(run):

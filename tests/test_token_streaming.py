@@ -20,6 +20,7 @@ CASES = [
     {"budget": "per_head", "lazy_mode": "skip", "lazy_threshold": 0.4},
     {"budget": 24},
     {"max_kv_budget": 20, "lazy_threshold": None},
+    {"gqa_choice": "head", "lazy_threshold": 0.4},
 ]
 SHAPE = AttentionShape(1, 4, 2, 700, 700, 16)
 

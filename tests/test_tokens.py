@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import token_attention
 from omnisparse_flex.attention import attend, sparse_attention
-from omnisparse_flex.config import SCORINGS, OmniSparseConfig
+from omnisparse_flex.config import BUDGETS, GQA_CHOICES, SCORINGS, OmniSparseConfig
 from omnisparse_flex.masks.expr import TRUE, Const
 from omnisparse_flex.masks.expr import causal as causal_expr
 from omnisparse_flex.masks.program import MaskProgram
@@ -94,7 +94,7 @@ def small_shapes(draw):
     q_len = draw(lengths)
     kv_len = draw(st.just(q_len) | lengths)
     return AttentionShape(
-        draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 2))), q_len, kv_len, 8
+        draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 2))), q_len, kv_len, 32
     )
 
 
@@ -102,12 +102,15 @@ def small_shapes(draw):
 def token_configs(draw):
     cap = draw(st.none() | st.integers(0, 200))
     fixed = st.integers(0, 200 if cap is None else cap)
+    scoring, budget = draw(st.sampled_from(("auto", *SCORINGS["token"]))), draw(st.sampled_from(BUDGETS) | fixed)
     return OmniSparseConfig(
         target_recall=draw(st.floats(0.05, 1.0)),
         granularity="token",
         segment_size=draw(st.sampled_from((128, 256, 384))),
-        scoring=draw(st.sampled_from(("auto", *SCORINGS["token"]))),
-        budget=draw(st.sampled_from(("flattest_head", "per_head")) | fixed),
+        scoring=scoring,
+        scoring_dims=None if scoring == "column_mass" else draw(st.sampled_from((None, 16, 32))),
+        gqa_choice="group" if budget == "flattest_head" else draw(st.sampled_from(GQA_CHOICES)),
+        budget=budget,
         max_kv_budget=cap,
         lazy_threshold=draw(st.none() | st.floats(0.0, 1.0)),
         lazy_mode=draw(st.sampled_from(("local", "skip"))),
@@ -136,7 +139,9 @@ def test_any_mask_any_config(data, shape, config, is_causal):
 
 @given(small_shapes(), token_configs(), st.integers(0, 2**16))
 def test_the_target_is_met_and_the_budget_is_the_flattest_heads(shape, config, seed):
-    config = dataclasses.replace(config, max_kv_budget=None, budget="flattest_head", lazy_mode="local")
+    config = dataclasses.replace(
+        config, max_kv_budget=None, gqa_choice="group", budget="flattest_head", lazy_mode="local"
+    )
     query, key, value = (x * 2 for x in shape.inputs(seed=seed))
     mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
     _, selection, _, own = run(shape, (query, key, value), config, mask)
