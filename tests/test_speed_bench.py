@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def test_the_runner_goes_on_after_a_failure(bench, tmp_path, monkeypatch, capfd)
     ttft = next(script for script in runner.SCRIPTS if script.name == "ttft")
     assert runner.command(ttft, quick=False, device="cuda")[2:] == ["--hf", "--device", "cuda"]
     assert runner.command(ttft, quick=True, device="cpu")[2:] == ["--quick", "--device", "cpu"]
+    data = next(script for script in runner.SCRIPTS if script.name == "library")
+    assert runner.command(data, quick=False, device="cuda", data=Path("x"))[2:] == ["--data", "x"]
     (tmp_path / "bad.py").write_text("raise SystemExit(3)")
     (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
     (tmp_path / "good.py").write_text("import omnisparse_flex.config; print('ran')")
@@ -104,6 +107,27 @@ def test_the_runner_goes_on_after_a_failure(bench, tmp_path, monkeypatch, capfd)
     assert runner.main() == 1
     said = capfd.readouterr().out
     assert "bad: failed with exit status 3" in said and "slow: stopped after 0 s" in said and "good: ok" in said
+
+
+def test_each_gpu_runs_scripts_of_its_own_on_its_own_cores(bench, monkeypatch, tmp_path, capfd):
+    runner = bench("run_gpu")
+    told = "import os; print('ran', os.environ['CUDA_VISIBLE_DEVICES'], *os.sched_getaffinity(0)); "
+    # Each ends once the other has begun.
+    wait = "import pathlib, time; here = pathlib.Path({!r}); (here / {!r}).touch()\nwhile not (here / {!r}).exists(): "
+    for own, other in ("ab", "ba"):
+        source = told + wait.format(str(tmp_path), own, other) + "time.sleep(0.01)"
+        (tmp_path / f"{own}.py").write_text(source)
+    scripts = [runner.Script(name, f"{name}.py", 60, device=False) for name in "ab"]
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "SCRIPTS", scripts)
+    monkeypatch.setattr("sys.argv", ["run_gpu.py", "--gpus", "2"])
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: set(cores))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    assert runner.main() == 0
+    assert {line for line in capfd.readouterr().out.splitlines() if line.startswith("ran")} == {
+        f"ran {gpu} {core}" for gpu, core in zip((5, 6), cores, strict=True)
+    }
 
 
 def test_short_lengths_name_what_ran(bench, monkeypatch):

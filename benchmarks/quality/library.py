@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.quality.prepare")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--contexts", type=int, default=99, help="of look-up items, at most, of each format; 0: none")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="two layers, 1K tokens, one window: figures mean nothing")
     options = parser.parse_args(arguments)
@@ -115,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = 1024 if options.quick else TOKENS
     texts, listed = load(options.data)
     items = {kind: found for (kind, size), found in listed.items() if size == tokens}
-    sizes = (texts, items, tokens, 1, 1) if options.quick else (texts, items, tokens, 16384 // tokens, 99)
+    items = items if options.contexts else {}
+    sizes = (texts, items, tokens, *((1, 1) if options.quick else (16384 // tokens, options.contexts)))
     content = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
     content |= {"torch": torch.__version__, "device": summary.device_name(), "commit": summary.commit()}
     for name in ("dense", *options.only):
@@ -124,9 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = None if name == "dense" else config_of(name, len(model.model.layers))
         row = content["rows"][name] = measure(model, config, *sizes)
         ppl, dense = row[f"ppl:{tokens}"], content["rows"]["dense"]
-        right = [100 * retrieved(x[f"items:{tokens}"]) for x in (row, dense)]
         told = f"density {ppl['density']:.3f} (attention {ppl['attention']:.3f}), perplexity "
-        told += f"{change(ppl, dense[f'ppl:{tokens}']):+.2f} %, look-ups {right[0]:.1f} of {right[1]:.1f} %"
+        told += f"{change(ppl, dense[f'ppl:{tokens}']):+.2f} %"
+        if items:
+            right, known = (100 * retrieved(x[f"items:{tokens}"]) for x in (row, dense))
+            told += f", look-ups {right:.1f} of {known:.1f} %"
         print(f"{name}: {told}, {row['seconds']} s", flush=True)
         summary.write_json(content, options.out)
     return 0

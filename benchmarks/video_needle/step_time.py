@@ -1,6 +1,6 @@
 """Time of a training step at 32K visual tokens, dense against sparse: the whole step, and attention alone.
 
-python3 benchmarks/video_needle/step_time.py --init models/video_needle --omnisparse '{"target_recall": 0.98}' --out DIR
+python3 benchmarks/video_needle/step_time.py --init models/video_needle --out DIR
 Attention alone is timed on the queries, keys and values of a middle layer, forward and backward; the figure is of its
 replay as a CUDA graph.
 """
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import summary
 from gpu_timing import captured as captured_call
+from quality_speed_cases import operating_point
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats
 from omnisparse_flex.errors import ConfigError
@@ -106,7 +107,9 @@ def attention_ms(parts: tuple[Tensor, ...], attend: Callable[..., Tensor], repea
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", type=Path, help="checkpoint or released model to begin with; none: fresh weights")
-    parser.add_argument("--omnisparse", type=json.loads, default={}, help="OmniSparseConfig fields as JSON")
+    parser.add_argument(
+        "--omnisparse", type=json.loads, help="OmniSparseConfig fields as JSON; default: the released model's"
+    )
     parser.add_argument("--length", type=int, default=32768, help="visual tokens of the one video of a step")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, required=True, help="folder of step_time.json")
@@ -120,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = Schedule(stages=f"{options.length}:100", tokens=options.length, rounds=1)
     try:
-        config = OmniSparseConfig.from_dict(options.omnisparse)
+        given = options.omnisparse
+        config = operating_point()[0] if given is None else OmniSparseConfig.from_dict(given)
         sizes = _sizes(options.init) if options.init else {}
         for result in measure(plan, config, sizes, options, device):
             print(json.dumps(result, indent=1), flush=True)
