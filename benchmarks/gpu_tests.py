@@ -9,6 +9,7 @@ A kept run may hold a second one, of files whose tests failed and were mended si
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,9 @@ def run() -> str:
     """Run pytest over everything, GPU tests included; returns its last lines."""
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "gpu or not gpu", "-p", "no:benchmark"]
     command += [f"--ignore={path}" for path in LEFT_OUT] + ["--tb=short", "--show-capture=no"]
+    # Tests compile more than they compute; each process compiles in processes of its own.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    command += ["-n", str(max(1, cores // 2)), "--dist", "worksteal"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     kept = re.compile(r"(FAILED|ERROR|SKIPPED|.* in [\d.]+s)")
     return "\n".join(line for line in done.stdout.splitlines() if kept.match(line))

@@ -26,6 +26,15 @@ ROOT = Path(__file__).resolve().parent
 MODEL, VIDEO = str(ROOT.parent / "models" / "video_needle"), str(ROOT / "results" / "video")
 #: Stands for the folder of ``--data`` among a script's arguments.
 DATA = "{data}"
+#: Fine-tuning on text that lasts for all steps, below the density that is asked about.
+TUNED = '{"more_text": true, "steps": 400, "lr": 3e-4, "train_density": 0.16, "densities": [0.165, 0.18, 0.25]}'
+
+
+def finetuning(name: str, *scorings: str) -> tuple[str, ...]:
+    """Arguments of a fine-tuning experiment with a dense run, weights and results of its own."""
+    out, work = ROOT / "results" / f"finetune_smollm2_{name}.json", ROOT / "scratch" / f"finetune_{name}"
+    given = ("--data", DATA, "--minutes", "8.5", "--plan", TUNED, "--out", str(out), "--work", str(work))
+    return (*given, "--scoring", *scorings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,8 @@ SCRIPTS = (
     Script("compile", "bench_compile.py", 300, quick=False),
     Script("scorers", "bench_scorers.py", 240),
     Script("step", "video_needle/step_time.py", 150, False, ("--init", MODEL, "--out", VIDEO, "--figures"), False),
-    Script("finetune", "finetune_smollm2.py", 540, arguments=("--data", DATA, "--minutes", "8")),
+    Script("finetune", "finetune_smollm2.py", 540, arguments=finetuning("long", "tile_pool", "mean_pool")),
+    Script("finetune_more", "finetune_smollm2.py", 540, arguments=finetuning("more", "antidiagonal", "tile_pool@2")),
     Script("library", "quality/library.py", 300, False, ("--data", DATA), False),
     Script("tests", "gpu_tests.py", 600, quick=False, device=False),
 )
