@@ -50,7 +50,9 @@ class OmniSparseConfig:
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
             counted); None: no bound.
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
-            under this is lazy, in [0, 1]; None: no query selection.
+            under this is lazy, in [0, 1]; None: no query selection. At token granularity mass beyond is
+            estimated from means of 128 keys, which miss most of it on text: queries are discarded that look far
+            (README "Limits"). Where quality counts, give None there.
         lazy_mode: What a discarded lazy query still attends: ``"local"`` = the
             always-kept keys (sinks, window, text), ``"skip"`` = nothing: its output is 0
             and the residual stream alone carries it.
@@ -76,7 +78,7 @@ class OmniSparseConfig:
     (arXiv 2512.16391) for layers that share a choice. Our choice: each head takes the choice of the head with its own
     number; ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see README "Defaults". Query heads
     that choose, with 32 dims, are the best rule without training that we measured on SmolLM2 (``benchmarks/quality``,
-    row "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1": density 0.247, +0.79 % perplexity; the group's
+    row "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1": density 0.305, +0.79 % perplexity; the group's
     choice, "mean" in the row's name, +1.33 % at that density).
     """
 

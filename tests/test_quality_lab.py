@@ -125,9 +125,9 @@ def test_few_dims_change_the_pass_and_not_the_local_part():
     assert not torch.allclose(few[..., far], whole[..., far], atol=1e-3)
 
 
-def test_a_narrow_pass_of_active_queries_is_cheap():
+def test_a_narrow_pass_is_cheap_and_made_for_all_queries():
     rule = token("x", estimator="one_pass", options={"dims": DIM // 2, "pool": 16})
-    assert selection_cost(rule, TOKENS, DIM, 1, active=0.5) == pytest.approx(0.5 * (0.5 * 0.5 / 2 + 1 / 16))
+    assert selection_cost(rule, TOKENS, DIM, 1, active=0.5) == pytest.approx(0.5 * (0.5 / 2 + 1 / 16))
 
 
 @pytest.mark.parametrize("name", LIMITS)

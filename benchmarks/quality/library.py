@@ -39,6 +39,8 @@ ROWS: dict[str, tuple[float, dict[str, Any]]] = {
     "tokens, each head, 32 dims": (0.96, {"gqa_choice": "head", "scoring_dims": 32, "lazy_threshold": 0.1}),
     "tokens, each group, 32 dims": (0.95, {"scoring_dims": 32, "lazy_threshold": 0.1}),
     "tokens, each group, all dims": (0.95, {"lazy_threshold": 0.1}),
+    "tokens, default query selection": (0.96, {}),
+    "tokens, no query selection": (0.96, {"lazy_threshold": None}),
 }
 
 
@@ -105,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.quality.prepare")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--contexts", type=int, default=99, help="of look-up items, at most, of each format; 0: none")
+    parser.add_argument("--tokens", type=int, choices=(2048, 4096, TOKENS), default=TOKENS)
+    parser.add_argument("--windows", type=int, help="of each text; default: as many as hold 16K tokens")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="two layers, 1K tokens, one window: figures mean nothing")
     options = parser.parse_args(arguments)
@@ -113,11 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         model.model.layers = model.model.layers[:2]
         model.config.num_hidden_layers = 2
-    tokens = 1024 if options.quick else TOKENS
+    tokens = 1024 if options.quick else options.tokens
     texts, listed = load(options.data)
     items = {kind: found for (kind, size), found in listed.items() if size == tokens}
     items = items if options.contexts else {}
-    sizes = (texts, items, tokens, *((1, 1) if options.quick else (16384 // tokens, options.contexts)))
+    windows = options.windows or 16384 // tokens
+    sizes = (texts, items, tokens, *((1, 1) if options.quick else (windows, options.contexts)))
     content = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
     content |= {"torch": torch.__version__, "device": summary.device_name(), "commit": summary.commit()}
     for name in ("dense", *options.only):
