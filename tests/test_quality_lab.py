@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.quality.choose import choose, local_pairs
 from benchmarks.quality.controls import matched_window, random_keys, window_share
 from benchmarks.quality.costs import selection_cost
-from benchmarks.quality.estimators import ESTIMATORS, exact, logits, loudest
+from benchmarks.quality.estimators import ESTIMATORS, OnePass, exact, logits, loudest
 from benchmarks.quality.evaluate import summary
 from benchmarks.quality.lab import Lab, install
 from benchmarks.quality.plans import token
@@ -125,9 +125,39 @@ def test_few_dims_change_the_pass_and_not_the_local_part():
     assert not torch.allclose(few[..., far], whole[..., far], atol=1e-3)
 
 
-def test_a_narrow_pass_is_cheap_and_made_for_all_queries():
-    rule = token("x", estimator="one_pass", options={"dims": DIM // 2, "pool": 16})
-    assert selection_cost(rule, TOKENS, DIM, 1, active=0.5) == pytest.approx(0.5 * (0.5 / 2 + 1 / 16))
+def test_breadth_is_known_before_the_pass_and_better_with_scatter():
+    query, key = inputs()
+    truth = exact(query, key, DIM**-0.5)(64, TOKENS)
+    q, k = torch.arange(64, TOKENS)[:, None], torch.arange(TOKENS)
+    beyond = (truth * ((k >= 4) & (q - k >= 8))).sum(-1)
+
+    def guessed(pool: int, **options: bool) -> Tensor:
+        made = OnePass(query, key, DIM**-0.5, sinks=4, window=8, pool=pool, dims=4, **options)
+        return made.breadth(64, TOKENS)
+
+    torch.testing.assert_close(guessed(1), beyond)  # a key is its own mean; few dims are the pass's alone
+    means, scatter = (guessed(4, scatter=x) for x in (False, True))
+    assert (means <= beyond + 1e-5).all(), "a lower bound"
+    assert (scatter - beyond).abs().mean() < 0.5 * (means - beyond).abs().mean()
+
+
+def test_lazy_queries_follow_from_what_is_guessed():
+    rule = token("x", lazy=0.5, **SMALL)
+    mass = exact(*inputs(), DIM**-0.5)(0, TOKENS)
+    local, generator = local_pairs(rule, 0, TOKENS, mass.device), torch.Generator()
+    none, all_ = (choose(mass, local, rule, 0, generator, torch.full(mass.shape[:3], x)) for x in (0.9, 0.1))
+    assert not none.lazy.any() and none.active.all()
+    assert all_.lazy.all() and all_.active.float().mean() == 1 / rule.lazy_stride
+
+
+def test_a_narrow_pass_is_cheap_and_made_for_whom_the_guess_leaves():
+    def cost(**options: object) -> float:
+        rule = token("x", estimator="one_pass", options={"dims": DIM // 2, "pool": 16, **options})
+        return selection_cost(rule, TOKENS, DIM, 1, active=0.5)
+
+    assert cost() == pytest.approx(0.5 * (0.5 / 2 + 1 / 16))
+    assert cost(early=True) == pytest.approx(0.5 * (0.5 * 0.5 / 2 + 1 / 16))
+    assert cost(early=True, scatter=True) == pytest.approx(0.5 * (0.5 * 0.5 / 2 + 2 / 16))
 
 
 @pytest.mark.parametrize("name", LIMITS)

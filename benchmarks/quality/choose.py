@@ -45,7 +45,9 @@ def local_pairs(rule: Rule, start: int, stop: int, device: torch.device) -> Tens
     return near & causal(start, stop, device)
 
 
-def choose(mass: Tensor, local: Tensor, rule: Rule, start: int, generator: torch.Generator) -> Chosen:
+def choose(
+    mass: Tensor, local: Tensor, rule: Rule, start: int, generator: torch.Generator, guessed: Tensor | None = None
+) -> Chosen:
     """Apply a rule to estimated rows.
 
     Args:
@@ -54,11 +56,13 @@ def choose(mass: Tensor, local: Tensor, rule: Rule, start: int, generator: torch
         rule: The rule.
         start: Position of the first query.
         generator: For the random control.
+        guessed: (B, Hq, R), share of each row's mass beyond ``local`` that lazy queries are judged by; None: the rows'.
     """
     stop, segment = start + mass.shape[2], rule.segment or mass.shape[2]
     far = mass * ~local
     breadth, total = far.sum(-1), mass.sum(-1)
-    active, lazy = _active(breadth / total.clamp(min=1e-20), rule, start, segment)
+    share = breadth / total.clamp(min=1e-20) if guessed is None else guessed
+    active, lazy = _active(share, rule, start, segment)
     weighed = (far * active.unsqueeze(-1)).unflatten(2, (-1, segment))
     column = _agreed(_by_unit(weighed.sum(3), rule.unit), rule)
     kept = _agreed(((total - breadth) * active).unflatten(2, (-1, segment)).sum(-1).unsqueeze(-1), rule).squeeze(-1)

@@ -23,7 +23,7 @@ def selection_cost(rule: Rule, tokens: int, head_dim: int, groups: int, active: 
         tokens: N.
         head_dim: D.
         groups: Query heads per KV head: clusters are made once per KV head.
-        active: Share of active queries: shortlists are refined for those only.
+        active: Share of active queries: shortlists are refined, and the one pass may be made, for those only.
     """
     if rule.dense or rule.budget == 0 or rule.choice != "top":  # a control pays for nothing
         return 0.0
@@ -44,9 +44,10 @@ def _estimate(rule: Rule, tokens: int, head_dim: int, groups: int, active: float
     if rule.estimator == "probe":
         return PASSES / options["every"]
     if rule.estimator == "one_pass":
-        # For all queries: who is active is judged by the pass itself (``choose``).
+        # For all queries where the pass itself tells who is active.
         narrow = (options.get("dims") or head_dim) / head_dim / (SPEED["fp8"] if options.get("bits8", True) else 1)
-        return 0.5 * (narrow + 1 / options.get("pool", 16))
+        guess = (2 if options.get("scatter") else 1) / options.get("pool", 16)
+        return 0.5 * (narrow * (active if options.get("early") else 1.0) + guess)
     if rule.estimator == "clustered":
         # q·centre is not causal: twice the pairs. One pass: its rows are short enough to be kept.
         score = 2 * 0.5 / options["size"] * (2 if options.get("spread") else 1)

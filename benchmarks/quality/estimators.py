@@ -129,54 +129,83 @@ def loudest(query: Tensor, key: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     return narrow, key.gather(-1, index.expand(*key.shape[:-1], dims))
 
 
-def one_pass(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    *,
-    sinks: int = 64,
-    window: int = 256,
-    pool: int = 16,
-    bits8: bool = True,
-    dims: int = 0,
-) -> Rows:
+class OnePass:
     """Rows of one pass over the pairs: their normaliser is guessed before it, not found by a pass of its own.
 
     The guess is the log-sum-exp of the local part, which part 1 of the token path has anyway, joined
     with that of the means of ``pool`` keys beyond it. It only weighs the rows of a segment against one another.
-
-    Args:
-        query: (B, Hq, N, D).
-        key: (B, Hkv, N, D).
-        scale: Logit scale.
-        sinks: Keys of the local part at the start.
-        window: Keys of the local part at the end, the query's own included.
-        pool: Keys to a mean.
-        bits8: Round queries and keys to float8_e4m3.
-        dims: Only as many coordinates (``loudest``) in the pass; 0: all.
     """
-    means = key.unflatten(2, (-1, pool)).mean(3)
-    narrow = loudest(query, key, dims) if dims else (query, key)
-    q8, k8 = (x.to(torch.float8_e4m3fn).to(x.dtype) if bits8 else x for x in narrow)
 
-    def rows(start: int, stop: int) -> Tensor:
-        scores = logits(q8[:, :, start:stop], k8[:, :, :stop], scale)
-        q, k = torch.arange(start, stop, device=query.device)[:, None], torch.arange(stop, device=query.device)
-        seen = k <= q
-        near = ((q - k < window) | (k < sinks)) & seen
-        if dims:  # the local part is computed whole anyway
-            scores = torch.where(near, logits(query[:, :, start:stop], key[:, :, :stop], scale), scores)
-        firsts = torch.arange(-(-stop // pool), device=query.device) * pool
-        far = (firsts >= sinks) & (firsts + pool <= q - window + 1)
-        pooled_scores = logits(query[:, :, start:stop], means[:, :, : len(firsts)], scale)
-        guess = torch.logaddexp(
-            scores.masked_fill(~near, float("-inf")).logsumexp(-1),
-            pooled_scores.masked_fill(~far, float("-inf")).logsumexp(-1) + math.log(pool),
-        )
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        *,
+        sinks: int = 64,
+        window: int = 256,
+        pool: int = 16,
+        bits8: bool = True,
+        dims: int = 0,
+        scatter: bool = False,
+        early: bool = False,
+    ) -> None:
+        """Begin.
+
+        Args:
+            query: (B, Hq, N, D).
+            key: (B, Hkv, N, D).
+            scale: Logit scale.
+            sinks: Keys of the local part at the start.
+            window: Keys of the local part at the end, the query's own included.
+            pool: Keys to a mean.
+            bits8: Round queries and keys to float8_e4m3.
+            dims: Only as many coordinates (``loudest``) in the pass; 0: all.
+            scatter: The guess knows the variance of each mean's keys too, coordinate by coordinate: their log-sum-exp
+                to second order. Means alone are far below what a few loud keys give.
+            early: Who is lazy is judged by the guess, before the pass, which is then made for active queries alone.
+        """
+        self.query, self.key, self.scale = query, key, scale
+        self.sinks, self.window, self.pool, self.dims, self.early = sinks, window, pool, dims, early
+        pools = key.unflatten(2, (-1, pool))
+        self.means = pools.mean(3)
+        self.variances = pools.var(3, correction=0) if scatter else None
+        narrow = loudest(query, key, dims) if dims else (query, key)
+        self.narrow = [x.to(torch.float8_e4m3fn).to(x.dtype) if bits8 else x for x in narrow]
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """The rows."""
+        near, seen = self._near(start, stop)
+        narrow_query, narrow_key = self.narrow
+        scores = logits(narrow_query[:, :, start:stop], narrow_key[:, :, :stop], self.scale)
+        if self.dims:  # the local part is computed whole anyway
+            scores = torch.where(near, self._whole(start, stop), scores)
+        guess = torch.logaddexp(scores.masked_fill(~near, float("-inf")).logsumexp(-1), self._far(start, stop))
         # No share is above 1, however far the guess is off.
         return torch.exp(scores - guess.unsqueeze(-1)).clamp_(max=1.0).masked_fill_(~seen, 0.0)
 
-    return rows
+    def breadth(self, start: int, stop: int) -> Tensor:
+        """Share of each row's mass that the guess sees beyond the local part, (B, Hq, stop - start)."""
+        near = self._whole(start, stop).masked_fill(~self._near(start, stop)[0], float("-inf")).logsumexp(-1)
+        return torch.sigmoid(self._far(start, stop) - near)
+
+    def _near(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        q, k = torch.arange(start, stop, device=self.key.device)[:, None], torch.arange(stop, device=self.key.device)
+        seen = k <= q
+        return ((q - k < self.window) | (k < self.sinks)) & seen, seen
+
+    def _whole(self, start: int, stop: int) -> Tensor:
+        return logits(self.query[:, :, start:stop], self.key[:, :, :stop], self.scale)
+
+    def _far(self, start: int, stop: int) -> Tensor:
+        """Log-sum-exp of the keys beyond the local part, by their means."""
+        q, own = torch.arange(start, stop, device=self.key.device)[:, None], self.query[:, :, start:stop]
+        firsts = torch.arange(-(-stop // self.pool), device=self.key.device) * self.pool
+        far = (firsts >= self.sinks) & (firsts + self.pool <= q - self.window + 1)
+        pooled = logits(own, self.means[:, :, : len(firsts)], self.scale)
+        if self.variances is not None:
+            pooled = pooled + logits(own.square(), self.variances[:, :, : len(firsts)], 0.5 * self.scale**2)
+        return pooled.masked_fill(~far, float("-inf")).logsumexp(-1) + math.log(self.pool)
 
 
 ESTIMATORS: dict[str, Callable[..., Rows]] = {
@@ -188,5 +217,5 @@ ESTIMATORS: dict[str, Callable[..., Rows]] = {
     "antidiagonal": antidiagonal,
     "probe": probe,
     "clustered": clustered,
-    "one_pass": one_pass,
+    "one_pass": OnePass,
 }

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks.quality.choose import Chosen, choose, estimate, local_pairs
 from benchmarks.quality.costs import selection_cost
-from benchmarks.quality.estimators import ESTIMATORS, causal, exact
+from benchmarks.quality.estimators import ESTIMATORS, OnePass, causal, exact
 from benchmarks.quality.rules import Rule
 
 NAME = "quality_lab"
@@ -100,7 +100,8 @@ class Lab:
                 plain = rule.estimator == "exact" and rule.refine is None
                 part = query[:, :, start:stop]
                 mass = true if plain else estimate(rows, rule, local, part, key[:, :, :stop], scale, start)
-                self.choices[start] = choose(mass, local, rule, start, generator)
+                guessed = rows.breadth(start, stop) if isinstance(rows, OnePass) and rows.early else None
+                self.choices[start] = choose(mass, local, rule, start, generator, guessed)
             chosen = self.choices[start]
             if leads and stop > tokens - rule.dense_tail:
                 tail = max(0, tokens - rule.dense_tail - start)

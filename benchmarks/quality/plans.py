@@ -190,6 +190,23 @@ def fourth() -> list[Row]:
     return [*rows, Row(lean(0.95, 0.1, 32, gqa="mean"), tasks), Row(lean(0.97, 0.2, 32), tasks)]
 
 
+def fifth() -> list[Row]:
+    """Lazy queries known before the pass: by means, by means with their scatter, at several thresholds; none lazy."""
+    tasks = (PPL, "items:8192")
+
+    def lean(label: str, lazy: float | None, target: float = 0.95, pool: int = 32, **changes: object) -> Rule:
+        options = {"dims": 32, "pool": pool, "early": True, "scatter": "scatter" in label}
+        fields = {"estimator": "one_pass", "options": options, "budget": "per_head", "dense_layers": (0,)}
+        note = "".join(f" {x}" for x in changes.values())
+        return token(f"one-pass fp8 dims32 {label} pool{pool} per_head{note} d0", target, lazy, **fields, **changes)
+
+    rows = [Row(DENSE, tasks), Row(lean("scatter", 0.05), tasks), Row(lean("scatter", 0.1), tasks)]
+    rows += [Row(lean("scatter", 0.05, pool=64), tasks), Row(lean("scatter", 0.02), tasks)]
+    rows += [Row(lean("means", x), tasks) for x in (0.05, 0.005)]
+    rows += [Row(lean("scatter", None), tasks), Row(lean("scatter", 0.05, gqa="mean"), tasks)]
+    return rows + with_controls(lean("scatter", 0.05, 0.96), tasks)
+
+
 def budgets() -> list[Row]:
     """Budget rules beside one another: each estimator of blocks, and tokens as the library's kernels choose them."""
     rows = [Row(DENSE)]
@@ -233,6 +250,7 @@ PLANS = {
     "third": third(),
     "blocks": blocks(),
     "fourth": fourth(),
+    "fifth": fifth(),
     "budgets": budgets(),
     "rules": rules(),
     "lengths": lengths(),
