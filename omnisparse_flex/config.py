@@ -77,9 +77,9 @@ class OmniSparseConfig:
     Source: PAPER "Query selection", "KV selection with head-level dynamic budget allocation"; Kascade
     (arXiv 2512.16391) for layers that share a choice. Our choice: each head takes the choice of the head with its own
     number; ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see README "Defaults". Query heads
-    that choose, with 32 dims, are the best rule without training that we measured on SmolLM2 (``benchmarks/quality``,
-    row "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1": density 0.305, +0.79 % perplexity; the group's
-    choice, "mean" in the row's name, +1.33 % at that density).
+    that choose, with 32 dims, are the best rule without training that we measured on SmolLM2, as masks
+    (``benchmarks/quality``, row "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1": density 0.304,
+    +0.79 % perplexity; the group's choice, "mean" in the row's name, +1.33 % at that density).
     """
 
     target_recall: float | tuple[float, ...] = 0.98

@@ -18,8 +18,8 @@ from benchmarks.quality.table import change, retrieved
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-#: Token granularity, scores of 8 bits in half the head's dimensions, every *query* head choosing for itself. In the
-#: library scores take all dimensions and the heads of a group choose together (the plan has that row too).
+#: Token granularity, scores of 8 bits in half the head's dimensions, every *query* head choosing for itself. Who is
+#: active is judged by those scores, which the library does not do (``library.py`` measures what it does).
 ROW = "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1"
 
 

@@ -176,7 +176,7 @@ def blocks() -> list[Row]:
 
 
 def fourth() -> list[Row]:
-    """Under a quarter of dense, scores counted: layer 1 sparse too, normalisers guessed from coarser means."""
+    """Towards a quarter of dense: layer 1 sparse too, normalisers guessed from coarser means."""
 
     def lean(target: float, lazy: float, pool: int, **changes: object) -> Rule:
         label = f"one-pass fp8 dims32 pool{pool} per_head" + "".join(f" {x}" for x in changes.values()) + " d0"
