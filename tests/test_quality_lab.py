@@ -141,6 +141,24 @@ def test_breadth_is_known_before_the_pass_and_better_with_scatter():
     assert (scatter - beyond).abs().mean() < 0.5 * (means - beyond).abs().mean()
 
 
+def test_leaders_know_the_keys_that_others_look_at_too():
+    query, key = inputs()
+    options = {"sinks": 4, "window": 8, "pool": 8, "segment": 32, "bits8": False}
+    truth = exact(query, key, DIM**-0.5)(64, TOKENS)
+    q, k = torch.arange(64, TOKENS)[:, None], torch.arange(TOKENS)
+    beyond = (truth * ((k >= 4) & (q - k >= 8))).sum(-1)
+    whole = OnePass(query, key, DIM**-0.5, leaders=TOKENS, **options)
+    torch.testing.assert_close(whole.breadth(64, TOKENS), beyond)
+    few, group = (OnePass(query, key, DIM**-0.5, leaders=6, together=x, **options) for x in (False, True))
+    assert (few.breadth(64, TOKENS) <= beyond + 1e-5).all() and few.early
+    # One key that everybody likes.
+    key[:, :, 20] = 4 * query.mean((1, 2), keepdim=True).squeeze(2)
+    for made in (few, group):
+        made = OnePass(query + 1, key, DIM**-0.5, leaders=6, together=made.together, **options)
+        logit = logits(query + 1, key, DIM**-0.5)[:, :, 64:, 20]
+        assert (made.far(64, TOKENS) >= logit - 1e-4).float().mean() > 0.9
+
+
 def test_lazy_queries_follow_from_what_is_guessed():
     rule = token("x", lazy=0.5, **SMALL)
     mass = exact(*inputs(), DIM**-0.5)(0, TOKENS)
@@ -158,6 +176,8 @@ def test_a_narrow_pass_is_cheap_and_made_for_whom_the_guess_leaves():
     assert cost() == pytest.approx(0.5 * (0.5 / 2 + 1 / 16))
     assert cost(early=True) == pytest.approx(0.5 * (0.5 * 0.5 / 2 + 1 / 16))
     assert cost(early=True, scatter=True) == pytest.approx(0.5 * (0.5 * 0.5 / 2 + 2 / 16))
+    looked = 0.5 * (0.5 * (0.5 + 1 / 16) / 2 + 1 / 256 + 2 * 8 / TOKENS)
+    assert cost(leaders=8) == pytest.approx(looked)
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -7,6 +7,7 @@ pass in practice (FACTS), are not in it, so times must be measured before anythi
 
 from __future__ import annotations
 
+from benchmarks.quality.estimators import LEADER
 from benchmarks.quality.rules import Rule
 
 #: Passes over the pairs for one column mass, at half the dense FLOPs each.
@@ -47,6 +48,10 @@ def _estimate(rule: Rule, tokens: int, head_dim: int, groups: int, active: float
         # For all queries where the pass itself tells who is active.
         narrow = (options.get("dims") or head_dim) / head_dim / (SPEED["fp8"] if options.get("bits8", True) else 1)
         guess = (2 if options.get("scatter") else 1) / options.get("pool", 16)
+        if options.get("leaders"):
+            # Leaders' scores and guesses, and all queries over the keys that these look at: not more than there are.
+            looked = 2 * options["leaders"] / tokens
+            return 0.5 * (narrow * (active + 1 / LEADER) + guess / LEADER + looked)
         return 0.5 * (narrow * (active if options.get("early") else 1.0) + guess)
     if rule.estimator == "clustered":
         # q·centre is not causal: twice the pairs. One pass: its rows are short enough to be kept.

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from benchmarks.quality.clusters import cluster_keys
 
+#: One query in so many leads its segment: as in the library, it is active whatever it looks at.
+LEADER = 16
 #: ``rows(start, stop)``: float32 (B, Hq, stop - start, stop), each row the estimated mass on keys 0..stop-1.
 Rows = Callable[[int, int], Tensor]
 
@@ -149,6 +151,9 @@ class OnePass:
         dims: int = 0,
         scatter: bool = False,
         early: bool = False,
+        leaders: int = 0,
+        segment: int = 256,
+        together: bool = False,
     ) -> None:
         """Begin.
 
@@ -164,9 +169,14 @@ class OnePass:
             scatter: The guess knows the variance of each mean's keys too, coordinate by coordinate: their log-sum-exp
                 to second order. Means alone are far below what a few loud keys give.
             early: Who is lazy is judged by the guess, before the pass, which is then made for active queries alone.
+            leaders: The guess knows, instead of means, as many keys of each segment: those that every
+                ``LEADER``-th query looks at most, by scores of its own. Early, too. 0: none.
+            segment: Queries that share such keys.
+            together: So do the heads of a group.
         """
         self.query, self.key, self.scale = query, key, scale
-        self.sinks, self.window, self.pool, self.dims, self.early = sinks, window, pool, dims, early
+        self.sinks, self.window, self.pool, self.dims, self.early = sinks, window, pool, dims, early or leaders > 0
+        self.leaders, self.segment, self.together = leaders, segment, together
         pools = key.unflatten(2, (-1, pool))
         self.means = pools.mean(3)
         self.variances = pools.var(3, correction=0) if scatter else None
@@ -180,14 +190,18 @@ class OnePass:
         scores = logits(narrow_query[:, :, start:stop], narrow_key[:, :, :stop], self.scale)
         if self.dims:  # the local part is computed whole anyway
             scores = torch.where(near, self._whole(start, stop), scores)
-        guess = torch.logaddexp(scores.masked_fill(~near, float("-inf")).logsumexp(-1), self._far(start, stop))
+        guess = torch.logaddexp(scores.masked_fill(~near, float("-inf")).logsumexp(-1), self.far(start, stop))
         # No share is above 1, however far the guess is off.
         return torch.exp(scores - guess.unsqueeze(-1)).clamp_(max=1.0).masked_fill_(~seen, 0.0)
 
     def breadth(self, start: int, stop: int) -> Tensor:
         """Share of each row's mass that the guess sees beyond the local part, (B, Hq, stop - start)."""
         near = self._whole(start, stop).masked_fill(~self._near(start, stop)[0], float("-inf")).logsumexp(-1)
-        return torch.sigmoid(self._far(start, stop) - near)
+        return torch.sigmoid(self.far(start, stop) - near)
+
+    def far(self, start: int, stop: int) -> Tensor:
+        """Log-sum-exp of each row's keys beyond the local part, as far as it is known, (B, Hq, stop - start)."""
+        return self._far(start, stop) if self.leaders == 0 else self._looked_at(start, stop)
 
     def _near(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         q, k = torch.arange(start, stop, device=self.key.device)[:, None], torch.arange(stop, device=self.key.device)
@@ -206,6 +220,24 @@ class OnePass:
         if self.variances is not None:
             pooled = pooled + logits(own.square(), self.variances[:, :, : len(firsts)], 0.5 * self.scale**2)
         return pooled.masked_fill(~far, float("-inf")).logsumexp(-1) + math.log(self.pool)
+
+    def _looked_at(self, start: int, stop: int) -> Tensor:
+        """The same, by the keys that the leaders of each segment look at most."""
+        near, seen = self._near(start, stop)
+        whole = self._whole(start, stop)
+        leads = slice(None, None, LEADER)
+        local = whole[:, :, leads].masked_fill(~near[leads], float("-inf")).logsumexp(-1)
+        guess = torch.logaddexp(local, self._far(start, stop)[:, :, leads]).unsqueeze(-1)
+        narrow_query, narrow_key = self.narrow
+        scores = logits(narrow_query[:, :, start:stop][:, :, leads], narrow_key[:, :, :stop], self.scale)
+        share = torch.exp(scores - guess).clamp_(max=1.0).masked_fill_(~(seen & ~near)[leads], 0.0)
+        mass = share.unflatten(2, (-1, self.segment // LEADER)).sum(3)
+        if self.together:
+            mass = mass.unflatten(1, (self.key.shape[1], -1)).sum(2)
+        few = mass.topk(min(self.leaders, stop), dim=-1).indices
+        listed = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, few, True)
+        listed = listed.repeat_interleave(whole.shape[1] // listed.shape[1], 1).repeat_interleave(self.segment, 2)
+        return whole.masked_fill(~(listed & seen & ~near), float("-inf")).logsumexp(-1)
 
 
 ESTIMATORS: dict[str, Callable[..., Rows]] = {

@@ -191,20 +191,28 @@ def fourth() -> list[Row]:
 
 
 def fifth() -> list[Row]:
-    """Lazy queries known before the pass: by means, by means with their scatter, at several thresholds; none lazy."""
+    """Lazy queries known before the pass: by the keys that leaders look at, and by means, with and without scatter."""
     tasks = (PPL, "items:8192")
 
-    def lean(label: str, lazy: float | None, target: float = 0.95, pool: int = 32, **changes: object) -> Rule:
-        options = {"dims": 32, "pool": pool, "early": True, "scatter": "scatter" in label}
+    def lean(label: str, target: float = 0.96, lazy: float | None = 0.1, dims: int = 32, **changes: object) -> Rule:
+        options: dict[str, object] = {"dims": dims, "pool": 32, "early": True, "scatter": "scatter" in label}
+        if "leaders" in label:
+            options["leaders"] = int(label.removeprefix("leaders"))
+            options["together"] = "gqa" in changes
+        if "window" in changes:
+            options["window"] = changes["window"]
         fields = {"estimator": "one_pass", "options": options, "budget": "per_head", "dense_layers": (0,)}
-        note = "".join(f" {x}" for x in changes.values())
-        return token(f"one-pass fp8 dims32 {label} pool{pool} per_head{note} d0", target, lazy, **fields, **changes)
+        note = "".join(f" {name}-{x}" for name, x in changes.items())
+        return token(f"one-pass fp8 dims{dims} {label} per_head{note} d0", target, lazy, **fields, **changes)
 
-    rows = [Row(DENSE, tasks), Row(lean("scatter", 0.05), tasks), Row(lean("scatter", 0.1), tasks)]
-    rows += [Row(lean("scatter", 0.05, pool=64), tasks), Row(lean("scatter", 0.02), tasks)]
-    rows += [Row(lean("means", x), tasks) for x in (0.05, 0.005)]
-    rows += [Row(lean("scatter", None), tasks), Row(lean("scatter", 0.05, gqa="mean"), tasks)]
-    return rows + with_controls(lean("scatter", 0.05, 0.96), tasks)
+    rows = [Row(DENSE, tasks), *with_controls(lean("leaders128", 0.95), tasks)]
+    rows += [Row(lean("leaders128", t, x), tasks) for t, x in ((0.96, 0.1), (0.95, 0.05), (0.97, 0.15))]
+    rows += [Row(lean("leaders128", t, 0.1, window=128), tasks) for t in (0.95, 0.96)]
+    rows += [Row(lean("leaders128", t, 0.1, 16), tasks) for t in (0.95, 0.97)]
+    rows += [Row(lean(f"leaders{count}"), tasks) for count in (64, 256)]
+    rows += [Row(lean("leaders128", 0.95, 0.1, gqa="mean"), tasks), Row(lean("leaders128", lazy=None), tasks)]
+    rows += [Row(lean(x, 0.96, lazy), tasks) for x, lazy in (("means", 0.05), ("means", 0.005), ("scatter", 0.05))]
+    return rows
 
 
 def budgets() -> list[Row]:
