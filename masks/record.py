@@ -11,10 +11,8 @@ from torch import Tensor
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.key_bits import blocks_of_bits
 from omnisparse_flex.masks.last_rows import BLOCKS
-from omnisparse_flex.masks.leaders import GUESS_POOL, LOOKED_AT
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.queries import LAZY_STRIDE
 from omnisparse_flex.masks.segments import tokens_of_blocks
 from omnisparse_flex.masks.select import BLOCK, COSTS, BlockSelection
 from omnisparse_flex.masks.tokens import TokenSelection, kept_pairs
@@ -134,7 +132,9 @@ def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tenso
     eligible = tokens_of_blocks(segments.eligible, BLOCK, key.shape[2]).sum(-1).expand_as(selection.key_count)
     wide = (*selection.row_count.shape[:2], *segments.some.shape[2:])
     fetched = (selection.row_count * selection.key_count).sum() / pairs
-    scored = _token_scores(selection, eligible, config, key.shape[3]) / pairs
+    # Scores of every active row with every eligible key: half of what attention computes for a pair, if not narrow.
+    width = 1.0 if config.scoring_dims is None else config.scoring_dims / key.shape[3]
+    scored = (selection.row_count * eligible).sum() / pairs / 2 * width
     mass = torch.where(asked, selection.mass, 1.0)
     lazy = selection.lazy.sum().clamp(min=1)
     return (
@@ -149,21 +149,6 @@ def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tenso
         selection.overflow.sum(),
         scored,
     )
-
-
-def _token_scores(selection: TokenSelection, eligible: Tensor, config: OmniSparseConfig, dim: int) -> Tensor:
-    """Pairs that would cost attention what the choice cost: a product of a score is half of what a pair takes.
-
-    The leaders' scores and then those of the active rows, over the coordinates that are multiplied; the leaders' guess;
-    and every row over the keys that its leaders look at.
-    """
-    q_len, count, segment = selection.active.shape[2], selection.rows.shape[2], config.segment_size
-    queries = (q_len - torch.arange(count, device=eligible.device) * segment).clamp(max=segment)
-    rows = queries * (selection.rows.shape[-1] // segment)
-    leaders = rows / LAZY_STRIDE
-    width = 1.0 if config.scoring_dims is None else config.scoring_dims / dim
-    scores = (selection.row_count + leaders) * eligible * width + leaders * eligible / GUESS_POOL
-    return (scores + rows * eligible.clamp(max=LOOKED_AT)).sum() / 2
 
 
 def _block_cells(selection: BlockSelection) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +13,16 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.column_mass import column_mass
 from omnisparse_flex.masks.key_bits import pack_bits, unpack_bits
-from omnisparse_flex.masks.leaders import looked_at_lse
 from omnisparse_flex.masks.loudest import loudest
 from omnisparse_flex.masks.one_pass import one_pass
+from omnisparse_flex.masks.pooled_lse import pooled_lse
 from omnisparse_flex.masks.queries import LAZY_STRIDE, REDUNDANCY_THRESHOLD
 from omnisparse_flex.masks.room import at_once
 from omnisparse_flex.masks.segments import SegmentLayout, pack_rows, tokens_of_blocks, wide_dtype
 from omnisparse_flex.types import MaskMod, ScoreMod
+
+#: Estimators by name; each one's products for a pair, as a share of attention's own, is a half.
+ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"one_pass": one_pass, "column_mass": column_mass}
 
 #: What ranking takes for each mass: in float32 the masses, as they are sorted, and their running sum; the order in
 #: int64; and a few flags.
@@ -121,12 +125,13 @@ def _select(
     **rules: Any,
 ) -> tuple[Tensor, ...]:
     """The fields of a ``TokenSelection`` from ``active`` on, for some segments."""
-    rules |= {"pairs": pairs} if columns is None else {"pairs": pairs, "columns": columns}
-    far = looked_at_lse(query, key, near_lse, eligible, config, **rules)
-    active, lazy = active_tokens(query, near_lse, far, text, config.lazy_threshold)
+    active, lazy = active_tokens(query, key, near_lse, eligible, text, config, **rules)
     rows, row_count = pack_rows(active, key.shape[1], config.segment_size)
-    inputs = (query, key, near_lse, eligible, rows, row_count, config)
-    mass, kept = one_pass(*inputs, far=far, **rules) if config.scorer == "one_pass" else column_mass(*inputs, **rules)
+    if columns is not None:
+        rules["columns"] = columns
+    mass, kept = ESTIMATORS[config.scorer](
+        query, key, near_lse, eligible, rows, row_count, config, pairs=pairs, **rules
+    )
     tokens = tokens_of_blocks(eligible, rules["block"], key.shape[2]).expand_as(mass)
     ranked, order = rank(mass, tokens)
     needs = need(ranked, kept, tokens.sum(-1), target)
@@ -153,32 +158,37 @@ def columns(config: OmniSparseConfig, kv_len: int) -> int:
 
 
 def active_tokens(
-    query: Tensor, near_lse: Tensor, far_lse: Tensor, text: Tensor, threshold: float | None
+    query: Tensor,
+    key: Tensor,
+    near_lse: Tensor,
+    eligible: Tensor,
+    text: Tensor,
+    config: OmniSparseConfig,
+    *,
+    block: int,
+    scale: float,
+    score: ScoreMod | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Which queries fetch keys, and which look near.
-
-    Args:
-        query: (B, Hq, L, D).
-        near_lse: float32 (B, Hq, L), log-sum-exp of each query's always-kept logits.
-        far_lse: float32 (B, Hq, L), that of the other ones, as far as it is known.
-        text: bool (B or 1, L), queries that are always active.
-        threshold: Share of the far ones under which a query may be lazy; None: all queries are active.
-
-    Returns:
-        ``(active, lazy)``, bool (B, Hq, L). A query is not lazy where a log-sum-exp is NaN, so that it shows.
+    """``(active, lazy)``, bool (B, Hq, L); the arguments are those of ``select_tokens`` from segment ``first`` on.
 
     Source: PAPER "Query selection": active if breadth > tau_b, or redundancy < tau_r, or
-    text. Our choice: the "nearest earlier kept neighbour" is the first query of a run of ``LAZY_STRIDE``.
+    text. Our choice: the mass beyond the always-kept keys is that on block means, each
+    standing for a whole block (a lower bound of the block's own sum, by convexity); the
+    "nearest earlier kept neighbour" is the first query of a run of ``LAZY_STRIDE``.
     """
-    if threshold is None:
-        lazy = torch.zeros(query.shape[:3], dtype=torch.bool, device=query.device)
+    batch, heads, q_len, _ = query.shape
+    if config.lazy_threshold is None:
+        lazy = torch.zeros((batch, heads, q_len), dtype=torch.bool, device=query.device)
         return ~lazy, lazy
-    breadth = torch.where(far_lse == -torch.inf, 0.0, torch.sigmoid(far_lse - near_lse))
-    places = torch.arange(query.shape[2], device=query.device)
+    rules: dict[str, Any] = {"block": block, "pool": block, "scale": scale, "score": score, "first": first}
+    far = pooled_lse(query, key, eligible, config.segment_size, **rules)
+    breadth = torch.where(far == -torch.inf, 0.0, torch.sigmoid(far - near_lse))
+    places = torch.arange(q_len, device=query.device)
     leader = places - places % LAZY_STRIDE
     direction = F.normalize(query.to(wide_dtype(query)), dim=-1)
     redundancy = (direction * direction.index_select(2, leader)).sum(-1)
-    lazy = (breadth < threshold) & (redundancy >= REDUNDANCY_THRESHOLD) & ~text[:, None]
+    lazy = (breadth < config.lazy_threshold) & (redundancy >= REDUNDANCY_THRESHOLD) & ~text[:, None]
     return ~lazy | (places == leader), lazy
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from test_one_pass import by_loops, by_means, situation
+from test_one_pass import by_loops, situation
 from test_token_kernels import CONFIG, loud, site_of
 from test_token_streaming import chunks_of
 from test_tokens import run
@@ -17,6 +17,7 @@ from omnisparse_flex.backend import Backend
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks.expr import causal
 from omnisparse_flex.masks.loudest import loudest, take_columns
+from omnisparse_flex.masks.one_pass import one_pass
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import STATS
 from omnisparse_flex.reference import dense_logits
@@ -74,7 +75,7 @@ def test_mass_by_loops():
     zeros = torch.zeros(2, 32).scatter(1, columns[0], 1.0).repeat_interleave(2, 0)
     narrow = dense_logits(query * 2 * zeros[None, :, None], key, 32**-0.5)
     assert (narrow - logits).abs().max() > 0.1, "a test of nothing"
-    got = by_means(arguments, rules, columns=columns)
+    got = one_pass(*arguments, columns=columns, **rules)
     for actual, expected in zip(got, by_loops(arguments, active, narrow), strict=True):
         torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=1e-4)
 

@@ -11,9 +11,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.column_mass import column_mass
 from omnisparse_flex.masks.expr import Const, causal
 from omnisparse_flex.masks.layout import block_layout
-from omnisparse_flex.masks.leaders import GUESS_POOL
-from omnisparse_flex.masks.one_pass import one_pass
-from omnisparse_flex.masks.pooled_lse import pooled_lse
+from omnisparse_flex.masks.one_pass import GUESS_POOL, one_pass
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.segments import pack_rows, segment_layout, tokens_of_blocks
 from omnisparse_flex.masks.select import BLOCK, grid_of
@@ -41,15 +39,6 @@ def situation(query, key, seed=0):
     return (query, key, near_lse, segments.eligible, rows, count, CONFIG), given, active, logits
 
 
-def by_means(arguments, given, **more):
-    """``one_pass`` by what the means of the keys say of those that are far."""
-    query, key, _, eligible, *_ = arguments
-    whole = torch.where(key.isfinite(), key, 0.0)
-    rules = {name: given[name] for name in ("block", "scale", "score")}
-    far = pooled_lse(query, whole, eligible, CONFIG.segment_size, pool=GUESS_POOL, **rules)
-    return one_pass(*arguments, far=far, **given, **more)
-
-
 def by_loops(arguments, active, logits):
     """The definition, a row at a time in float64."""
     query, key, near_lse, eligible, *_ = arguments
@@ -75,7 +64,7 @@ def by_loops(arguments, active, logits):
 def test_it_is_its_definition(shape):
     query, key, _ = shape.inputs()
     arguments, given, active, logits = situation(query * 2, key)
-    got = by_means(arguments, given)
+    got = one_pass(*arguments, **given)
     for actual, expected in zip(got, by_loops(arguments, active, logits), strict=True):
         torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=1e-4)
     assert (got[0] > 0).any(), "a test of nothing"
@@ -85,7 +74,7 @@ def test_it_is_its_definition(shape):
 def test_the_mass_sums_to_one_and_keeps_to_what_is_eligible(shape, seed):
     query, key, _ = shape.inputs(seed=seed)
     arguments, given, *_ = situation(query * 3, key, seed)
-    mass, kept = by_means(arguments, given)
+    mass, kept = one_pass(*arguments, **given)
     eligible = tokens_of_blocks(arguments[3], BLOCK, shape.kv_len)
     assert (mass >= 0).all() and not mass.masked_select(~eligible.expand_as(mass)).any()
     torch.testing.assert_close(mass.sum(-1) + kept, (arguments[5] > 0).float())
@@ -96,7 +85,7 @@ def test_it_is_exact_where_the_guess_is():
     query, key, _ = AttentionShape(1, 2, 2, 700, 704, 16).inputs()
     key = key.unflatten(2, (-1, GUESS_POOL))[:, :, :, :1].expand(-1, -1, -1, GUESS_POOL, -1).flatten(2, 3)
     arguments, given, *_ = situation(query, key)
-    for actual, expected in zip(by_means(arguments, given), column_mass(*arguments, **given), strict=True):
+    for actual, expected in zip(one_pass(*arguments, **given), column_mass(*arguments, **given), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
 
 
@@ -104,7 +93,7 @@ def test_a_planted_key_is_first():
     query, key, _ = AttentionShape(1, 1, 2, 700, 700, 16).inputs()
     query[..., 0], key[:, :, 300, 0] = 4.0, 9.0
     arguments, given, *_ = situation(query, key)
-    mass, _ = by_means(arguments, given)
+    mass, _ = one_pass(*arguments, **given)
     assert (mass[0, 0, 4:].argmax(-1) == 300).all()
 
 
@@ -112,17 +101,17 @@ def test_a_segment_without_active_rows_has_no_mass():
     query, key, _ = AttentionShape(1, 1, 1, 700, 700, 16).inputs()
     (*front, count, config), given, *_ = situation(query, key)
     count = count.index_fill(2, torch.tensor([3]), 0)
-    mass, kept = by_means((*front, count, config), given)
+    mass, kept = one_pass(*front, count, config, **given)
     assert not mass[0, 0, 3].any() and not kept[0, 0, 3].any() and mass[0, 0, 4].any()
 
 
 def test_a_broken_key_is_kept_and_breaks_no_other():
     query, key, _ = AttentionShape(1, 1, 1, 700, 700, 16).inputs()
     arguments, given, *_ = situation(query, key)
-    whole, _ = by_means(arguments, given)
+    whole, _ = one_pass(*arguments, **given)
     broken = key.clone()
     broken[0, 0, 200] = torch.nan
-    mass, _ = by_means((arguments[0], broken, *arguments[2:]), given)
+    mass, _ = one_pass(arguments[0], broken, *arguments[2:], **given)
     assert (mass[0, 0, 4:, 200] == 1.0).all() and mass.isfinite().all()
     others = torch.arange(700) != 200
     # The broken key's own mean is smaller, and what it had is shared out.

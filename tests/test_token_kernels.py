@@ -16,7 +16,6 @@ from omnisparse_flex.masks.budget import need, rank
 from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
 from omnisparse_flex.masks.key_bits import unpack_bits, words
 from omnisparse_flex.masks.layout import block_layout
-from omnisparse_flex.masks.leaders import looked_at_lse
 from omnisparse_flex.masks.loudest import loudest
 from omnisparse_flex.masks.mean_pool import block_mean
 from omnisparse_flex.masks.one_pass import one_pass
@@ -134,9 +133,7 @@ def check_selection(shape, device, config, dtype=torch.float32, make=tensors):
     given = {"block": BLOCK, "scale": shape.head_dim**-0.5, "pairs": None, "score": None}
     if config.scoring_dims is not None:
         given["columns"] = loudest(*inputs[:2], choices, config.scoring_dims)
-    seen = (*inputs[:2], near_lse, segments.eligible)
-    far = looked_at_lse(*seen, config, **given)
-    mass, _ = one_pass(*seen, quick.rows.long(), quick.row_count, config, far=far, **given)
+    mass, _ = one_pass(*inputs[:2], near_lse, segments.eligible, quick.rows.long(), quick.row_count, config, **given)
     as_many = torch.arange(shape.kv_len, device=device) < quick.key_count.unsqueeze(-1)
     got = (mass * taken).sum()
     best = (mass.sort(-1, descending=True).values * as_many).sum()

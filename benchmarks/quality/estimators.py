@@ -119,6 +119,14 @@ def clustered(query: Tensor, key: Tensor, scale: float, *, size: int, spread: bo
     return rows
 
 
+def _without(query: Tensor, key: Tensor, dims: int) -> Tensor:
+    """The queries with zeros at the ``loudest`` coordinates, (B, Hq, N, D)."""
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    energy = grouped.float().square().mean((2, 3)) * key.float().square().mean(2)
+    index = energy.topk(dims, sorted=False).indices[:, :, None, None]
+    return grouped.scatter(-1, index.expand(*grouped.shape[:-1], dims), 0.0).flatten(1, 2)
+
+
 def loudest(query: Tensor, key: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """The ``dims`` coordinates of each KV head that say most: by the product of their mean squares in queries and keys.
 
@@ -154,6 +162,7 @@ class OnePass:
         leaders: int = 0,
         segment: int = 256,
         together: bool = False,
+        rest: bool = False,
     ) -> None:
         """Begin.
 
@@ -173,6 +182,7 @@ class OnePass:
                 ``LEADER``-th query looks at most, by scores of its own. Early, too. 0: none.
             segment: Queries that share such keys.
             together: So do the heads of a group.
+            rest: The coordinates that the pass leaves out count by the means of their pool.
         """
         self.query, self.key, self.scale = query, key, scale
         self.sinks, self.window, self.pool, self.dims, self.early = sinks, window, pool, dims, early or leaders > 0
@@ -181,6 +191,7 @@ class OnePass:
         self.means = pools.mean(3)
         self.variances = pools.var(3, correction=0) if scatter else None
         narrow = loudest(query, key, dims) if dims else (query, key)
+        self.rest = _without(query, key, dims) if rest else None
         self.narrow = [x.to(torch.float8_e4m3fn).to(x.dtype) if bits8 else x for x in narrow]
 
     def __call__(self, start: int, stop: int) -> Tensor:
@@ -188,6 +199,9 @@ class OnePass:
         near, seen = self._near(start, stop)
         narrow_query, narrow_key = self.narrow
         scores = logits(narrow_query[:, :, start:stop], narrow_key[:, :, :stop], self.scale)
+        if self.rest is not None:
+            few = logits(self.rest[:, :, start:stop], self.means[:, :, : -(-stop // self.pool)], self.scale)
+            scores = scores + few.repeat_interleave(self.pool, -1)[..., :stop]
         if self.dims:  # the local part is computed whole anyway
             scores = torch.where(near, self._whole(start, stop), scores)
         guess = torch.logaddexp(scores.masked_fill(~near, float("-inf")).logsumexp(-1), self.far(start, stop))
