@@ -125,9 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, text in texts.items()
     }
     rows = []
-    for scoring, budget, lazy in itertools.product(
-        SCORINGS["block"], BUDGETS, (OmniSparseConfig().lazy_threshold, None)
-    ):
+    for scoring, budget, lazy in itertools.product(SCORINGS["block"], BUDGETS, (OmniSparseConfig().lazy_below, None)):
         rules = OmniSparseConfig(scoring=scoring, budget=budget, lazy_threshold=lazy)
         found = {name: [ladder(*layers[i], rules) for i in options.layers] for name, layers in captured.items()}
         names = {"scoring": scoring, "budget": budget, "lazy_threshold": lazy}

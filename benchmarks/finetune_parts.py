@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,10 @@ class FineTuning:
         """Optimizer steps so far."""
         return len(self.history)
 
-    def run(self, training: dict[str, Tensor], tokens: int, deadline: float) -> bool:
-        """Train; whether the run is complete at the deadline (``time.monotonic``)."""
+    def run(
+        self, training: dict[str, Tensor], tokens: int, deadline: float, after: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Train; whether the run is complete at the deadline (``time.monotonic``). ``after`` is called after a step."""
         while self.done < self.steps and time.monotonic() < deadline:
             began = time.perf_counter()
             step = self.done
@@ -115,6 +118,7 @@ class FineTuning:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            after()
             self.history.append({"loss": loss, "lr": rate, "seconds": time.perf_counter() - began})
             if self.done % 20 == 0 or self.done == 1:
                 print(f"    step {self.done} of {self.steps}: loss {loss:.4f}", flush=True)

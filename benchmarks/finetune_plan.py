@@ -24,6 +24,7 @@ class Plan:
         densities: Whole-model densities of sparse inference.
         base: Further fields of the ``OmniSparseConfig``.
         more_text: Train on ``prepare.training_only`` too.
+        warmup: Steps over which the target falls from 1 to that of training.
     """
 
     tokens: int = 8192
@@ -38,11 +39,13 @@ class Plan:
         default_factory=lambda: {"budget": "per_head", "lazy_threshold": None, "window_size": 128}
     )
     more_text: bool = False
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
         for name in ("tokens", "steps", "rows", "windows", "dense_layers"):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        require(0 <= self.warmup <= self.steps, "warmup", "be at least 0 and at most steps", self.warmup)
         require(0 < self.lr < 1, "lr", "be in (0, 1)", self.lr)
         for density in (self.train_density, *self.densities):
             require(0 < density < 1, "densities", "be in (0, 1)", density)

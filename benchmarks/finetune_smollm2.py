@@ -12,7 +12,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from benchmarks.finetune_plan import Plan
 from benchmarks.quality.prepare import load, training_only
 from benchmarks.quality.weights import load_model
 from omnisparse_flex import apply_omnisparse, collect_stats, remove_omnisparse
+from omnisparse_flex.entry import entry_of
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.stats import Stats
+from omnisparse_flex.warmup import RecallWarmup
 
 RESULTS = Path(__file__).resolve().parent / "results" / "finetune_smollm2.json"
 #: The first is the one that figures are about.
@@ -132,7 +134,7 @@ class Experiment:
         if path.exists():
             run.load(path)
         print(f"fine-tuning: {how}, from step {run.done}", flush=True)
-        complete = run.run(self.training, self.plan.tokens, self.deadline)
+        complete = run.run(self.training, self.plan.tokens, self.deadline, self._warmup(run.done))
         run.save(path)
         self.model.requires_grad_(False)
         if not complete:
@@ -140,6 +142,15 @@ class Experiment:
         self.content["training"][how] = run.history
         report.write(self.content, self.out)
         return weights(self.model)
+
+    def _warmup(self, done: int) -> Callable[[], None]:
+        """What follows a step, ``done`` of which are over: the target falls, where there is one."""
+        if self.plan.warmup == 0 or entry_of(self.model) is None:
+            return lambda: None
+        warmup = RecallWarmup(self.model, self.plan.warmup)
+        for _ in range(done):
+            warmup.step()
+        return warmup.step
 
     def tuned(self, how: str) -> dict[str, Tensor] | None:
         """Fine-tuned weights of a complete run, if there are any."""

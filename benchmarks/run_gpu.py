@@ -26,8 +26,11 @@ ROOT = Path(__file__).resolve().parent
 MODEL, VIDEO = str(ROOT.parent / "models" / "video_needle"), str(ROOT / "results" / "video")
 #: Stands for the folder of ``--data`` among a script's arguments.
 DATA = "{data}"
-#: Fine-tuning on text that lasts for all steps, below the density that is asked about.
-TUNED = '{"more_text": true, "steps": 400, "lr": 3e-4, "train_density": 0.16, "densities": [0.165, 0.18, 0.25]}'
+#: Fine-tuning on text that lasts for all steps, the target falling over half of them.
+TUNED = (
+    '{"more_text": true, "steps": 400, "warmup": 200, "lr": 3e-4, "train_density": 0.19, "densities": [0.19, 0.25], '
+    '"base": {"budget": "per_head", "lazy_threshold": 0.1, "window_size": 128}}'
+)
 
 
 def finetuning(name: str, *scorings: str) -> tuple[str, ...]:
@@ -84,8 +87,8 @@ SCRIPTS = (
     Script("compile", "bench_compile.py", 300, quick=False),
     Script("scorers", "bench_scorers.py", 240),
     Script("step", "video_needle/step_time.py", 150, False, ("--init", MODEL, "--out", VIDEO, "--figures"), False),
-    Script("finetune", "finetune_smollm2.py", 540, arguments=finetuning("long", "tile_pool", "mean_pool")),
-    Script("finetune_more", "finetune_smollm2.py", 540, arguments=finetuning("more", "antidiagonal", "tile_pool@2")),
+    Script("finetune", "finetune_smollm2.py", 540, arguments=finetuning("tiles_warm", "tile_pool")),
+    Script("finetune_more", "finetune_smollm2.py", 540, arguments=finetuning("antidiagonal", "antidiagonal")),
     Script("library", "quality/library.py", 300, False, ("--data", DATA), False),
     Script("tests", "gpu_tests.py", 600, quick=False, device=False),
 )

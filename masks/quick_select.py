@@ -65,13 +65,13 @@ def select_quickly(
     Source: PAPER "Query selection", "KV selection" at token granularity.
     """
     eligible, kv_heads, segment = segments.eligible, int(key.shape[1]), config.segment_size
-    if config.lazy_threshold is None:
+    if config.lazy_below is None:
         lazy = torch.zeros(query.shape[:3], dtype=torch.bool, device=query.device)
         active = ~lazy
     else:
         # Keys as they are: where one is NaN nobody is lazy, so that it shows.
         far = _pooled(query, block_mean(key, block), block, eligible, None, segment, block=block, scale=scale)
-        active, lazy = classify(query, near_lse, far, text, config.lazy_threshold, REDUNDANCY_THRESHOLD, LAZY_STRIDE)
+        active, lazy = classify(query, near_lse, far, text, config.lazy_below, REDUNDANCY_THRESHOLD, LAZY_STRIDE)
         del far
     order, row_count = pack_rows(active, kv_heads, segment)
     rows = order.int()

@@ -112,7 +112,7 @@ def select_blocks(
         )  # fmt: skip
     local_mass = (mass * layout.near).sum(-1)
     pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))
-    active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_threshold)
+    active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_below)
 
     sorted_mass, order = rank(mass, layout.eligible)
     needs = need(sorted_mass, (mass * layout.forced).sum(-1), layout.eligible.sum(-1), target)

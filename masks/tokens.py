@@ -178,7 +178,7 @@ def active_tokens(
     "nearest earlier kept neighbour" is the first query of a run of ``LAZY_STRIDE``.
     """
     batch, heads, q_len, _ = query.shape
-    if config.lazy_threshold is None:
+    if config.lazy_below is None:
         lazy = torch.zeros((batch, heads, q_len), dtype=torch.bool, device=query.device)
         return ~lazy, lazy
     rules: dict[str, Any] = {"block": block, "pool": block, "scale": scale, "score": score, "first": first}
@@ -188,7 +188,7 @@ def active_tokens(
     leader = places - places % LAZY_STRIDE
     direction = F.normalize(query.to(wide_dtype(query)), dim=-1)
     redundancy = (direction * direction.index_select(2, leader)).sum(-1)
-    lazy = (breadth < config.lazy_threshold) & (redundancy >= REDUNDANCY_THRESHOLD) & ~text[:, None]
+    lazy = (breadth < config.lazy_below) & (redundancy >= REDUNDANCY_THRESHOLD) & ~text[:, None]
     return ~lazy | (places == leader), lazy
 
 

@@ -14,6 +14,8 @@ Budget = Literal["flattest_head", "per_head"] | int
 #: Estimators by granularity; the first is what ``"auto"`` means.
 SCORINGS = {"block": ("mean_pool", "tile_pool", "antidiagonal", "probe"), "token": ("one_pass", "column_mass")}
 LAZY_MODES = ("local", "skip")
+#: What ``lazy_threshold="auto"`` means for blocks.
+LAZY_THRESHOLD = 0.05
 GQA_CHOICES = ("group", "head")
 #: Fewest coordinates of a head that tensor cores multiply.
 LEAST_DIMS = 16
@@ -50,9 +52,9 @@ class OmniSparseConfig:
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
             counted); None: no bound.
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
-            under this is lazy, in [0, 1]; None: no query selection. At token granularity mass beyond is
-            estimated from means of 128 keys, which miss most of it on text: queries are discarded that look far
-            (README "Limits"). Where quality counts, give None there.
+            under this is lazy, in [0, 1]; None: no query selection. ``"auto"``: 0.05 for blocks, None for tokens. There
+            the estimate, means of 128 keys, misses what a query fetches from a few of them: on text 0.05 discards
+            queries that look far (README "Limits"); give a number where you measured it.
         lazy_mode: What a discarded lazy query still attends: ``"local"`` = the
             always-kept keys (sinks, window, text), ``"skip"`` = nothing: its output is 0
             and the residual stream alone carries it.
@@ -90,7 +92,7 @@ class OmniSparseConfig:
     gqa_choice: str = "group"
     budget: Budget = "per_head"
     max_kv_budget: int | None = None
-    lazy_threshold: float | None = 0.05
+    lazy_threshold: float | str | None = "auto"
     lazy_mode: str = "local"
     sink_size: int = 64
     window_size: int = 256
@@ -123,9 +125,9 @@ class OmniSparseConfig:
             _count("budget", self.budget, minimum=0)
         if self.max_kv_budget is not None:
             _count("max_kv_budget", self.max_kv_budget, minimum=0)
-        if self.lazy_threshold is not None:
-            ok = _is_real(self.lazy_threshold) and 0 <= self.lazy_threshold <= 1
-            require(ok, "lazy_threshold", "be None or in [0, 1]", self.lazy_threshold)
+        if self.lazy_threshold is not None and self.lazy_threshold != "auto":
+            ok = _is_real(self.lazy_threshold) and 0 <= float(self.lazy_threshold) <= 1
+            require(ok, "lazy_threshold", 'be "auto", None or in [0, 1]', self.lazy_threshold)
         _count("sink_size", self.sink_size, minimum=0)
         _count("window_size", self.window_size, minimum=1)
         if isinstance(self.budget, int) and self.max_kv_budget is not None:
@@ -157,6 +159,13 @@ class OmniSparseConfig:
     def scorer(self) -> str:
         """``scoring`` with ``"auto"`` resolved."""
         return SCORINGS[self.granularity][0] if self.scoring == "auto" else self.scoring
+
+    @property
+    def lazy_below(self) -> float | None:
+        """``lazy_threshold`` with ``"auto"`` resolved."""
+        if self.lazy_threshold == "auto":
+            return LAZY_THRESHOLD if self.granularity == "block" else None
+        return None if self.lazy_threshold is None else float(self.lazy_threshold)
 
     def recall_of(self, layer: int) -> float:
         """The target recall of one decoder layer (0-based)."""

@@ -79,8 +79,8 @@ INVALID = [
     ({"budget": 512, "max_kv_budget": 256}, "budget must be at most max_kv_budget=256, got 512"),
     ({"max_kv_budget": -1}, "max_kv_budget must be an int of at least 0, got -1"),
     ({"max_kv_budget": 128.0}, "max_kv_budget must be an int of at least 0, got 128.0"),
-    ({"lazy_threshold": 1.01}, "lazy_threshold must be None or in [0, 1], got 1.01"),
-    ({"lazy_threshold": "low"}, "lazy_threshold must be None or in [0, 1], got 'low'"),
+    ({"lazy_threshold": 1.01}, 'lazy_threshold must be "auto", None or in [0, 1], got 1.01'),
+    ({"lazy_threshold": "low"}, "lazy_threshold must be \"auto\", None or in [0, 1], got 'low'"),
     ({"sink_size": -1}, "sink_size must be an int of at least 0, got -1"),
     ({"sink_size": None}, "sink_size must be an int of at least 0, got None"),
     ({"window_size": 0}, "window_size must be an int of at least 1, got 0"),
@@ -152,6 +152,13 @@ def test_one_listed_target_is_still_a_list_of_one_layer():
     message = "target_recall must hold one value for each of the 2 layers, got (0.5,)"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         OmniSparseConfig(target_recall=(0.5,)).check_layers(2)
+
+
+def test_query_selection_by_default_is_that_of_blocks():
+    assert OmniSparseConfig().lazy_below == 0.05 and OmniSparseConfig(granularity="token").lazy_below is None
+    for threshold in (None, 0, 0.4):
+        for granularity in ("block", "token"):
+            assert OmniSparseConfig(granularity=granularity, lazy_threshold=threshold).lazy_below == threshold
 
 
 def test_paper():

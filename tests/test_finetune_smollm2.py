@@ -17,6 +17,7 @@ from benchmarks import finetune_report as report
 from benchmarks import finetune_smollm2 as bench
 from benchmarks.finetune_parts import FineTuning, batch_of, loss_of, split
 from omnisparse_flex import apply_omnisparse, collect_stats
+from omnisparse_flex.entry import entry_of
 from omnisparse_flex.errors import ConfigError
 
 NEVER = float("inf")
@@ -88,6 +89,26 @@ def test_interrupted_training_goes_on_exactly(tmp_path):
     for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, two)
     assert whole.history[-1]["loss"] == again.history[-1]["loss"]
+
+
+def test_the_target_falls_while_training_and_goes_on_falling(tmp_path):
+    plan = bench.Plan(tokens=256, steps=4, rows=1, windows=1, lr=1e-2, warmup=4)
+    made = bench.Experiment(tiny(), texts(), plan, tmp_path / "rows.json", tmp_path, NEVER)
+    assert made._warmup(0)() is None, "dense: nothing falls"
+    apply_omnisparse(made.model, plan.config("mean_pool", 2), min_seq_len=0)
+    recall = entry_of(made.model).state.recall
+    seen, step = [float(recall[1])], made._warmup(0)
+    for _ in range(2):
+        step()
+        seen.append(float(recall[1]))
+    assert seen == [0.5, 0.875, 0.75]
+    bench.set_targets(made.model, 0.5, 1)
+    again = made._warmup(2)
+    assert float(recall[1]) == 0.75
+    again(), again()
+    assert float(recall[1]) == 0.5
+    with pytest.raises(ConfigError, match="warmup must be at least 0 and at most steps, got 5"):
+        bench.Plan(steps=4, warmup=5)
 
 
 @pytest.mark.slow

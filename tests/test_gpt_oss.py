@@ -32,7 +32,7 @@ CONFIGS = {
 }
 SPARSE = {
     "block": OmniSparseConfig(target_recall=0.6, sink_size=16, window_size=64),
-    "token": OmniSparseConfig(target_recall=0.6, **TOKENS),
+    "token": OmniSparseConfig(target_recall=0.6, lazy_threshold=0.05, **TOKENS),
 }
 
 

@@ -25,7 +25,7 @@ CASES = [HEADS, NARROW, dataclasses.replace(HEADS, budget=40, lazy_mode="skip", 
 SHAPES = [AttentionShape(2, 2, 3, 300, 700, 32), AttentionShape(1, 1, 2, 520, 520, 32)]
 TOKENS = {"granularity": "token", "gqa_choice": "head", "segment_size": 128, "sink_size": 16, "window_size": 64}
 EVERYTHING = OmniSparseConfig(target_recall=0.999, budget=1 << 20, lazy_threshold=None, **TOKENS)
-SPARSE = OmniSparseConfig(target_recall=0.98, scoring_dims=16, **TOKENS)
+SPARSE = OmniSparseConfig(target_recall=0.98, scoring_dims=16, lazy_threshold=0.05, **TOKENS)
 
 
 def causal_mask(shape):

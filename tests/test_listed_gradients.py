@@ -13,7 +13,9 @@ from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.site import Site
 from omnisparse_flex.testing import AttentionShape
 
-CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
+CONFIG = OmniSparseConfig(
+    granularity="token", target_recall=0.6, lazy_threshold=0.05, sink_size=8, window_size=16, segment_size=128
+)
 
 
 @pytest.mark.parametrize("shape", [AttentionShape(1, 1, 2, 520, 520, 16), AttentionShape(2, 2, 1, 140, 520, 16)])

@@ -159,6 +159,28 @@ def test_leaders_know_the_keys_that_others_look_at_too():
         assert (made.far(64, TOKENS) >= logit - 1e-4).float().mean() > 0.9
 
 
+def test_what_a_narrow_pass_leaves_out_may_count_by_means():
+    query, key = inputs()
+    options = {"sinks": 4, "window": 8, "bits8": False}
+    whole = OnePass(query, key, DIM**-0.5, pool=1, **options)(64, TOKENS)
+    exactly = OnePass(query, key, DIM**-0.5, dims=DIM // 2, rest=True, pool=1, **options)(64, TOKENS)
+    torch.testing.assert_close(exactly, whole)
+    near, plain = (
+        (OnePass(query, key, DIM**-0.5, dims=DIM // 2, rest=x, pool=2, **options)(64, TOKENS) - whole).abs().mean()
+        for x in (True, False)
+    )
+    assert 0 < near < plain
+
+
+def test_leaders_raise_a_guess_that_is_too_low():
+    query, key = inputs()
+    options = {"sinks": 4, "window": 8, "pool": 8, "bits8": False, "early": True}
+    truth = OnePass(query, key, DIM**-0.5, **{**options, "pool": 1}).far(64, TOKENS)
+    low, level = (OnePass(query, key, DIM**-0.5, level=x, **options).far(64, TOKENS) for x in (False, True))
+    assert (low - truth).mean() < -0.05 and (level - truth).mean().abs() < 0.3 * (low - truth).mean().abs()
+    assert ((level - low).std(2) < 1e-4).all(), "by head, not by row"
+
+
 def test_lazy_queries_follow_from_what_is_guessed():
     rule = token("x", lazy=0.5, **SMALL)
     mass = exact(*inputs(), DIM**-0.5)(0, TOKENS)
@@ -176,6 +198,8 @@ def test_a_narrow_pass_is_cheap_and_made_for_whom_the_guess_leaves():
     assert cost() == pytest.approx(0.5 * (0.5 / 2 + 1 / 16))
     assert cost(early=True) == pytest.approx(0.5 * (0.5 * 0.5 / 2 + 1 / 16))
     assert cost(early=True, scatter=True) == pytest.approx(0.5 * (0.5 * 0.5 / 2 + 2 / 16))
+    assert cost(rest=True) == pytest.approx(0.5 * (0.5 / 2 + 2 / 16))
+    assert cost(early=True, level=True) == pytest.approx(0.5 * (0.5 * (0.5 + 1 / 16) / 2 + 1 / 16))
     looked = 0.5 * (0.5 * (0.5 + 1 / 16) / 2 + 1 / 256 + 2 * 8 / TOKENS)
     assert cost(leaders=8) == pytest.approx(looked)
 

@@ -30,7 +30,9 @@ from omnisparse_flex.site import Site, register
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, dense_oracle
 from omnisparse_flex.token_op import call_token_op
 
-CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
+CONFIG = OmniSparseConfig(
+    granularity="token", target_recall=0.6, lazy_threshold=0.05, sink_size=8, window_size=16, segment_size=128
+)
 SMALL = [AttentionShape(1, 1, 2, 520, 520, 16), AttentionShape(2, 2, 1, 140, 520, 16)]
 SHAPES = [AttentionShape(1, 2, group, 1000, 1000, dim) for group, dim in ((1, 64), (2, 128), (7, 64))]
 SHAPES += [

@@ -22,7 +22,7 @@ from omnisparse_flex.token_gradients import token_gradients
 from omnisparse_flex.token_op import call_token_op
 
 HEADS, KV_HEADS, DIM = 28, 4, 128
-UNBOUNDED = OmniSparseConfig(granularity="token", target_recall=0.95)
+UNBOUNDED = OmniSparseConfig(granularity="token", target_recall=0.95, lazy_threshold=0.05)
 CONFIGS = {
     "flattest": UNBOUNDED,
     "all_active": dataclasses.replace(UNBOUNDED, lazy_threshold=None),

@@ -11,7 +11,9 @@ from omnisparse_flex.site import Site, register
 from omnisparse_flex.testing import AttentionShape
 from omnisparse_flex.token_op import call_token_op
 
-CONFIG = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
+CONFIG = OmniSparseConfig(
+    granularity="token", target_recall=0.6, lazy_threshold=0.05, sink_size=8, window_size=16, segment_size=128
+)
 
 
 def test_autocast_changes_nothing_in_it(device):

@@ -23,7 +23,9 @@ from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, mask
 from omnisparse_flex.token_attention import merge
 from omnisparse_flex.trace_mask import trace_mask_mod
 
-TOKENS = OmniSparseConfig(granularity="token", target_recall=0.6, sink_size=8, window_size=16, segment_size=128)
+TOKENS = OmniSparseConfig(
+    granularity="token", target_recall=0.6, lazy_threshold=0.05, sink_size=8, window_size=16, segment_size=128
+)
 EVERYTHING = dataclasses.replace(TOKENS, target_recall=1.0, lazy_threshold=None)
 
 

@@ -20,7 +20,7 @@ from omnisparse_flex.testing import assert_no_square
 TOKENS = {"granularity": "token", "segment_size": 128, "sink_size": 16, "window_size": 64}
 #: Keeps every key, but through the whole token path: a recall under 1 is never a dense layer.
 EVERYTHING = OmniSparseConfig(target_recall=0.999, budget=1 << 20, lazy_threshold=None, **TOKENS)
-SPARSE = OmniSparseConfig(target_recall=0.6, **TOKENS)
+SPARSE = OmniSparseConfig(target_recall=0.6, lazy_threshold=0.05, **TOKENS)
 
 
 def operators(model):

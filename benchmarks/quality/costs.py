@@ -52,7 +52,9 @@ def _estimate(rule: Rule, tokens: int, head_dim: int, groups: int, active: float
             # Leaders' scores and guesses, and all queries over the keys that these look at: not more than there are.
             looked = 2 * options["leaders"] / tokens
             return 0.5 * (narrow * (active + 1 / LEADER) + guess / LEADER + looked)
-        return 0.5 * (narrow * (active if options.get("early") else 1.0) + guess)
+        led = 1 / LEADER if options.get("level") else 0.0
+        rest = 1 / options["pool"] if options.get("rest") else 0.0
+        return 0.5 * (narrow * ((active if options.get("early") else 1.0) + led) + guess + rest)
     if rule.estimator == "clustered":
         # q·centre is not causal: twice the pairs. One pass: its rows are short enough to be kept.
         score = 2 * 0.5 / options["size"] * (2 if options.get("spread") else 1)

@@ -163,6 +163,7 @@ class OnePass:
         segment: int = 256,
         together: bool = False,
         rest: bool = False,
+        level: bool = False,
     ) -> None:
         """Begin.
 
@@ -183,10 +184,11 @@ class OnePass:
             segment: Queries that share such keys.
             together: So do the heads of a group.
             rest: The coordinates that the pass leaves out count by the means of their pool.
+            level: The guess is raised, by head and stretch of rows, by what the leaders' own scores are above theirs.
         """
         self.query, self.key, self.scale = query, key, scale
         self.sinks, self.window, self.pool, self.dims, self.early = sinks, window, pool, dims, early or leaders > 0
-        self.leaders, self.segment, self.together = leaders, segment, together
+        self.leaders, self.segment, self.together, self.level = leaders, segment, together, level
         pools = key.unflatten(2, (-1, pool))
         self.means = pools.mean(3)
         self.variances = pools.var(3, correction=0) if scatter else None
@@ -215,7 +217,19 @@ class OnePass:
 
     def far(self, start: int, stop: int) -> Tensor:
         """Log-sum-exp of each row's keys beyond the local part, as far as it is known, (B, Hq, stop - start)."""
-        return self._far(start, stop) if self.leaders == 0 else self._looked_at(start, stop)
+        if self.leaders:
+            return self._looked_at(start, stop)
+        far = self._far(start, stop)
+        return far + self._too_low(far[:, :, ::LEADER], start, stop) if self.level else far
+
+    def _too_low(self, guess: Tensor, start: int, stop: int) -> Tensor:
+        """What the leaders' guesses lack, the mean by head: (B, Hq, 1)."""
+        near, seen = (x[::LEADER] for x in self._near(start, stop))
+        narrow_query, narrow_key = self.narrow
+        scores = logits(narrow_query[:, :, start:stop:LEADER], narrow_key[:, :, :stop], self.scale)
+        lacks = scores.masked_fill(~(seen & ~near), float("-inf")).logsumexp(-1) - guess
+        known = guess.isfinite()
+        return torch.where(known, lacks, 0.0).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
 
     def _near(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         q, k = torch.arange(start, stop, device=self.key.device)[:, None], torch.arange(stop, device=self.key.device)

@@ -191,28 +191,25 @@ def fourth() -> list[Row]:
 
 
 def fifth() -> list[Row]:
-    """Lazy queries known before the pass: by the keys that leaders look at, and by means, with and without scatter."""
-    tasks = (PPL, "items:8192")
+    """Lazy queries known before the pass: by keys that leaders look at, by means; and a pass of fewer coordinates."""
+    both = (PPL, "items:8192")
 
-    def lean(label: str, target: float = 0.96, lazy: float | None = 0.1, dims: int = 32, **changes: object) -> Rule:
-        options: dict[str, object] = {"dims": dims, "pool": 32, "early": True, "scatter": "scatter" in label}
-        if "leaders" in label:
-            options["leaders"] = int(label.removeprefix("leaders"))
-            options["together"] = "gqa" in changes
-        if "window" in changes:
-            options["window"] = changes["window"]
+    def lean(how: str, target: float = 0.96, lazy: float | None = 0.1, dims: int = 32, **options: object) -> Rule:
+        options = {"dims": dims, "pool": 32, **options}
         fields = {"estimator": "one_pass", "options": options, "budget": "per_head", "dense_layers": (0,)}
-        note = "".join(f" {name}-{x}" for name, x in changes.items())
-        return token(f"one-pass fp8 dims{dims} {label} per_head{note} d0", target, lazy, **fields, **changes)
+        return token(f"one-pass fp8 dims{dims} {how} per_head d0", target, lazy, **fields)
 
-    rows = [Row(DENSE, tasks), *with_controls(lean("leaders128", 0.95), tasks)]
-    rows += [Row(lean("leaders128", t, x), tasks) for t, x in ((0.96, 0.1), (0.95, 0.05), (0.97, 0.15))]
-    rows += [Row(lean("leaders128", t, 0.1, window=128), tasks) for t in (0.95, 0.96)]
-    rows += [Row(lean("leaders128", t, 0.1, 16), tasks) for t in (0.95, 0.97)]
-    rows += [Row(lean(f"leaders{count}"), tasks) for count in (64, 256)]
-    rows += [Row(lean("leaders128", 0.95, 0.1, gqa="mean"), tasks), Row(lean("leaders128", lazy=None), tasks)]
-    rows += [Row(lean(x, 0.96, lazy), tasks) for x, lazy in (("means", 0.05), ("means", 0.005), ("scatter", 0.05))]
-    return rows
+    led = {"early": True, "scatter": False, "leaders": 128, "together": False}
+    rows = [Row(DENSE, both), *with_controls(lean("leaders128", 0.95, **led), both)]
+    rows += [Row(lean("leaders128", t, x, **led), both) for t, x in ((0.96, 0.1), (0.95, 0.05))]
+    rows += [Row(lean("means", lazy=x, early=True)) for x in (0.05, 0.005)]
+    for x in (0.05, 0.02):
+        rows += [Row(lean("scatter", lazy=x, early=True, scatter=True))]
+        rows += [Row(lean("scatter pool8", lazy=x, early=True, scatter=True, pool=8))]
+        rows += [Row(lean("scatter level", lazy=x, early=True, scatter=True, level=True))]
+        rows += [Row(lean("means level", lazy=x, early=True, level=True))]
+    rows += [Row(lean("rest", dims=d, rest=True)) for d in (8, 16, 32)]
+    return rows + [Row(lean("all", t, None)) for t in (0.9, 0.93)]
 
 
 def budgets() -> list[Row]:

@@ -53,6 +53,6 @@ FAMILIES = {
         Family("estimate alone", {"last_rows": 0}),
         Family("query selection alone", recalls=(ALL_KEYS,)),
         Family("KV selection alone", {"lazy_threshold": None}),
-        Family("tokens", {"granularity": "token", "scoring": SCORINGS["token"][0]}),
+        Family("tokens", {"granularity": "token", "scoring": SCORINGS["token"][0], "lazy_threshold": 0.05}),
     )
 }
