@@ -50,7 +50,8 @@ def show(device: str, costs: Costs, samples: list[Sample]) -> None:
     dense = [costs.dense_ms(s.tokens, s.shape) / s.dense - 1 for s in samples]
     for name, found in (("sparse", errors), ("dense", dense)):
         print(f"{device}: {name} model off by {min(found):+.0%} to {max(found):+.0%} of {len(found)} samples")
-    print(f"{device}: breaks even at {costs.break_even(samples[0].shape, OmniSparseConfig())} tokens by default")
+    least = costs.break_even(samples[0].shape, OmniSparseConfig(), device)
+    print(f"{device}: breaks even at {least} tokens by default")
 
 
 def main() -> int:

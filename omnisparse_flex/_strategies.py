@@ -57,7 +57,7 @@ def configs(draw: st.DrawFn) -> OmniSparseConfig:
         last_rows=2 * draw(st.integers(0, 130)),
         budget=draw(st.sampled_from(budgets) | fixed),
         max_kv_budget=max_kv_budget,
-        lazy_threshold=draw(st.none() | st.floats(0.0, 1.0)),
+        lazy_threshold=draw(st.sampled_from((None, "auto")) | st.floats(0.0, 1.0)),
         lazy_mode=draw(st.sampled_from(LAZY_MODES)),
         sink_size=draw(st.integers(0, 200)),
         window_size=draw(st.integers(1, 300)),

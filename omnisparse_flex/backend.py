@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from omnisparse_flex import kernel_choice
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost import Shape, costs_of, expected_share
+from omnisparse_flex.cost import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.inductor import CompiledFn, compile_graph, device_of, tensors_of
 from omnisparse_flex.kernel_choice import KERNELS, has_flash
@@ -28,6 +28,8 @@ INNERS = ("auto", "inductor", "aot_eager", "eager")
 
 #: Queries below which a device that was never measured stays dense. Our choice: twice what an H200 needs.
 UNMEASURED = 16384
+#: What a report says where no length pays.
+NEVER_PAYS = "dense: these rules pay at no length; max_kv_budget bounds what they may cost, min_seq_len=0 runs them"
 
 
 @dataclasses.dataclass(eq=False)
@@ -147,7 +149,10 @@ class Backend:
         if costs is None:
             self.log.notes[f"{name} was never measured: dense below {UNMEASURED} queries"] = None
             return UNMEASURED
-        least = costs.break_even(shape or Shape(), self.config)
+        least = costs.break_even(shape or Shape(), self.config, name)
+        if least == LAST:
+            self.log.notes[f"{name}: {NEVER_PAYS}"] = None
+            return least
         share = expected_share(least, self.config)
         self.log.notes[f"{name}: sparse from {least} queries on, if at most {share:.0%} of the pairs are kept"] = None
         return least

@@ -37,8 +37,8 @@ class OmniSparseConfig:
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
             cheapest), ``"tile_pool"`` (means of 32 tokens), ``"antidiagonal"`` (strided sums) or
-            ``"probe"`` (exact rows of sampled queries); for tokens ``"one_pass"`` (rows' normalisers
-            guessed) or ``"column_mass"`` (exact); ``"auto"``: the granularity's first.
+            ``"probe"`` (exact rows of sampled queries; on a GPU dearer than dense attention); for tokens ``"one_pass"``
+            (rows' normalisers guessed) or ``"column_mass"`` (exact); ``"auto"``: the granularity's first.
         scoring_dims: Coordinates of each head that ``"one_pass"`` multiplies for its scores, a power of 2 from 16 to
             the head's own number: those with the largest product of mean squares in queries and keys, over all
             tokens of the call. The always-kept part, the guess and the attention take all. None: all.

@@ -1,7 +1,8 @@
 """What attention costs on a device, dense and sparse, and from which length on the sparse one pays.
 
 The model is a sum of terms that are linear in their coefficients: pairs of the dense kernel, kept
-pairs of the sparse one, tokens and block pairs of the selection, and a constant per call. The
+pairs of the sparse one, tokens and block pairs of the selection by block means, and a constant per call; what other
+estimators and tokens cost beyond that is in ``choice_cost``. The
 coefficients come with the package for measured devices (``costs.json``, made by
 ``benchmarks/fit_costs.py``) or from the user's own machine (``omnisparse-flex calibrate --speed``).
 """
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnisparse_flex.choice_cost import choice_share, pair_cost
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 
@@ -105,20 +107,20 @@ class Costs:
         coefficients = (self.sparse, self.token, self.block, self.call)
         return sum(c * x for c, x in zip(coefficients, _terms(tokens, shape, share), strict=True))
 
-    def break_even(self, shape: Shape, config: OmniSparseConfig) -> int:
+    def break_even(self, shape: Shape, config: OmniSparseConfig, device: str) -> int:
         """From how many tokens on sparse attention is not slower, up to ``LAST``; ``LAST``: never."""
-        return _break_even(self, shape, config)
+        return _break_even(self, shape, config, device)
 
-    def pays(self, tokens: int, shape: Shape, config: OmniSparseConfig) -> bool:
+    def pays(self, tokens: int, shape: Shape, config: OmniSparseConfig, device: str) -> bool:
         """Whether sparse attention is expected not to be slower at this length."""
-        share = expected_share(tokens, config)
-        return self.sparse_ms(tokens, shape, share) <= self.dense_ms(tokens, shape)
+        share, dense = expected_share(tokens, config) * pair_cost(config), self.dense_ms(tokens, shape)
+        return self.sparse_ms(tokens, shape, share) + choice_share(config, device) * dense <= dense
 
 
 @functools.cache  # all layers of a model ask the same
-def _break_even(costs: Costs, shape: Shape, config: OmniSparseConfig) -> int:
+def _break_even(costs: Costs, shape: Shape, config: OmniSparseConfig, device: str) -> int:
     length = LAST
-    while length - STEP >= costs.shortest and costs.pays(length - STEP, shape, config):
+    while length - STEP >= costs.shortest and costs.pays(length - STEP, shape, config, device):
         length -= STEP
     return length
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import ConfigError, OmniSparseConfig
 from omnisparse_flex.backend import Backend
+from omnisparse_flex.choice_cost import TOKENS_ON_A_GPU, choice_share, pair_cost
+from omnisparse_flex.config import SCORINGS
 from omnisparse_flex.cost import (
     EXPECTED_SHARE,
     FILE_VARIABLE,
@@ -32,6 +34,8 @@ from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import select_blocks
 
 SHAPE = Shape(8, 2, 64)
+GPU = "NVIDIA H200"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 TRUE = Costs(dense=2e-11, dense_call=0.05, sparse=3e-11, token=1e-9, block=1e-5, call=0.2)
 positive = st.floats(1e-3, 1e3)
 
@@ -69,16 +73,66 @@ def test_no_coefficient_is_negative_whatever_the_noise():
 
 def test_from_the_break_even_on_it_pays_and_just_below_it_does_not():
     config = OmniSparseConfig()
-    least = TRUE.break_even(SHAPE, config)
+    least = TRUE.break_even(SHAPE, config, GPU)
     assert STEP < least < LAST
     for tokens in (least, 2 * least, LAST):
         assert TRUE.sparse_ms(tokens, SHAPE, EXPECTED_SHARE) <= TRUE.dense_ms(tokens, SHAPE)
     below = least - STEP
     assert TRUE.sparse_ms(below, SHAPE, EXPECTED_SHARE) > TRUE.dense_ms(below, SHAPE)
     slow = Costs(dense=1e-11, dense_call=0, sparse=3e-11, token=0, block=0, call=0)
-    assert slow.break_even(SHAPE, config) == LAST, "a kernel three times as slow never pays at half of the pairs"
+    assert slow.break_even(SHAPE, config, GPU) == LAST, "a kernel three times as slow never pays at half of the pairs"
     known = Costs(dense=1e-11, dense_call=0, sparse=1e-12, token=0, block=0, call=0, shortest=2000)
-    assert known.break_even(SHAPE, config) >= 2000, "nothing is claimed below what was measured"
+    assert known.break_even(SHAPE, config, GPU) >= 2000, "nothing is claimed below what was measured"
+
+
+def test_what_an_estimator_takes_is_what_was_measured():
+    dense = {tokens: min(found["dense_ms"].values()) for tokens, found in measured("token").items()}
+    beyond = {}
+    times = {(row["scoring"], row["tokens"]): row["selection_ms"] for row in measured("scorers", "rows")}
+    for (scoring, tokens), time in times.items():
+        share = (time - times["mean_pool", tokens]) / dense[tokens]
+        beyond[scoring] = max(beyond.get(scoring, 0.0), share)
+    for scoring, share in beyond.items():
+        assert choice_share(OmniSparseConfig(scoring=scoring), GPU) == pytest.approx(share, rel=0.1), scoring
+    assert set(beyond) == set(SCORINGS["block"])
+
+
+def test_what_tokens_take_is_no_less_than_was_measured():
+    for tokens, found in measured("token").items():
+        dense, packaged = min(found["dense_ms"].values()), costs_of(GPU)
+        for case in found["cases"].values():
+            active, keys = case["active"], case["keys"]
+            config = OmniSparseConfig(granularity="token", lazy_threshold=0.05)
+            fixed, scores = TOKENS_ON_A_GPU
+            told, took = fixed + scores * active, case["select"] / dense
+            assert told > 0.95 * took and (tokens > 1 << 16 or told < 1.1 * took)
+            pairs = 2 * active * keys * packaged.sparse / packaged.dense * pair_cost(config)
+            # Where it is more than the call itself.
+            assert pairs > 0.9 * case["far"] / dense or case["far"] < 0.15 * dense
+    assert choice_share(OmniSparseConfig(granularity="token"), GPU) == pytest.approx(sum(TOKENS_ON_A_GPU))
+    assert choice_share(config, GPU) == pytest.approx(fixed + scores / 2)
+
+
+def measured(name, field=None):
+    """Kept results, by number of tokens where no field is asked for."""
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    return content[field] if field else {int(key): value for key, value in content.items() if key.isdigit()}
+
+
+def test_rules_that_choose_dearly_pay_later_or_never():
+    costs = costs_of(GPU)
+    least = {name: costs.break_even(Shape(), OmniSparseConfig(scoring=name), GPU) for name in SCORINGS["block"]}
+    assert least["mean_pool"] < least["tile_pool"] < least["antidiagonal"] < least["probe"] == LAST
+    tokens = {"granularity": "token", "max_kv_budget": 4096}
+    all_active, some = (
+        costs.break_even(Shape(), OmniSparseConfig(lazy_threshold=x, **tokens), GPU) for x in ("auto", 0.05)
+    )
+    assert least["mean_pool"] < some < all_active < LAST
+    backend = Backend(OmniSparseConfig(scoring="probe"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+        assert backend.threshold(torch.device("cuda")) == LAST
+    assert any(note.startswith(f"{GPU}: dense: these rules pay at no length") for note in backend.log.notes)
 
 
 @given(st.integers(1, 6), st.integers(0, 400), st.integers(1, 300))
@@ -109,7 +163,7 @@ def test_the_users_own_costs_come_first(tmp_path, monkeypatch):
     assert costs_of("cpu") == TRUE == costs_of("a GPU nobody has")
     backend = Backend(OmniSparseConfig())
     least = backend.threshold(torch.device("cpu"), SHAPE)
-    assert least == TRUE.break_even(SHAPE, backend.config)
+    assert least == TRUE.break_even(SHAPE, backend.config, "cpu")
     assert f"cpu: sparse from {least} queries on, if at most 50% of the pairs are kept" in backend.log.notes
     path.write_text("{broken")
     with pytest.raises(ConfigError, match="delete it to start over"):
@@ -134,5 +188,5 @@ def test_the_packaged_costs_are_those_of_measured_devices():
     known = json.loads(PACKAGED.read_text())
     assert set(known) == {"cpu", "NVIDIA H200"}
     for name in known:
-        least = costs_of(name).break_even(Shape(), OmniSparseConfig())
+        least = costs_of(name).break_even(Shape(), OmniSparseConfig(), name)
         assert costs_of(name).shortest <= least < 1 << 15

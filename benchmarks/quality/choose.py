@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality.estimators import Rows, causal, logits
+from benchmarks.quality.rows import Rows, causal, logits
 from benchmarks.quality.rules import Rule
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 

@@ -7,7 +7,7 @@ pass in practice (FACTS), are not in it, so times must be measured before anythi
 
 from __future__ import annotations
 
-from benchmarks.quality.estimators import LEADER
+from benchmarks.quality.one_pass import LEADER
 from benchmarks.quality.rules import Rule
 
 #: Passes over the pairs for one column mass, at half the dense FLOPs each.

@@ -14,7 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks.quality.choose import Chosen, choose, estimate, local_pairs
 from benchmarks.quality.costs import selection_cost
-from benchmarks.quality.estimators import ESTIMATORS, OnePass, causal, exact
+from benchmarks.quality.estimators import ESTIMATORS, exact
+from benchmarks.quality.one_pass import OnePass
+from benchmarks.quality.rows import causal
 from benchmarks.quality.rules import Rule
 
 NAME = "quality_lab"

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality_smollm2_library.json"
 TOKENS = 8192
+#: Fields of the lab's best rule.
 HEADS = {"gqa_choice": "head", "scoring_dims": 32}
 #: Row -> target of the layers after the first, which is dense, and further fields. The lab's row of the same rules as
 #: the fourth is "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1", which judges queries by exact rows.
