@@ -13,24 +13,27 @@ from benchmarks.quality.rows import logits
 LEADER = 16
 
 
-def _without(query: Tensor, key: Tensor, dims: int) -> Tensor:
-    """The queries with zeros at the ``loudest`` coordinates, (B, Hq, N, D)."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    energy = grouped.float().square().mean((2, 3)) * key.float().square().mean(2)
-    index = energy.topk(dims, sorted=False).indices[:, :, None, None]
-    return grouped.scatter(-1, index.expand(*grouped.shape[:-1], dims), 0.0).flatten(1, 2)
-
-
 def loudest(query: Tensor, key: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """The ``dims`` coordinates of each KV head that say most: by the product of their mean squares in queries and keys.
 
     Unlike the leading directions of ``pca`` they need no eigenvectors, whose computation waits for the device.
     """
+    grouped, index = _loud(query, key, dims)
+    narrow = grouped.gather(-1, index.unsqueeze(2).expand(*grouped.shape[:-1], dims)).flatten(1, 2)
+    return narrow, key.gather(-1, index.expand(*key.shape[:-1], dims))
+
+
+def _without(query: Tensor, key: Tensor, dims: int) -> Tensor:
+    """The queries with zeros at the ``loudest`` coordinates, (B, Hq, N, D)."""
+    grouped, index = _loud(query, key, dims)
+    return grouped.scatter(-1, index.unsqueeze(2).expand(*grouped.shape[:-1], dims), 0.0).flatten(1, 2)
+
+
+def _loud(query: Tensor, key: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """Queries by group, (B, Hkv, G, N, D), and the loudest coordinates, int64 (B, Hkv, 1, dims)."""
     grouped = query.unflatten(1, (key.shape[1], -1))
     energy = grouped.float().square().mean((2, 3)) * key.float().square().mean(2)  # (B, Hkv, D)
-    index = energy.topk(dims, sorted=False).indices[:, :, None]
-    narrow = grouped.gather(-1, index[:, :, None].expand(*grouped.shape[:-1], dims)).flatten(1, 2)
-    return narrow, key.gather(-1, index.expand(*key.shape[:-1], dims))
+    return grouped, energy.topk(dims, sorted=False).indices.unsqueeze(2)
 
 
 class OnePass:
