@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import ConfigError, OmniSparseConfig
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.choice_cost import TOKENS_ON_A_GPU, choice_share, pair_cost
+from omnisparse_flex.choice_cost import TENSOR_CODE, TOKENS_ON_A_GPU, choice_share, pair_cost
 from omnisparse_flex.config import SCORINGS
 from omnisparse_flex.cost import (
     EXPECTED_SHARE,
@@ -113,6 +113,16 @@ def test_what_tokens_take_is_no_less_than_was_measured():
     assert choice_share(config, GPU) == pytest.approx(fixed + scores / 2)
 
 
+def test_tensor_code_is_never_let_run_unasked():
+    """What it takes beyond dense, at its best, so that no length pays; estimators without a kernel count as such."""
+    best = min(row["ms"] / row["dense_ms"] - 1 for row in measured("token_cpu", "rows"))
+    assert 1 < TENSOR_CODE <= best
+    exact = OmniSparseConfig(granularity="token", scoring="column_mass", max_kv_budget=512)
+    for device in ("cpu", GPU):
+        assert choice_share(exact, device) == TENSOR_CODE
+        assert costs_of(device).break_even(Shape(), exact, device) == LAST
+
+
 def measured(name, field=None):
     """Kept results, by number of tokens where no field is asked for."""
     content = json.loads((RESULTS / f"{name}.json").read_text())
@@ -128,6 +138,10 @@ def test_rules_that_choose_dearly_pay_later_or_never():
         costs.break_even(Shape(), OmniSparseConfig(lazy_threshold=x, **tokens), GPU) for x in ("auto", 0.05)
     )
     assert least["mean_pool"] < some < all_active < LAST
+    told = (RESULTS.parents[1] / "README.md").read_text()
+    assert f"{all_active // 1024}K queries on, from {some // 1024}K with `lazy_threshold=0.05`" in " ".join(
+        told.split()
+    )
     backend = Backend(OmniSparseConfig(scoring="probe"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: GPU)

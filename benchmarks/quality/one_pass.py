@@ -58,7 +58,6 @@ class OnePass:
         early: bool = False,
         leaders: int = 0,
         segment: int = 256,
-        together: bool = False,
         rest: bool = False,
         level: bool = False,
     ) -> None:
@@ -79,13 +78,12 @@ class OnePass:
             leaders: The guess knows, instead of means, as many keys of each segment: those that every
                 ``LEADER``-th query looks at most, by scores of its own. Early, too. 0: none.
             segment: Queries that share such keys.
-            together: So do the heads of a group.
             rest: The coordinates that the pass leaves out count by the means of their pool.
             level: The guess is raised, by head and stretch of rows, by what the leaders' own scores are above theirs.
         """
         self.query, self.key, self.scale = query, key, scale
         self.sinks, self.window, self.pool, self.dims, self.early = sinks, window, pool, dims, early or leaders > 0
-        self.leaders, self.segment, self.together, self.level = leaders, segment, together, level
+        self.leaders, self.segment, self.level = leaders, segment, level
         pools = key.unflatten(2, (-1, pool))
         self.means = pools.mean(3)
         self.variances = pools.var(3, correction=0) if scatter else None
@@ -157,9 +155,7 @@ class OnePass:
         scores = logits(narrow_query[:, :, start:stop][:, :, leads], narrow_key[:, :, :stop], self.scale)
         share = torch.exp(scores - guess).clamp_(max=1.0).masked_fill_(~(seen & ~near)[leads], 0.0)
         mass = share.unflatten(2, (-1, self.segment // LEADER)).sum(3)
-        if self.together:
-            mass = mass.unflatten(1, (self.key.shape[1], -1)).sum(2)
         few = mass.topk(min(self.leaders, stop), dim=-1).indices
         listed = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, few, True)
-        listed = listed.repeat_interleave(whole.shape[1] // listed.shape[1], 1).repeat_interleave(self.segment, 2)
+        listed = listed.repeat_interleave(self.segment, 2)
         return whole.masked_fill(~(listed & seen & ~near), float("-inf")).logsumexp(-1)

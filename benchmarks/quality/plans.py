@@ -199,9 +199,8 @@ def fifth() -> list[Row]:
         fields = {"estimator": "one_pass", "options": options, "budget": "per_head", "dense_layers": (0,)}
         return token(f"one-pass fp8 dims{dims} {how} per_head d0", target, lazy, **fields)
 
-    led = {"early": True, "scatter": False, "leaders": 128, "together": False}
-    rows = [Row(DENSE, both), *with_controls(lean("leaders128", 0.95, **led), both)]
-    rows += [Row(lean("leaders128", t, x, **led), both) for t, x in ((0.96, 0.1), (0.95, 0.05))]
+    rows = [Row(DENSE, both), *with_controls(lean("leaders128", 0.95, leaders=128), both)]
+    rows += [Row(lean("leaders128", t, x, leaders=128), both) for t, x in ((0.96, 0.1), (0.95, 0.05))]
     rows += [Row(lean("means", lazy=x, early=True)) for x in (0.05, 0.005)]
     for x in (0.05, 0.02):
         rows += [Row(lean("scatter", lazy=x, early=True, scatter=True))]
