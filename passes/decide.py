@@ -13,7 +13,7 @@ from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site
 
 def decide(rewrite: Rewrite) -> None:
     """Refuse the sites that must or should stay dense, before anything is changed."""
-    for site in rewrite.open_sites():
+    for site in rewrite.visit(rewrite.open_sites()):
         reason = _unsupported(site, rewrite.settings) or _unprofitable(site, rewrite.settings)
         if reason:
             site.refuse(reason)

@@ -11,6 +11,7 @@ from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
 from torch.fx import GraphModule, Node
 
 import omnisparse_flex.ops  # noqa: F401  (defines the marker)
+from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of
 from omnisparse_flex.passes.rewrite import Rewrite, Site
@@ -26,7 +27,7 @@ MASK_GRAPH = -1
 
 def find_sites(rewrite: Rewrite) -> None:
     """Fill ``scopes``, ``sites`` and ``state``; changes nothing."""
-    rewrite.scopes = list(_scopes(rewrite.root))
+    rewrite.scopes = list(scopes_of(rewrite.root))
     for scope in rewrite.scopes:
         for node in scope.graph_module.graph.nodes:
             if node.op != "call_function":
@@ -34,13 +35,16 @@ def find_sites(rewrite: Rewrite) -> None:
             if node.target in BINDS:
                 rewrite.state = tuple(a if isinstance(a, Node) else None for a in node.args)
                 continue
-            site = _match(scope, node)
+            site = _match_or_refuse(scope, node)
             if site is not None:
                 rewrite.sites.append(site)
     _number_layers(rewrite.sites)
+    for place, reason in rewrite.refused.items():
+        rewrite.sites[place].refuse(reason)
 
 
-def _scopes(scope: Scope) -> list[Scope]:
+def scopes_of(scope: Scope) -> list[Scope]:
+    """A graph and the bodies that it calls, parents first."""
     found = [scope]
     for node in scope.graph_module.graph.nodes:
         if node.op != "call_function" or str(node.target).rsplit(".", 1)[-1] not in BODY_CALLS:
@@ -49,8 +53,20 @@ def _scopes(scope: Scope) -> list[Scope]:
         if isinstance(body, Node) and body.op == "get_attr":
             graph_module = getattr(scope.graph_module, str(body.target))
             if isinstance(graph_module, GraphModule):
-                found += _scopes(Scope(graph_module, scope, node))
+                found += scopes_of(Scope(graph_module, scope, node))
     return found
+
+
+def _match_or_refuse(scope: Scope, node: Node) -> Site | None:
+    """The site at ``node``, if there is one; refused where reading it failed."""
+    try:
+        return _match(scope, node)
+    except Exception as error:
+        if raises_bugs():
+            raise
+        site = Site("unread", scope, node, node, node, node)
+        site.refuse(bug("matching", error))
+        return site
 
 
 def _match(scope: Scope, node: Node) -> Site | None:

@@ -34,7 +34,7 @@ NEGATIVE = -1e4
 
 def lift_masks(rewrite: Rewrite) -> None:
     """Fill ``expr``, ``bias``, their leaves and ``offset`` of every open site."""
-    for site in rewrite.open_sites():
+    for site in rewrite.visit(rewrite.open_sites()):
         try:
             _lift_site(site)
         except LiftError as error:

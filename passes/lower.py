@@ -58,7 +58,7 @@ def lower(rewrite: Rewrite) -> None:
     sites = rewrite.open_sites()
     if any(site.lead for site in sites):
         sites.sort(key=place)  # a lead's graph may come after its follower's
-    for site in sites:
+    for site in rewrite.visit(sites):
         constants = _constants(site, rewrite.settings)
         operands = _operands(site, rewrite, constants, shared)
         with site.scope.graph_module.graph.inserting_before(site.node):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -134,6 +134,8 @@ class Rewrite:
         state: Operands of the ``bind`` op (visual, recall, stats, maps, recalls), if there is one.
         orphans: Nodes whose readers a pass removed; the clean-up erases the dead ones.
         modified: Whether any graph changed.
+        refused: Reasons of sites that are to stay dense whatever the passes find, by their place in ``sites``.
+        visited: The site that a pass works on, or None.
     """
 
     root: Scope
@@ -143,10 +145,19 @@ class Rewrite:
     state: tuple[Node | None, ...] = (None, None, None, None, None)
     orphans: list[Leaf] = dataclasses.field(default_factory=list)
     modified: bool = False
+    refused: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    visited: Site | None = None
 
     def open_sites(self) -> list[Site]:
         """Sites that no pass has refused."""
         return [site for site in self.sites if site.skip is None]
+
+    def visit(self, sites: Iterable[Site]) -> Iterator[Site]:
+        """The sites one by one, each ``visited`` while it is worked on: what fails then is its own failure."""
+        for self.visited in sites:
+            assert self.visited is not None
+            yield self.visited
+        self.visited = None
 
     def moved(self, old: Node, new: Node) -> None:
         """Let sites that attend over another site's output (no projection in between) follow its rewrite."""

@@ -14,7 +14,7 @@ def undo_repeat_kv(rewrite: Rewrite) -> None:
     ``expand -> reshape`` (transformers) and ``repeat_interleave`` (everybody else) order
     repeated heads alike: head h of the copy is head h // n of the original.
     """
-    for site in rewrite.open_sites():
+    for site in rewrite.visit(rewrite.open_sites()):
         key, value = _source(site.key), _source(site.value)
         if key is not None and value is not None and shape_of(key)[1] == shape_of(value)[1]:
             site.key, site.value = key, value
