@@ -270,6 +270,8 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "cast_bool": lambda a: ((a[0] > 0) | (a[1] < 0), (a[0] != 0) | (a[1] != 0)),
     "cast_int": _monotone(lambda x: x.to(torch.int64)),
     "cast_float": _monotone(lambda x: x.to(torch.float32)),
+    "cast_half": _monotone(lambda x: x.to(torch.float16).to(torch.float32)),
+    "cast_bfloat16": _monotone(lambda x: x.to(torch.bfloat16).to(torch.float32)),
     "tanh": _monotone(torch.tanh),
     "exp": _monotone(torch.exp),
 }

@@ -160,7 +160,10 @@ class _ScalarReader:
         elif name == "full" or name == "full_like":
             self.values[node] = Const(node.args[1])  # type: ignore[arg-type]
         elif name == "_to_copy":
-            self.values[node] = Apply(cast_of(node.kwargs["dtype"]), (self._expr(node.args[0]),))  # type: ignore[arg-type]
+            dtype = cast(torch.dtype, node.kwargs["dtype"])
+            if dtype in (torch.int8, torch.uint8, torch.int16):
+                raise UntraceableError(f"mask_mod casts to {dtype}, in which positions do not fit")
+            self.values[node] = self._rounded(node, Apply(cast_of(dtype), (self._expr(node.args[0]),)))
         else:
             self.values[node] = self._pointwise(node, name)
 
@@ -183,7 +186,12 @@ class _ScalarReader:
             ]
         if (alpha := node.kwargs.get("alpha", 1)) != 1:
             args[1] = Apply("mul", (args[1], self._expr(alpha)))
-        return Apply(op, tuple(args))
+        return self._rounded(node, Apply(op, tuple(args)))
+
+    def _rounded(self, node: Node, expr: Expr) -> Expr:
+        """``expr`` as a tensor of the node's type holds it, where that is less than float32 holds."""
+        name = HALVES.get(node.meta["val"].dtype)
+        return expr if name is None else Apply(name, (expr,))
 
     def _expr(self, value: object) -> Expr:
         if isinstance(value, Node):
@@ -226,6 +234,10 @@ def cast_of(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "cast_bool"
     return "cast_float" if dtype.is_floating_point else "cast_int"
+
+
+#: Types that hold less than float32, by the operation that rounds to them.
+HALVES = {torch.float16: "cast_half", torch.bfloat16: "cast_bfloat16"}
 
 
 def _dtype_of(value: object) -> torch.dtype | None:

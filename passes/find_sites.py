@@ -21,6 +21,7 @@ MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
 BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)
 #: Higher-order calls ``op(body, *operands)`` whose body we may extend by inputs.
 BODY_CALLS = ("tag_activation_checkpoint", "wrap")
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 #: Of the flex operator's block-mask tuple: its last entry is the mask graph.
 MASK_GRAPH = -1
 
@@ -105,9 +106,9 @@ def _marker(scope: Scope, node: Node) -> Site:
 
 
 def _sdpa(scope: Scope, node: Node) -> Site:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return Site(
+    given: dict[str, Any] = dict(zip(_SDPA, node.args, strict=False)) | dict(node.kwargs)
+    causal = given.get("is_causal") or False
+    site = Site(
         "sdpa",
         scope,
         node,
@@ -115,10 +116,16 @@ def _sdpa(scope: Scope, node: Node) -> Site:
         given["key"],
         given["value"],
         mask=given.get("attn_mask"),
-        causal="upper_left" if given.get("is_causal") else "none",
+        causal="upper_left" if causal is True else "none",
         scale=number_of(given.get("scale")),
         dropout=_probability(given.get("dropout_p", 0.0)),
     )
+    unknown = sorted(given.keys() - set(_SDPA))
+    if unknown:
+        site.refuse(f"scaled_dot_product_attention has an argument that is not known here: {', '.join(unknown)}")
+    if not isinstance(causal, bool):
+        site.refuse("is_causal is not known before the run")
+    return site
 
 
 def _probability(p: Any) -> float:

@@ -6,6 +6,7 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from omnisparse_flex.masks.expr import Const, Expr, Load, axes
@@ -57,6 +58,8 @@ class Reader(abc.ABC):
         value = value_of(leaf.node)
         if isinstance(value, (bool, int, float)):
             return Const(value)
+        if not isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat)):
+            raise LiftError(f"mask {node.name} is neither a tensor nor a number")
         if leaf not in self.leaves:
             self.leaves.append(leaf)
         return Load(self.leaves.index(leaf), at)

@@ -19,6 +19,7 @@ from omnisparse_flex.masks.expr import (
     causal,
     causal_offset,
     conjunction,
+    indicator,
     is_boolean,
     simplify,
 )
@@ -112,24 +113,16 @@ def split_additive(expr: Expr) -> tuple[Expr, Expr | None]:
         case Apply("where", (condition, other, Const(value))) if value <= NEGATIVE:
             allowed, bias = split_additive(other)
             return conjunction(condition, allowed), bias
-        case Apply("mul", (a, Const(value))) if value <= NEGATIVE and (blocked := _indicator(a)) is not None:
+        case Apply("mul", (a, Const(value))) if value <= NEGATIVE and (blocked := indicator(a)) is not None:
             return Apply("not", (blocked,)), None
-        case Apply("mul", (Const(value), a)) if value <= NEGATIVE and (blocked := _indicator(a)) is not None:
+        case Apply("mul", (Const(value), a)) if value <= NEGATIVE and (blocked := indicator(a)) is not None:
             return Apply("not", (blocked,)), None
         case Apply("cast_float", (inner,)) if not is_boolean(inner):
             return split_additive(inner)
+        case Apply("cast_half" | "cast_bfloat16" as rounded, (inner,)):
+            allowed, bias = split_additive(inner)
+            return allowed, None if bias is None else Apply(rounded, (bias,))
     return TRUE, expr
-
-
-def _indicator(expr: Expr) -> Expr | None:
-    """The condition of a 0 / 1 valued expression, or None."""
-    match expr:
-        case Apply("cast_float", (inner,)):
-            return inner if is_boolean(inner) else _indicator(inner)
-        case Apply("sub", (Const(1 | 1.0), inner)):
-            inverse = _indicator(inner)
-            return None if inverse is None else Apply("not", (inverse,))
-    return expr if is_boolean(expr) and axes(expr) else None
 
 
 def _lift_mask_graph(site: Site) -> Expr:

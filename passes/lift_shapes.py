@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from omnisparse_flex.masks.expr import Apply, Const, Expr
+from omnisparse_flex.passes.arguments import arguments, is_plain
 from omnisparse_flex.passes.lift_base import Indices, Reader, is_one
 from omnisparse_flex.passes.nodes import shape_of, value_of
 from omnisparse_flex.passes.scope import Scope
@@ -18,20 +19,25 @@ class ShapeRules(Reader):
     """Where an element of the result comes from in the source."""
 
     def _unsqueeze(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if not isinstance(dim, int):
+        given = arguments(node, "input", "dim")
+        if given is None or not isinstance(given["dim"], int):
             return self._leaf(node, scope, at)
-        dim %= len(at)
-        return self.lift(node.args[0], scope, at[:dim] + at[dim + 1 :])
+        dim = given["dim"] % len(at)
+        return self.lift(given["input"], scope, at[:dim] + at[dim + 1 :])
 
     def _transpose(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        given = arguments(node, "input", "dim0", "dim1")
+        if given is None or not (isinstance(given["dim0"], int) and isinstance(given["dim1"], int)):
+            return self._leaf(node, scope, at)
         moved = list(at)
-        a, b = (int(d) % len(at) for d in node.args[1:3])  # type: ignore[arg-type]
+        a, b = given["dim0"] % len(at), given["dim1"] % len(at)
         moved[a], moved[b] = moved[b], moved[a]
-        return self.lift(node.args[0], scope, tuple(moved))
+        return self.lift(given["input"], scope, tuple(moved))
 
     def _permute(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        order: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        order: Any = node.args[1:2] and (node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
+        if not is_plain(node) or len(order) != len(at) or not all(isinstance(d, int) for d in order):
+            return self._leaf(node, scope, at)
         moved = list(at)
         for position, source in enumerate(order):
             moved[source % len(at)] = at[position]
@@ -40,7 +46,7 @@ class ShapeRules(Reader):
     def _view(self, node: Node, scope: Scope, at: Indices) -> Expr:
         """Reshapes that only insert or drop dimensions of size 1."""
         source = node.args[0]
-        if not isinstance(source, Node):
+        if not isinstance(source, Node) or value_of(source).dtype != value_of(node).dtype:  # view(dtype)
             return self._leaf(node, scope, at)
         kept = [(size, index) for size, index in zip(shape_of(node), at, strict=True) if not is_one(size)]
         wanted = [size for size in shape_of(source) if not is_one(size)]
@@ -52,8 +58,8 @@ class ShapeRules(Reader):
     def _getitem(self, node: Node, scope: Scope, at: Indices) -> Expr:
         source, key = node.args[0], node.args[1]
         key = key if isinstance(key, tuple) else (key,)
-        if not isinstance(source, Node):
-            return self._leaf(node, scope, at)
+        if not isinstance(source, Node) or not (source in self.inputs or isinstance(value_of(source), torch.Tensor)):
+            return self._leaf(node, scope, at)  # of several results
         if any(_is_tensor(k) or k in self.inputs for k in key if isinstance(k, Node)):
             return self._gather(node, source, key, scope, at)
         rank = len(shape_of(source))

@@ -29,17 +29,30 @@ def number_of(x: Any) -> float | None:
 
 
 def op_name(node: Node) -> str:
-    """One vocabulary for ``operator.and_``, ``torch.bitwise_and``, ``Tensor.__and__`` and methods."""
+    """One vocabulary for ``operator.and_``, ``torch.bitwise_and``, ``Tensor.__and__`` and methods.
+
+    A function of somebody else's has its module in its name, and so is none of them.
+    """
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":
         packet = getattr(node.target, "overloadpacket", node.target)
         name = str(getattr(packet, "__name__", packet))
+        if not _is_torchs(packet):
+            return f"{getattr(packet, '__module__', '')}.{name}"
     else:
         return node.op
     if name.startswith("__") and name.endswith("__"):
         return name.strip("_")
     return name[:-1] if name in ("and_", "or_", "not_") else name
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether a function is torch's or Python's; ``aten`` for operators: anybody may name one ``add``."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return str(function._qualified_op_name).startswith("aten::")
+    module = getattr(function, "__module__", None) or "builtins"  # a method descriptor has none
+    return module in ("torch", "_operator", "operator", "builtins") or module.startswith("torch.")
 
 
 _RESHAPES = ("view", "view_as", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "expand", "expand_as")
