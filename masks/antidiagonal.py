@@ -20,21 +20,22 @@ def antidiagonal(
     *,
     scale: float,
     block: int,
-    adjust: Callable[[Tensor], Tensor] | None,
+    adjust: Callable[..., Tensor] | None,
     allowed: Callable[..., Tensor],
+    live: Tensor | None = None,
 ) -> Tensor:
     """Every tile of ``STRIDE`` x ``STRIDE`` pairs is judged by the mean logit of its antidiagonal.
 
     It meets each of the tile's queries and keys once. A row of tiles goes through a softmax;
     its mass is summed over key blocks and averaged over the query block's rows.
 
-    Args, Returns: see ``Scorer``. ``allowed`` is read at each tile's last query and first key.
+    Args, Returns: see ``Scorer``. ``allowed`` is read at each tile's last query and first live key.
 
     Source: PAPER "Scores"; XAttention, arXiv 2503.16428. Our choice: one row of tiles per
     query block at a time, so that no tensor holds all (N / STRIDE)^2 of them.
     """
     stride = math.gcd(block, STRIDE)
-    units = key_units(key, block, stride)
+    units = key_units(key, block, stride, live)
     # Scaled first: a sum of STRIDE unscaled dot products may leave the range of float16.
     tiles = (whole_blocks(query, block) * (scale / stride)).unflatten(2, (some.shape[-2], block // stride, stride))
     tiles, length = tiles.flip(4).flatten(4), query.shape[2]

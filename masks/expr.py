@@ -137,6 +137,16 @@ def evaluate(expr: Expr, load: Loader, b: Tensor, h: Tensor, q: Tensor, kv: Tens
     return value if isinstance(value, Tensor) else torch.full_like(kv, value, dtype=_dtype_of(value))
 
 
+def number_in(expr: Expr, buffers: Sequence[Tensor], device: torch.device) -> Tensor | int:
+    """The whole number that an expression without coordinates comes to: a 0-d int64 tensor, where it reads tensors."""
+    if isinstance(expr, Const):
+        return math.floor(expr.value)
+    origin = torch.zeros((), dtype=torch.int64, device=device)
+    value = evaluate(expr, plain_load(buffers), origin, origin, origin, origin)
+    whole: Tensor = (value.floor() if value.is_floating_point() else value).to(torch.int64).reshape(())
+    return whole
+
+
 def plain_load(buffers: Sequence[Tensor]) -> Loader:
     """The ordinary loader: advanced indexing into the captured tensors."""
 

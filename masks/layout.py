@@ -64,12 +64,13 @@ def block_layout(
 
     Source: PAPER "KV selection": sinks, the local window and text keys are always kept.
     """
-    full, some = mask_blocks(mask, grid, kv_heads)
-    near = some & (
-        _window_blocks(grid, q_offset, config.window_size) | _first_blocks(some, sink_blocks(mask, config, grid))
-    )
+    own_full, own_some = mask.bounds(grid)  # of each query head
+    full, some = _per_group(own_full, kv_heads, "all"), _per_group(own_some, kv_heads, "any")
+    first = _per_group(_first_blocks(own_some, sink_blocks(mask, config, grid)), kv_heads, "any")
+    near = some & (_window_blocks(grid, q_offset, config.window_size) | first)
     text_keys, text_rows = _text_blocks(visual, grid, q_offset)
-    forced = near | (some & (text_keys | _rescue(mask, some, grid, q_offset, kv_heads)))
+    rescued = _per_group(_rescue(mask, own_some, grid, q_offset), kv_heads, "any")
+    forced = near | (some & (text_keys | rescued))
     return Layout(full, some, near, forced, some & ~forced, text_rows)
 
 
@@ -123,32 +124,37 @@ def _text_blocks(visual: Tensor | None, grid: Grid, q_offset: Tensor | int) -> t
     return key_blocks, any_in_blocks(text_rows, 1, grid.q_blocks, grid.block)[:, None]
 
 
-def _rescue(mask: MaskProgram | OpaqueMask, some: Tensor, grid: Grid, q_offset: Tensor | int, kv_heads: int) -> Tensor:
+def _rescue(mask: MaskProgram | OpaqueMask, some: Tensor, grid: Grid, q_offset: Tensor | int) -> Tensor:
     """Blocks that a query needs lest it lose every key: only rows whose own key is masked can.
 
     Rows that may see their own position are covered by the window. For the others (padded
     queries) the first allowed block is enough when the mask is causal and otherwise a
-    matter of keys alone; under any other mask the whole row of blocks stays
-    (``MaskProgram.blind_rows_need``).
+    matter of keys alone: bounds are exact in those (``terms.mask_bounds``). Under any other mask the
+    whole row of blocks stays (``MaskProgram.blind_rows_need``).
+
+    Args:
+        mask: The model's own mask.
+        some: bool (B or 1, Hq or 1, NQ, NK), blocks that may hold an allowed pair.
+        grid: The site's blocks.
+        q_offset: Position of query 0.
 
     Returns:
-        bool (B or 1, Hkv or 1, NQ, NK).
+        bool (B or 1, Hq or 1, NQ, NK).
     """
     if mask.blind_rows_need == "nothing":
         return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=grid.device)
-    blind = _blind_rows(mask, grid, q_offset, kv_heads)[..., None]
+    blind = _blind_rows(mask, grid, q_offset)[..., None]
     return blind & (_first_blocks(some, 1) if mask.blind_rows_need == "first" else some)
 
 
-def _blind_rows(mask: MaskProgram | OpaqueMask, grid: Grid, q_offset: Tensor | int, kv_heads: int) -> Tensor:
-    """Query blocks with a query that may not see its own position; (B or 1, Hkv or 1, NQ)."""
+def _blind_rows(mask: MaskProgram | OpaqueMask, grid: Grid, q_offset: Tensor | int) -> Tensor:
+    """Query blocks with a query that may not see its own position; (B or 1, Hq or 1, NQ)."""
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1)
     q = torch.arange(grid.q_len, device=grid.device).view(1, 1, -1)
     own = _own_positions(grid, q_offset).view(1, 1, -1)
     blind = ~mask.pairs(b, h, q, own).to(torch.bool)
-    blocks = any_in_blocks(blind, blind.dim() - 1, grid.q_blocks, grid.block)
-    return blocks if blocks.shape[1] == 1 else blocks.unflatten(1, (kv_heads, -1)).any(2)
+    return any_in_blocks(blind, blind.dim() - 1, grid.q_blocks, grid.block)
 
 
 def _own_positions(grid: Grid, q_offset: Tensor | int) -> Tensor:

@@ -20,12 +20,13 @@ def probe(
     *,
     scale: float,
     block: int,
-    adjust: Callable[[Tensor], Tensor] | None,
+    adjust: Callable[..., Tensor] | None,
     allowed: Callable[..., Tensor],
+    live: Tensor | None = None,
 ) -> Tensor:
     """Exact softmax rows of ``PROBES`` queries of each block; those that see no key do not count.
 
-    Args, Returns: see ``Scorer``.
+    Args, Returns: see ``Scorer``. ``live`` is not used: ``allowed`` says it of every key.
 
     Source: PAPER "Scores"; sampled exact rows as in SampleAttention and ZipVL, arXiv
     2410.08584. Our choice: evenly spaced within the tokens that the block holds, its last
@@ -39,7 +40,7 @@ def probe(
     total = None
     for index in range(count):
         positions = row_positions(((index + 1) * held // count - 1).clamp(min=0), length, block)
-        rows = Rows(query.index_select(2, positions.squeeze(1)), positions, exist)
+        rows = Rows(query.index_select(2, positions.squeeze(1)), positions, exist, positions)
         total = add_rows(total, rows, units, some, scale=scale, adjust=adjust, allowed=allowed)
     assert total is not None  # at least one probe
     return normalised(total, some)

@@ -28,7 +28,8 @@ from omnisparse_flex.masks.expr import (
     simplify,
     walk,
 )
-from omnisparse_flex.masks.interval import Grid, block_bounds
+from omnisparse_flex.masks.interval import Grid
+from omnisparse_flex.masks.terms import mask_bounds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class MaskProgram:
         return evaluate(self.expr, load, b, h, q, kv)
 
     def bounds(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """``(full, some)`` per block; see ``interval.block_bounds``."""
-        return block_bounds(self.expr, self.buffers, grid)
+        """``(full, some)`` per block; see ``terms.mask_bounds``."""
+        return mask_bounds(self.expr, self.buffers, grid)
 
     def joined(self, other: MaskProgram) -> MaskProgram:
         """Pairs that both programs allow."""

@@ -14,7 +14,7 @@ from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
 from omnisparse_flex.logit_sinks import check_sinks, discount
 from omnisparse_flex.masks.capture import Captures
-from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset
+from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset, number_in
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.masks.select import BLOCK, dense_selection
@@ -78,12 +78,12 @@ def sparse_attention(
     if sinks is not None:
         check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]
-    offset = kv_len - q_len if is_causal else 0
+    offset: Tensor | int = kv_len - q_len if is_causal else 0
     order = causal_program(offset, query.device) if is_causal else NO_MASK
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
     if mask_mod is not None and not is_causal and isinstance(mask, MaskProgram):
         own = causal_offset(mask.expr)  # causality that came in the mask_mod says where queries sit
-        offset = int(own.value) if isinstance(own, Const) else offset
+        offset = offset if own is None else number_in(own, mask.buffers, query.device)
     site = Site(
         config=config,
         target=config.recall_of(0),

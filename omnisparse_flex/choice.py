@@ -7,7 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from omnisparse_flex import select_op
-from omnisparse_flex.masks.select import BlockSelection, at_centres, grid_of, select_blocks
+from omnisparse_flex.masks.select import BlockSelection, change_of_logits, grid_of, select_blocks
 from omnisparse_flex.site import Site
 
 
@@ -51,6 +51,6 @@ def _own(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         scale=site.scale_for(query),
         visual=site.visual,
         q_offset=site.q_offset,
-        adjust=at_centres(grid_of(query, key), site.plain_score) if site.changes_scores else None,
+        adjust=change_of_logits(grid_of(query, key), site.plain_score) if site.changes_scores else None,
         layout=site.layout,
     )

@@ -54,8 +54,10 @@ _ALIASES = {"self": "input", "axis": "dim", "x": "input", "train": "training"}
 INERT = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy", "output_size", "_stacklevel")
 #: Values with which an argument says nothing, beside None.
 _DEFAULTS: dict[str, Any] = {
-    "alpha": 1, "inplace": False, "sparse": False, "scale_grad_by_freq": False, "norm_type": 2.0, "requires_grad": False,
-}  # fmt: skip
+    "alpha": 1,
+    "norm_type": 2.0,
+    **dict.fromkeys(("inplace", "sparse", "scale_grad_by_freq", "requires_grad"), False),
+}
 
 
 def arguments(node: Node, *wanted: str) -> dict[str, Any] | None:

@@ -14,7 +14,8 @@ from omnisparse_flex.attention import attend, autocast, autocast_dtype, scalar
 from omnisparse_flex.cacheable import importable
 from omnisparse_flex.choice import choose
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks.expr import Const, Expr, Load
+from omnisparse_flex.masks.blocks import map_of_lists
+from omnisparse_flex.masks.expr import Expr, number_in
 from omnisparse_flex.masks.layout import Layout, block_layout
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.record import Measured
@@ -117,6 +118,15 @@ def choice_function(site: Site, constants: Constants, *, whole: bool) -> Callabl
     return _named(call, f"omnisparse_choice_{site.layer}", site)
 
 
+def listed_function(block: int) -> Callable[..., Tensor]:
+    """``(counts, indices, keys)`` to the map of blocks of ``block`` keys that they list."""
+
+    def call(counts: Tensor, indices: Tensor, kv_len: int) -> Tensor:
+        return map_of_lists(counts, indices, (kv_len + block - 1) // block)
+
+    return importable(_renamed(call, "omnisparse_listed"), None)
+
+
 def part_function(name: str) -> Callable[[BlockSelection], Tensor]:
     """``choice`` to one of its tensors: only tensors go from graph to graph."""
 
@@ -179,11 +189,8 @@ def _mask(
     expr: Expr, offset: Expr | None, query: Tensor, key: Tensor, leaves: Sequence[Any]
 ) -> tuple[MaskProgram, Tensor | int]:
     """The lifted mask over its leaves, and the position of query 0."""
-    buffers = _as_tensors(leaves, query, key)
-    if isinstance(offset, Const):
-        return MaskProgram(expr, buffers), int(offset.value)
-    assert isinstance(offset, Load) and not offset.at, f"offset {offset} is not a number or a scalar"
-    return MaskProgram(expr, buffers), buffers[offset.slot]
+    mask = MaskProgram(expr, _as_tensors(leaves, query, key))
+    return mask, 0 if offset is None else number_in(offset, mask.buffers, query.device)
 
 
 def _as_tensors(leaves: Sequence[Any], query: Tensor, key: Tensor) -> tuple[Tensor, ...]:

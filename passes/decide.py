@@ -23,6 +23,8 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
     query, key, value = (value_of(x) for x in (site.query, site.key, site.value))
     if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (query, key, value)):
         return "query, key and value are not (B, H, N, D)"
+    if (mismatch := _mismatch(site)) is not None:
+        return mismatch
     if site.dropout > 0:
         return f"attention dropout is {site.dropout}: no flex kernel drops weights"
     if settings.lists and query.dtype not in DTYPES and not _autocasts(query):
@@ -39,6 +41,25 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
         return f"scoring_dims = {dims} is more than head_dim {int(query.shape[3])}"
     if _is_zero(query.shape[2]) or _is_zero(key.shape[2]) or _is_zero(query.shape[0]):
         return "the sequence is empty"
+    return None
+
+
+def _mismatch(site: Site) -> str | None:
+    """What dense attention would broadcast and a kernel of ours would not."""
+    query, key, value, out = (shape_of(x) for x in (site.query, site.key, site.value, site.node))
+    sizes = {
+        "batch": (query[0], key[0], value[0]),
+        "key heads": (key[1], value[1]),
+        "keys": (key[2], value[2]),
+        "head_dim": (query[3], key[3]),
+        "query heads of the output": (query[1], *out[1:2]),
+    }
+    for name, found in sizes.items():
+        if len({str(size) for size in found}) > 1:
+            return f"{name} is broadcast: {' against '.join(str(size) for size in found)}"
+    dtypes = {value_of(x).dtype for x in (site.query, site.key, site.value)}
+    if len(dtypes) > 1 and autocast_dtype(value_of(site.query).device.type) is None:
+        return f"query, key and value differ in dtype: {', '.join(sorted(str(x) for x in dtypes))}"
     return None
 
 

@@ -16,6 +16,7 @@ from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of
 from omnisparse_flex.passes.rewrite import Rewrite, Site
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.writes import changes_between
 
 MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
 BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)
@@ -37,8 +38,12 @@ def find_sites(rewrite: Rewrite) -> None:
                 rewrite.state = tuple(a if isinstance(a, Node) else None for a in node.args)
                 continue
             site = _match_or_refuse(scope, node)
-            if site is not None:
-                rewrite.sites.append(site)
+            if site is None:
+                continue
+            rewrite.sites.append(site)
+            for value, reader in site.reads:
+                if changes_between(value, reader, site.node):
+                    site.refuse(f"{value.name} is changed in place before the attention that reads it is done")
     _number_layers(rewrite.sites)
     for place, reason in rewrite.refused.items():
         rewrite.sites[place].refuse(reason)
@@ -147,6 +152,7 @@ def _flex(scope: Scope, node: Node) -> Site:
         value,  # type: ignore[arg-type]
         scale=number_of(scale),
         mods=(graphs[0], graphs[1], tuple(score_operands), tuple(mask_operands)),  # type: ignore[arg-type]
+        lists=tuple(block_mask),  # type: ignore[arg-type]
     )
     outputs = [user for user in node.users if user.args[1:2] == (0,)]
     others = [user for user in node.users if user not in outputs and user.users]
@@ -154,6 +160,8 @@ def _flex(scope: Scope, node: Node) -> Site:
         site.refuse("flex_attention returns its log-sum-exp")
     else:
         site.node = outputs[0]
+    read = (query, key, value, *score_operands, *mask_operands, *block_mask)  # type: ignore[misc]
+    site.reads = tuple((x, node) for x in read if isinstance(x, Node))  # type: ignore[union-attr]
     return site
 
 

@@ -14,8 +14,9 @@ from omnisparse_flex.masks.program import HALVES, cast_of
 from omnisparse_flex.passes.arguments import arguments, is_plain
 from omnisparse_flex.passes.lift_base import Indices, LiftError
 from omnisparse_flex.passes.lift_shapes import ShapeRules
-from omnisparse_flex.passes.nodes import mutations, op_name, value_of
+from omnisparse_flex.passes.nodes import op_name, value_of
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.writes import mutations
 
 #: Dynamo-level operation name -> name in ``masks.expr.OPS``.
 POINTWISE: dict[str, str] = {
@@ -100,9 +101,12 @@ class Lifter(ShapeRules):
         rule = self._rule(node)
         if rule is None:
             return self._leaf(node, scope, at)
-        outer_reader, self.reader = self.reader, node
+        value = value_of(node)
+        before = self.reader, self.detached
+        # No gradient passes a value that requires none: detached, compared, made without gradients.
+        self.reader, self.detached = node, self.detached or not value.requires_grad
         result = rule(node, scope, at)
-        self.reader = outer_reader
+        self.reader, self.detached = before
         return result
 
     def _check_unchanged(self, node: Node) -> None:

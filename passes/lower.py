@@ -17,12 +17,14 @@ from omnisparse_flex.passes.calls import (
     given_function,
     layer_function,
     layout_function,
+    listed_function,
     part_function,
 )
-from omnisparse_flex.passes.nodes import mutations, value_of
+from omnisparse_flex.passes.nodes import value_of
 from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Settings, Site
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.share import layout_key, place, share
+from omnisparse_flex.passes.writes import mutations
 from omnisparse_flex.select_op import PARTS, empty_parts
 from omnisparse_flex.site import Site as AttentionSite
 from omnisparse_flex.site import register
@@ -147,20 +149,30 @@ def _state_for(site: Site, rewrite: Rewrite) -> tuple[Node | None, ...]:
 def _leaf_operand(leaf: Leaf, scope: Scope) -> Node | None:
     if leaf.node is None:
         return None
-    return scope.carry(_before_mutation(leaf), leaf.home)
+    if leaf not in leaf.home.made:
+        leaf.home.made[leaf] = _made(leaf)
+    return scope.carry(leaf.home.made[leaf], leaf.home)
 
 
-def _before_mutation(leaf: Leaf) -> Node:
+def _made(leaf: Leaf) -> Node:
     """A leaf's value as the mask saw it: static caches advance their length tensor afterwards."""
-    node = leaf.node
+    node, graph = leaf.node, leaf.home.graph_module.graph
     assert node is not None
-    if not mutations(node):
+    if leaf.listed is not None:
+        made_of = (node, leaf.listed.indices, leaf.listed.kv_len)
+        with graph.inserting_after(max(x for x in made_of if isinstance(x, Node))):
+            return graph.call_function(listed_function(leaf.listed.block), made_of)
+    if mutations(node):
+        with graph.inserting_before(min(node.users)):
+            copy = graph.call_method("clone", (node,))
+        copy.meta = dict(node.meta)
+        node = copy
+    if not leaf.detached:
         return node
-    first_reader = min(node.users)
-    with leaf.home.graph_module.graph.inserting_before(first_reader):
-        copy = leaf.home.graph_module.graph.call_method("clone", (node,))
-    copy.meta = dict(node.meta)
-    return copy
+    with graph.inserting_after(node):
+        without = graph.call_method("detach", (node,))
+    without.meta = {**node.meta, "example_value": value_of(node).detach()}
+    return without
 
 
 def _constants(site: Site, settings: Settings) -> Constants:

@@ -32,7 +32,8 @@ def match_eager(node: Node) -> dict[str, Any] | None:
     current = _softmax_of(_through_casts(current))
     if current is None:
         return None
-    current, mask, blocks = _split_mask(_through_casts(current))
+    masked = _through_casts(current)
+    current, mask, blocks = _split_mask(masked)
     current, scale = _split_scale(current)
     product = _matmul(current) if _is(current, *_MATMUL) else None
     if product is None:
@@ -43,13 +44,17 @@ def match_eager(node: Node) -> dict[str, Any] | None:
         return None
     if len(shape_of(query)) != 4 or len(shape_of(value)) != 4:
         return None
-    query, inner = _split_scale(query)
+    scaled, (query, inner) = query, _split_scale(query)
+    first = current
     return {
         "node": node,
         "query": query,
         "key": key,
         "value": value,
         "mask": mask,
+        "mask_reader": None if mask is None else masked,
+        # A view is read where it is multiplied, a scaled copy where it is made.
+        "reads": ((query, first if scaled is query else scaled), (key, first)),
         "mask_blocks": blocks,
         "scale": scale * inner,
         "dropout": dropout,

@@ -1,4 +1,4 @@
-"""What a node tells of itself: the value recorded for it, its shape, its operation, and what changes it in place."""
+"""What a node tells of itself: the value recorded for it, its shape and dtype, its operation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ def value_of(node: Any) -> Any:
         return node
     value = node.meta.get("example_value", node.meta.get("val"))
     return value
+
+
+def dtype_of(node: Any) -> torch.dtype:
+    """The dtype that a node's value has as a tensor; numbers count as those that they become."""
+    value = value_of(node)
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return torch.float32 if isinstance(value, (float, torch.SymFloat)) else torch.int64
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
@@ -53,32 +61,3 @@ def _is_torchs(function: Any) -> bool:
         return str(function._qualified_op_name).startswith("aten::")
     module = getattr(function, "__module__", None) or "builtins"  # a method descriptor has none
     return module in ("torch", "_operator", "operator", "builtins") or module.startswith("torch.")
-
-
-_RESHAPES = ("view", "view_as", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "expand", "expand_as")
-_OTHERS = ("getitem", "narrow", "select", "unbind", "transpose", "permute", "t", "mT", "getattr", "to", "contiguous")
-#: Operations whose result may share memory with their first argument.
-_VIEWS = frozenset((*_RESHAPES, *_OTHERS, "detach", "alias", "broadcast_to", "swapaxes", "type", "type_as", "float"))
-
-
-def writes(node: Node) -> bool:
-    """Whether ``node`` changes its first argument in place."""
-    name = op_name(node)
-    if node.op == "call_function":
-        return name in ("setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior") or name.endswith("_")
-    return node.op == "call_method" and name.endswith("_")
-
-
-def mutations(node: Node) -> list[Node]:
-    """Nodes of the graph that change the value of ``node`` in place after it was made, also through views."""
-    base = node
-    while (writes(base) or op_name(base) in _VIEWS) and base.args and isinstance(base.args[0], Node):
-        base = base.args[0]
-    found, aliases = [], [base]
-    while aliases:
-        alias = aliases.pop()
-        for user in alias.users:
-            if user.args and user.args[0] is alias and (writes(user) or op_name(user) in _VIEWS):
-                aliases.append(user)
-                found += [user] if writes(user) and node < user else []
-    return found

@@ -23,16 +23,35 @@ class Skip:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Listed:
+    """Block lists beside their counts.
+
+    Attributes:
+        indices: int (B, H, NQ, W).
+        kv_len: Number of keys, an int or its node.
+        block: Keys of a block.
+    """
+
+    indices: Node
+    kv_len: Node | int
+    block: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
     """A small tensor (or size) that a lifted mask reads.
 
     Attributes:
         node: Its node; None stands for S - L, which the lowered call reads off its operands.
         home: The graph that holds ``node``.
+        detached: The model has no gradient through it here, though it may require one.
+        listed: What else belongs to block lists whose counts ``node`` are: the tensor is the map that they stand for.
     """
 
     node: Node | None
     home: Scope
+    detached: bool = False
+    listed: Listed | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,6 +67,8 @@ class Site:
         value: (B, Hkv, S, Dv).
         mask: bool or additive mask node, or None.
         mask_blocks: A bool ``mask`` says where attention is *not* allowed.
+        mask_reader: The node that reads ``mask``; None: ``node``.
+        reads: What the site reads elsewhere than at ``node``, and the nodes that read it: (value, reader).
         padding: bool (B, S) node, or None.
         causal: ``"none"``, ``"upper_left"`` (SDPA) or ``"lower_right"`` (decoders with a cache).
         scale: Logit scale, None: 1 / sqrt(D).
@@ -57,6 +78,7 @@ class Site:
         layer: Decoder layer, 0-based; order of appearance where the model does not say.
         path: Module path, for the report.
         mods: A flex site's ``(score graph, mask graph, score operands, mask operands)``.
+        lists: A flex site's block mask as the operator takes it, its mask graph last.
         expr: The lifted mask.
         bias: The lifted additive part, or None.
         leaves: What ``expr`` reads, by slot.
@@ -77,6 +99,8 @@ class Site:
     value: Node
     mask: Node | None = None
     mask_blocks: bool = False
+    mask_reader: Node | None = None
+    reads: tuple[tuple[Node, Node], ...] = ()
     padding: Node | None = None
     causal: str = "none"
     scale: float | None = None
@@ -86,6 +110,7 @@ class Site:
     layer: int = -1
     path: str = ""
     mods: tuple[GraphModule, GraphModule, tuple[Any, ...], tuple[Any, ...]] | None = None
+    lists: tuple[Any, ...] = ()
     expr: Expr = TRUE
     bias: Expr | None = None
     leaves: list[Leaf] = dataclasses.field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Hashable
 
 from torch.fx import GraphModule, Node
 
@@ -20,6 +21,7 @@ class Scope:
         parent: The scope that holds ``call``; None for the outermost graph.
         call: The higher-order call; its operands are ``call.args[1:]``.
         carried: Inputs that ``carry`` added, by the enclosing graph's node.
+        made: Nodes that ``lower`` made for what sites read, by what they are made of.
         handed: The parent's nodes for outputs that ``hand_out`` added, by this graph's node.
     """
 
@@ -27,6 +29,7 @@ class Scope:
     parent: Scope | None = None
     call: Node | None = None
     carried: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    made: dict[Hashable, Node] = dataclasses.field(default_factory=dict)
     handed: dict[Node, Node] = dataclasses.field(default_factory=dict)
 
     def placeholders(self) -> list[Node]:

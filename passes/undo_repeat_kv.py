@@ -7,6 +7,7 @@ from torch.fx import Node
 from omnisparse_flex.passes.arguments import arguments, is_plain
 from omnisparse_flex.passes.nodes import number_of, op_name, shape_of
 from omnisparse_flex.passes.rewrite import Rewrite
+from omnisparse_flex.passes.writes import changes_between
 
 _ALL = slice(None)
 
@@ -19,7 +20,10 @@ def undo_repeat_kv(rewrite: Rewrite) -> None:
     """
     for site in rewrite.visit(rewrite.open_sites()):
         key, value = _source(site.key), _source(site.value)
-        if key is not None and value is not None and shape_of(key)[1] == shape_of(value)[1]:
+        if key is None or value is None or shape_of(key)[1] != shape_of(value)[1]:
+            continue
+        # The copies were made before; what they are of may have been written to since.
+        if not any(changes_between(new, old, site.node) for new, old in ((key, site.key), (value, site.value))):
             site.key, site.value = key, value
 
 

@@ -16,7 +16,7 @@ from omnisparse_flex.masks.expr import KV, Apply, Const, H, Load, Q, causal_offs
 from omnisparse_flex.masks.expr import causal as causal_expr
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.select import BLOCK, at_centres, select_blocks
+from omnisparse_flex.masks.select import BLOCK, change_of_logits, select_blocks
 from omnisparse_flex.reference import expand_block_map, materialize_mask
 from omnisparse_flex.site import Site
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, dense_oracle, mask_mods
@@ -201,7 +201,7 @@ def test_changed_logits(name, device):
     program = MaskProgram(causal_expr())
     site = Site(config=SPARSE, target=0.6, mask=program, **fields)
     tensors = inputs(shape, device)
-    adjust = at_centres(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
+    adjust = change_of_logits(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
     mask = selected(shape, *tensors[:2], program, SPARSE, target=0.6, adjust=adjust)
     out = attend(*tensors, site)
     check(out, tensors, mask, **{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in oracle.items()})
