@@ -89,12 +89,15 @@ class UntraceableError(Exception):
     """A mask function uses operations that have no index-expression form."""
 
 
-def read_scalar_graph(graph: GraphModule, captures: tuple[Tensor, ...] = ()) -> MaskProgram:
-    """Read an aten graph over scalar indices ``(b, h, q, kv, *captures)``.
+def read_scalar_graph(
+    graph: GraphModule, captures: tuple[Tensor, ...] = (), first: tuple[Expr, ...] = ()
+) -> MaskProgram:
+    """Read an aten graph over scalars ``(*first, b, h, q, kv, *captures)``.
 
     Args:
         graph: What ``make_fx`` (or the flex HOP) recorded.
         captures: Values of the placeholders beyond the four indices.
+        first: What stands for the placeholders before them.
 
     Returns:
         The program; tensors the graph owns are appended to ``captures``.
@@ -102,7 +105,7 @@ def read_scalar_graph(graph: GraphModule, captures: tuple[Tensor, ...] = ()) -> 
     Raises:
         UntraceableError: On an operation outside the vocabulary.
     """
-    reader = _ScalarReader(graph, list(captures))
+    reader = _ScalarReader(graph, list(captures), first)
     result = reader.run()
     return MaskProgram(simplify(result), tuple(reader.buffers))
 
@@ -110,14 +113,15 @@ def read_scalar_graph(graph: GraphModule, captures: tuple[Tensor, ...] = ()) -> 
 class _ScalarReader:
     """One walk over a scalar aten graph; each node becomes an ``Expr`` or a captured slot."""
 
-    def __init__(self, graph: GraphModule, buffers: list[Tensor]) -> None:
+    def __init__(self, graph: GraphModule, buffers: list[Tensor], first: tuple[Expr, ...]) -> None:
+        self.first = first
         self.graph = graph
         self.buffers = buffers
         self.slots: dict[Node, int] = {}
         self.values: dict[Node, Expr] = {}
 
     def run(self) -> Expr:
-        inputs: list[Expr] = [Index("b"), Index("h"), Index("q"), Index("kv")]
+        inputs: list[Expr] = [*self.first, Index("b"), Index("h"), Index("q"), Index("kv")]
         captured = 0
         for node in self.graph.graph.nodes:
             if node.op == "placeholder":

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
-
 from omnisparse_flex.masks.mean_pool import for_products, live_counts
 
 
@@ -77,7 +76,9 @@ def add_rows(
     batch, heads, q_blocks, _ = rows.vectors.shape
     kv_heads, kv_blocks, per_block = units.vectors.shape[1], some.shape[-1], units.positions.shape[0]
     grouped = rows.vectors.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits = (for_products(grouped) @ for_products(units.vectors).transpose(-1, -2)).unflatten(-1, (kv_blocks, per_block))
+    logits = (for_products(grouped) @ for_products(units.vectors).transpose(-1, -2)).unflatten(
+        -1, (kv_blocks, per_block)
+    )
     # Units first: a change of the logits then broadcasts over them.
     logits = logits.unflatten(2, (heads // kv_heads, q_blocks)).flatten(1, 2).permute(4, 0, 1, 2, 3).float() * scale
     if adjust is not None:

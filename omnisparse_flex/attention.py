@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -18,12 +19,13 @@ from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset, numbe
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.masks.select import BLOCK, dense_selection
+from omnisparse_flex.score_captures import with_captures
 from omnisparse_flex.sink_block import with_sink_block
 from omnisparse_flex.sink_copies import original, spread
 from omnisparse_flex.site import Site
 from omnisparse_flex.token_attention import attend_tokens
 from omnisparse_flex.token_op import call_token_op
-from omnisparse_flex.trace_mask import trace_mask_mod
+from omnisparse_flex.trace_mask import trace_forbidden, trace_mask_mod
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: head_dim range of the flex kernels.
@@ -81,14 +83,20 @@ def sparse_attention(
     offset: Tensor | int = kv_len - q_len if is_causal else 0
     order = causal_program(offset, query.device) if is_causal else NO_MASK
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
+    if score_mod is not None and isinstance(mask, MaskProgram) and not torch.compiler.is_dynamo_compiling():
+        mask = mask.joined(trace_forbidden(score_mod, query.dtype, query.device))
     if mask_mod is not None and not is_causal and isinstance(mask, MaskProgram):
         own = causal_offset(mask.expr)  # causality that came in the mask_mod says where queries sit
         offset = offset if own is None else number_in(own, mask.buffers, query.device)
+    learned: tuple[Tensor, ...] = ()
+    if score_mod is not None and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
+        score_mod, learned = with_captures(score_mod, query.dtype, query.device)
     site = Site(
         config=config,
         target=config.recall_of(0),
         mask=mask,
         score_mod=score_mod,
+        score_buffers=learned,
         scale=scale,
         visual=visual_mask,
         q_offset=offset,
@@ -235,7 +243,9 @@ def _with_mask_mod(order: MaskProgram, mask_mod: MaskMod, device: torch.device) 
     if torch.compiler.is_dynamo_compiling():
         return OpaqueMask(order, mask_mod)
     try:
-        return order.joined(trace_mask_mod(mask_mod, device))
+        traced = trace_mask_mod(mask_mod, device)
+        # What is allowed has no gradient, and the operator refuses tensors that want one.
+        return order.joined(dataclasses.replace(traced, buffers=tuple(x.detach() for x in traced.buffers)))
     except UntraceableError:
         return OpaqueMask(order, mask_mod)
 

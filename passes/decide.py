@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 from omnisparse_flex.attention import DTYPES, HEAD_DIMS, autocast_dtype
 from omnisparse_flex.cost import Shape
@@ -33,8 +34,8 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
         return f"head_dim {int(query.shape[3])} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
     if query.shape[1] % key.shape[1] != 0:
         return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
-    learned = any(value_of(leaf.node).requires_grad for leaf in site.bias_leaves if _is_tensor(leaf.node))
-    if settings.config.granularity == "token" and learned:
+    dense = settings.config.recall_of(site.layer) == 1.0
+    if settings.config.granularity == "token" and not dense and _learns_scores(site):
         return "a learned bias has no gradient at token granularity"
     dims = settings.config.scoring_dims
     if dims is not None and dims > query.shape[3]:
@@ -94,8 +95,12 @@ def _autocasts(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and autocast_dtype(x.device.type) is not None
 
 
-def _is_tensor(node: object) -> bool:
-    return isinstance(value_of(node), torch.Tensor)
+def _learns_scores(site: Site) -> bool:
+    """Whether a tensor that changes the logits wants a gradient."""
+    operands = [leaf.node for leaf in site.bias_leaves if not leaf.detached]
+    operands += [x for x in (site.mods[2] if site.mods is not None else ()) if isinstance(x, Node)]
+    values = [value_of(x) for x in operands]
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
 
 
 def _is_zero(size: object) -> bool:

@@ -24,7 +24,7 @@ from omnisparse_flex.masks.expr import (
     conjunction,
     simplify,
 )
-from omnisparse_flex.passes.forbidden import SCORE, split_additive
+from omnisparse_flex.masks.forbidden import SCORE, split_additive
 from omnisparse_flex.passes.lift import Lifter
 from omnisparse_flex.passes.lift_base import LiftError, is_one
 from omnisparse_flex.passes.nodes import dtype_of, shape_of, value_of

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from omnisparse_flex.masks.expr import Apply, Const, Expr
 from omnisparse_flex.passes.arguments import arguments, is_plain
@@ -62,23 +63,36 @@ class ShapeRules(Reader):
             return self._leaf(node, scope, at)  # of several results
         if any(_is_tensor(k) or k in self.inputs for k in key if isinstance(k, Node)):
             return self._gather(node, source, key, scope, at)
-        rank = len(shape_of(source))
+        shape = shape_of(source)
         own = list(at)
         indices: list[Expr] = []
-        for item in _expand_ellipsis(key, rank):
+        for item in _expand_ellipsis(key, len(shape)):
             if item is None:
                 own.pop(0)
-            elif isinstance(item, slice):
-                index = own.pop(0)
-                if item.step not in (None, 1) or _is_negative(item.start):
-                    return self._leaf(node, scope, at)
-                shift = item.start not in (None, 0)
-                indices.append(Apply("add", (index, self.lift(item.start, scope, ()))) if shift else index)
-            elif isinstance(item, int) and item >= 0:
-                indices.append(Const(item))
-            else:
+                continue
+            place = self._place(item, shape[len(indices)], own, scope)
+            if place is None:
                 return self._leaf(node, scope, at)
+            indices.append(place)
         return self.lift(source, scope, tuple(indices) + tuple(own))
+
+    def _place(self, item: Any, size: Any, own: list[Expr], scope: Scope) -> Expr | None:
+        """The index into a dimension of ``size`` that ``item`` picks; a slice takes the next of ``own``.
+
+        None where it is not known before the run: what counts from the end of a length that may be any.
+        """
+        if isinstance(item, bool) or not isinstance(item, (int, slice)):
+            return None
+        if isinstance(item, int):
+            known = item >= 0 or isinstance(size, int)
+            return Const(item if item >= 0 else size + item) if known else None
+        step = 1 if item.step is None else item.step
+        start = _start(0 if item.start is None else item.start, size)
+        if not isinstance(step, int) or step < 1 or start is None:
+            return None
+        index = own.pop(0)
+        moved = index if step == 1 else Apply("mul", (index, Const(step)))
+        return moved if start == 0 else Apply("add", (moved, self.lift(start, scope, ())))
 
     def _gather(self, node: Node, source: Node, key: Sequence[Any], scope: Scope, at: Indices) -> Expr:
         """``source[:, i, j]``: the index tensors broadcast, side by side; whole dimensions may stand around them."""
@@ -103,8 +117,21 @@ def _is_tensor(key: Any) -> bool:
     return isinstance(key, Node) and isinstance(value_of(key), torch.Tensor)
 
 
-def _is_negative(start: Any) -> bool:
-    return isinstance(start, int) and start < 0
+def _start(start: Any, size: Any) -> Any:
+    """Where a slice starts, counted from the front: a number, or a node that is surely not negative; else None."""
+    if isinstance(start, bool) or not isinstance(start, (int, Node)):
+        return None
+    if isinstance(start, Node):
+        value = value_of(start)
+        if isinstance(value, int):
+            start = value
+        elif isinstance(value, torch.SymInt) and statically_known_true(value >= 0):
+            return start
+        else:
+            return None
+    if start >= 0:
+        return start
+    return max(size + start, 0) if isinstance(size, int) else None
 
 
 def _expand_ellipsis(key: Sequence[Any], rank: int) -> list[Any]:
