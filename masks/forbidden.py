@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from omnisparse_flex.masks.expr import (
+from omnisparse_flex.masks.expr.expr import (
     ROUNDINGS,
     TRUE,
     Apply,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnisparse_flex.masks.expr import TRUE
-from omnisparse_flex.masks.opaque import OpaqueMask
-from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.expr.expr import TRUE
+from omnisparse_flex.masks.expr.opaque import OpaqueMask
+from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.terms import keys_allowed, split_terms
 
 

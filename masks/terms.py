@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
-from omnisparse_flex.masks.expr import TRUE, Expr, Index, Load, axes, conjunction, conjuncts, evaluate, plain_load
-from omnisparse_flex.masks.interval import Grid, all_in_blocks, any_in_blocks, block_bounds
+from omnisparse_flex.masks.expr.block_bounds import Grid, all_in_blocks, any_in_blocks, block_bounds
+from omnisparse_flex.masks.expr.expr import TRUE, Expr, Index, Load, axes, conjunction, conjuncts, evaluate, plain_load
 
 
 def mask_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule
 
+from omnisparse_flex.compilation.inductor import CompiledFn
 from omnisparse_flex.errors import bug, raises_bugs
-from omnisparse_flex.inductor import CompiledFn
 from omnisparse_flex.passes import Rewrite, Snapshot, run_pipeline
 
 

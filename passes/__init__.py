@@ -17,9 +17,9 @@ from omnisparse_flex.passes.decide import decide
 from omnisparse_flex.passes.find_sites import find_sites
 from omnisparse_flex.passes.lift_masks import lift_masks
 from omnisparse_flex.passes.lower import lower
-from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site, Skip
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.snapshot import Snapshot
+from omnisparse_flex.passes.state import Rewrite, Settings, Site, Skip
 from omnisparse_flex.passes.undo_repeat_kv import undo_repeat_kv
 
 __all__ = ["PIPELINE", "Rewrite", "Settings", "Site", "Skip", "Snapshot", "run_pipeline"]

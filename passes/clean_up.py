@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch.fx import Node
 
 from omnisparse_flex.passes.find_sites import BINDS
-from omnisparse_flex.passes.rewrite import Rewrite
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.state import Rewrite
 from omnisparse_flex.passes.writes import writes
 
 

@@ -14,8 +14,8 @@ import omnisparse_flex.ops  # noqa: F401  (defines the marker)
 from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of
-from omnisparse_flex.passes.rewrite import Rewrite, Site
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.state import Rewrite, Site
 from omnisparse_flex.passes.writes import changes_between
 
 MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from omnisparse_flex.masks.expr import (
+from omnisparse_flex.masks.expr.expr import (
     KV,
     TRUE,
     Apply,
@@ -28,8 +28,8 @@ from omnisparse_flex.masks.forbidden import SCORE, split_additive
 from omnisparse_flex.passes.lift import Lifter
 from omnisparse_flex.passes.lift_base import LiftError, is_one
 from omnisparse_flex.passes.nodes import dtype_of, shape_of, value_of
-from omnisparse_flex.passes.rewrite import Leaf, Listed, Rewrite, Site
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.state import Leaf, Listed, Rewrite, Site
 
 #: What the flex operator's block mask begins with; it ends in the two sides of a block and the mask graph.
 _LISTS = ("q_len", "kv_len", "counts", "indices", "full_counts", "full_indices")

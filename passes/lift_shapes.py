@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from omnisparse_flex.masks.expr import Apply, Const, Expr
+from omnisparse_flex.masks.expr.expr import Apply, Const, Expr
 from omnisparse_flex.passes.arguments import arguments, is_plain
 from omnisparse_flex.passes.lift_base import Indices, Reader, is_one
 from omnisparse_flex.passes.nodes import shape_of, value_of

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from omnisparse_flex.passes.arguments import arguments, is_plain
 from omnisparse_flex.passes.nodes import number_of, op_name, shape_of
-from omnisparse_flex.passes.rewrite import Rewrite
+from omnisparse_flex.passes.state import Rewrite
 from omnisparse_flex.passes.writes import changes_between
 
 _ALL = slice(None)

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from omnisparse_flex import OmniSparseConfig, passes, select_op
+from omnisparse_flex import OmniSparseConfig, passes
+from omnisparse_flex.attention import select_op
+from omnisparse_flex.attention.call import Site, register
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.errors import BUG, PassError
-from omnisparse_flex.masks.expr import causal
-from omnisparse_flex.masks.layout import block_layout
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.select import grid_of, select_blocks
-from omnisparse_flex.site import Site, register
+from omnisparse_flex.masks.blocks.layout import block_layout
+from omnisparse_flex.masks.blocks.select import grid_of, select_blocks
+from omnisparse_flex.masks.expr.expr import causal
+from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.testing import assert_close_to_oracle
 
 EVERYTHING = OmniSparseConfig(target_recall=0.9999999, lazy_threshold=None)
