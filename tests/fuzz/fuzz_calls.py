@@ -290,7 +290,8 @@ def _missing(case: Case, names: dict[str, object], live: Tensor, kept: Tensor, l
     any_head = live.unflatten(1, (case.kv_heads, -1)).any(2).repeat_interleave(case.group, 1)
     units = torch.nn.functional.pad(any_head, (0, 0, 0, -case.q_len % 128)).unflatten(2, (-1, 128)).any(3)
     start = units.to(torch.uint8).argmax(-1, keepdim=True).repeat_interleave(128, 2)[:, :, : case.q_len]
-    first = live & (torch.arange(S) < start + rules["sink_size"])  # type: ignore[operator]
+    keys = torch.arange(S)
+    first = live & (keys < start + rules["sink_size"]) & (keys // 128 == start // 128)  # type: ignore[operator]
     total = logits.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
     if names["sinks"] is not None:
         total = torch.logaddexp(total, names["sinks"].double()[:, None, None])  # type: ignore[attr-defined]
