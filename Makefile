@@ -29,7 +29,7 @@ endif
 # package would bring gigabytes of CUDA. The path is relative because pip splits the variable at spaces.
 PIP := $(if $(filter file,$(origin TORCH)),PIP_CONSTRAINT=constraints.txt) $(PY) -m pip
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint fuzz bench bench-gpu clean
 
 demo: $(call needs,demo)
 	$(CLI) demo $(ARGS)
@@ -41,6 +41,12 @@ lint: $(call needs,lint)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Random calls and modules against what they mean: make fuzz MINUTES=30; on a GPU: make fuzz KINDS=gpu VENV=
+MINUTES ?= 5
+KINDS ?= calls modules
+fuzz: $(call needs,test)
+	$(PY) tests/fuzz/fuzz_run.py $(KINDS) --minutes $(MINUTES) $(ARGS)
 
 bench: $(call needs,bench)
 	$(PY) -m pytest benchmarks -m "not gpu" $(ARGS)

@@ -138,7 +138,7 @@ def _within_lists(site: Site, allowed: Expr) -> Expr:
 
 
 def _lift_score_graph(site: Site) -> Expr:
-    """What the score_mod of a flex_attention site forbids; nothing where it cannot be read, for it is applied anyway."""
+    """What the score_mod of a flex_attention site forbids; nothing where it cannot be read: it is applied anyway."""
     assert site.mods is not None
     try:
         lifted, leaves = _lift_graph(site, site.mods[0], site.mods[2], (SCORE, B, H, Q, KV))

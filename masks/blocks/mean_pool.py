@@ -40,8 +40,13 @@ def mean_pool(
 
 
 def for_products(x: Tensor) -> Tensor:
-    """What products are taken of: float16 holds them up to 65,504 alone, unscaled, where attention's own are float32."""
+    """What products are taken of: float16 holds them, unscaled, up to 65,504 alone; attention's own are float32."""
     return x.float() if x.dtype == torch.float16 else x
+
+
+def for_exact_products(x: Tensor) -> Tensor:
+    """What the products of exact rows are taken of: attention's own logits are never rounded to a half type."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def live_counts(live: Tensor, block: int) -> Tensor:
