@@ -20,7 +20,6 @@ from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
 from omnisparse_flex.passes.nodes import shape_of
-from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.passes.state import Site
 from omnisparse_flex.report import RewriteReport, SiteReport
 
@@ -162,7 +161,6 @@ class Backend:
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
         self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
-        self.log.notes.update(dict.fromkeys(sharing_notes(rewrite.sites)))
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
         self.log.inners.add(name)
         if inner != "inductor":

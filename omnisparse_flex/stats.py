@@ -25,9 +25,6 @@ MAP_LIMIT = (64, 256, 256)
 class LayerStats:
     """One layer of the last sparse forward.
 
-    A layer that uses another's choice of blocks (``share_layers``) pays for no selection; its budget, active and
-    discarded shares, flattest head and overflow are those of the layer that chose, its density and recalls its own.
-
     Attributes:
         layer: Decoder layer, 0-based.
         density: Kept share of the layer's dense causal attention FLOPs, selection included; 0-1.

@@ -1,8 +1,10 @@
 """The configuration: what it takes, what it refuses and in which words, and that it stays what it was."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import re
 
 import pytest
@@ -29,8 +31,6 @@ VALID = [
     {"lazy_threshold": 1.0},
     {"sink_size": 0},
     {"window_size": 1},
-    {"share_layers": 3},
-    {"granularity": "token", "share_layers": 1},
     {"granularity": "token", "scoring": "one_pass", "scoring_dims": 16},
     {"granularity": "token", "gqa_choice": "head", "budget": 64},
 ]
@@ -84,9 +84,6 @@ INVALID = [
     ({"sink_size": -1}, "sink_size must be an int of at least 0, got -1"),
     ({"sink_size": None}, "sink_size must be an int of at least 0, got None"),
     ({"window_size": 0}, "window_size must be an int of at least 1, got 0"),
-    ({"share_layers": 0}, "share_layers must be an int of at least 1, got 0"),
-    ({"share_layers": True}, "share_layers must be an int of at least 1, got True"),
-    ({"granularity": "token", "share_layers": 2}, "share_layers must be 1 at token granularity, got 2"),
 ]
 
 
@@ -119,6 +116,50 @@ def test_from_dict_refuses_what_it_does_not_know():
         OmniSparseConfig.from_dict({"targt_recall": 0.9})
     with pytest.raises(ConfigError, match=r"^config must be a mapping of field names to values, got 0\.9$"):
         OmniSparseConfig.from_dict(0.9)
+
+
+#: What was removed: the fields, and the message, from the constructor and from saved rules.
+REMOVED = [
+    (
+        {"share_layers": 2},
+        "share_layers must be left out, as version 0.2 removed it (every layer chooses its own blocks), got 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REMOVED, ids=[str(fields) for fields, _ in REMOVED])
+def test_what_was_removed_names_its_successor(fields, message):
+    for build in (OmniSparseConfig.from_dict, lambda given: OmniSparseConfig(**given)):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            build(fields)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(OmniSparseConfig(), **fields)
+
+
+def test_unknown_fields_are_no_removed_ones():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'targt_recall'"):
+        OmniSparseConfig(targt_recall=0.9)
+
+
+def test_rules_of_an_earlier_version_are_read():
+    saved = {"target_recall": 0.7, "sink_size": 32, "share_layers": 1}  # 0.1 wrote no schema
+    assert OmniSparseConfig.from_dict(saved) == OmniSparseConfig(target_recall=0.7, sink_size=32)
+    assert saved["share_layers"] == 1  # the caller's dict is left as it was
+    assert OmniSparseConfig().to_dict()["schema"] == 2
+    with pytest.raises(ConfigError, match="share_layers must be left out"):
+        OmniSparseConfig.from_dict({"schema": 2, "share_layers": 1})
+
+
+@pytest.mark.parametrize("schema", [0, 3, "2", None, True, 1.0])
+def test_rules_of_an_unknown_schema_are_refused(schema):
+    with pytest.raises(ConfigError, match=r"^schema must be an int from 1 to 2 .* got"):
+        OmniSparseConfig.from_dict({"schema": schema})
+
+
+def test_a_config_is_copied_and_pickled():
+    config = OmniSparseConfig(target_recall=(0.5, 0.6), budget=64)
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config and hash(other) == hash(config)
 
 
 def test_frozen_hashable_and_slotted():

@@ -109,7 +109,6 @@ def _checked(model: Any, batches: Any, target: Any, config: Any) -> list[Batch]:
     rules = config or (OmniSparseConfig() if entry is None else entry.backend.config)
     require(isinstance(rules.budget, str), "budget", "follow target_recall to be calibrated", rules.budget)
     # A follower's recall would follow from its lead's target, which the search sets by the lead's recall alone.
-    require(rules.share_layers == 1, "share_layers", "be 1 to be calibrated", rules.share_layers)
     require(any(x < 1 for x in rules.recalls), "target_recall", "leave a layer sparse in the rules", rules.recalls)
     require(not is_disabled(), DISABLE_VARIABLE, "be unset or 0", "1")
     listed = list(batches)
