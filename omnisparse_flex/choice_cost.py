@@ -7,7 +7,7 @@ from omnisparse_flex.masks.blocks.select import COSTS
 
 #: Time of a choice of blocks beyond that of ``mean_pool``, as a share of a dense call's: the larger of 32K and 128K
 #: tokens on an H200 (``benchmarks/results/scorers.json``); taken for every GPU.
-ON_A_GPU = {"mean_pool": 0.0, "tile_pool": 0.05, "antidiagonal": 0.12, "probe": 3.2}
+ON_A_GPU = {"mean_pool": 0.0, "tile_pool": 0.05}
 #: Time of a choice of tokens: what it takes whoever is active, and what the scores of all queries take; the larger of
 #: the same lengths, by ``one_pass`` (``benchmarks/results/token.json``).
 TOKENS_ON_A_GPU = (0.24, 0.57)

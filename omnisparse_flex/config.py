@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from omnisparse_flex.config_schema import SCHEMA, migrated, refuse_removed
+from omnisparse_flex.config_schema import SCHEMA, migrated, refuse_removed, refuse_removed_scoring
 from omnisparse_flex.errors import ConfigError, require
 
 Budget = Literal["flattest_head", "per_head"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
-SCORINGS = {"block": ("mean_pool", "tile_pool", "antidiagonal", "probe"), "token": ("one_pass", "column_mass")}
+SCORINGS = {"block": ("mean_pool", "tile_pool"), "token": ("one_pass", "column_mass")}
 LAZY_MODES = ("local", "skip")
 #: What ``lazy_threshold="auto"`` means for blocks.
 LAZY_THRESHOLD = 0.05
@@ -37,8 +37,7 @@ class OmniSparseConfig:
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
-            cheapest), ``"tile_pool"`` (means of 32 tokens), ``"antidiagonal"`` (strided sums) or
-            ``"probe"`` (exact rows of sampled queries; on a GPU dearer than dense attention); for tokens ``"one_pass"``
+            cheapest) or ``"tile_pool"`` (means of 32 tokens); for tokens ``"one_pass"``
             (rows' normalisers guessed) or ``"column_mass"`` (exact); ``"auto"``: the granularity's first.
         scoring_dims: Coordinates of each head that ``"one_pass"`` multiplies for its scores, a power of 2 from 16 to
             the head's own number: those with the largest product of mean squares in queries and keys, over all
@@ -104,6 +103,7 @@ class OmniSparseConfig:
         for recall in self.recalls:
             require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
         _one_of("granularity", self.granularity, tuple(SCORINGS))
+        refuse_removed_scoring(self.scoring)
         _one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
         self._check_scoring_dims()
         self._check_gqa_choice()

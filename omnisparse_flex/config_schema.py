@@ -26,6 +26,11 @@ class Removed(NamedTuple):
 REMOVED_FIELDS = {
     "share_layers": Removed((1,), "every layer chooses its own blocks"),
 }
+#: Estimators that there are no more, and what to ask for instead.
+REMOVED_SCORINGS = {
+    "antidiagonal": "tile_pool",
+    "probe": "tile_pool",
+}
 
 
 def refuse_removed(fields: Mapping[str, Any]) -> None:
@@ -37,6 +42,17 @@ def refuse_removed(fields: Mapping[str, Any]) -> None:
     for name in REMOVED_FIELDS.keys() & fields.keys():
         rule = f"be left out, as version 0.2 removed it ({REMOVED_FIELDS[name].successor})"
         require(False, name, rule, fields[name])
+
+
+def refuse_removed_scoring(scoring: object) -> None:
+    """Refuse an estimator of an earlier version.
+
+    Raises:
+        ConfigError: With the one that stands in its place.
+    """
+    if isinstance(scoring, str) and scoring in REMOVED_SCORINGS:
+        rule = f'be "{REMOVED_SCORINGS[scoring]}" in its place, as version 0.2 removed this estimator'
+        require(False, "scoring", rule, scoring)
 
 
 def migrated(fields: Mapping[str, Any]) -> dict[str, Any]:

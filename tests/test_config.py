@@ -47,7 +47,7 @@ INVALID = [
     ({"target_recall": [0.9, 2]}, "target_recall must be in (0, 1], got (0.9, 2)"),
     ({"target_recall": ()}, "target_recall must hold one value per layer, got ()"),
     ({"granularity": "row"}, "granularity must be one of block, token, got 'row'"),
-    ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, tile_pool, antidiagonal, probe, got 'oracle'"),
+    ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, tile_pool, got 'oracle'"),
     (
         {"granularity": "token", "scoring": "mean_pool"},
         "scoring must be one of auto, one_pass, column_mass, got 'mean_pool'",
@@ -123,6 +123,13 @@ REMOVED = [
     (
         {"share_layers": 2},
         "share_layers must be left out, as version 0.2 removed it (every layer chooses its own blocks), got 2",
+    ),
+    *(
+        (
+            {"scoring": scoring},
+            f'scoring must be "tile_pool" in its place, as version 0.2 removed this estimator, got {scoring!r}',
+        )
+        for scoring in ("probe", "antidiagonal")
     ),
 ]
 

@@ -92,9 +92,9 @@ def test_what_an_estimator_takes_is_what_was_measured():
     for (scoring, tokens), time in times.items():
         share = (time - times["mean_pool", tokens]) / dense[tokens]
         beyond[scoring] = max(beyond.get(scoring, 0.0), share)
-    for scoring, share in beyond.items():
-        assert choice_share(OmniSparseConfig(scoring=scoring), GPU) == pytest.approx(share, rel=0.1), scoring
-    assert set(beyond) == set(SCORINGS["block"])
+    for scoring in SCORINGS["block"]:  # the file tells of earlier ones too
+        share = choice_share(OmniSparseConfig(scoring=scoring), GPU)
+        assert share == pytest.approx(beyond[scoring], rel=0.1), scoring
 
 
 def test_what_tokens_take_is_no_less_than_was_measured():
@@ -132,7 +132,7 @@ def measured(name, field=None):
 def test_rules_that_choose_dearly_pay_later_or_never():
     costs = costs_of(GPU)
     least = {name: costs.break_even(Shape(), OmniSparseConfig(scoring=name), GPU) for name in SCORINGS["block"]}
-    assert least["mean_pool"] < least["tile_pool"] < least["antidiagonal"] < least["probe"] == LAST
+    assert least["mean_pool"] < least["tile_pool"] < LAST
     tokens = {"granularity": "token", "max_kv_budget": 4096}
     all_active, some = (
         costs.break_even(Shape(), OmniSparseConfig(lazy_threshold=x, **tokens), GPU) for x in ("auto", 0.05)
@@ -142,7 +142,7 @@ def test_rules_that_choose_dearly_pay_later_or_never():
     assert f"{all_active // 1024}K queries on, from {some // 1024}K with `lazy_threshold=0.05`" in " ".join(
         told.split()
     )
-    backend = Backend(OmniSparseConfig(scoring="probe"))
+    backend = Backend(OmniSparseConfig(granularity="token"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
         assert backend.threshold(torch.device("cuda")) == LAST

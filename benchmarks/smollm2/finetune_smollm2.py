@@ -32,7 +32,7 @@ from omnisparse_flex.warmup import RecallWarmup
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "finetune_smollm2.json"
 #: The first is the one that figures are about.
-SCORINGS = ["tile_pool", "mean_pool", "antidiagonal"]
+SCORINGS = ["tile_pool", "mean_pool"]
 QUICK = {"tokens": 1024, "steps": 2, "rows": 1, "windows": 1, "densities": [0.9], "train_density": 0.9}
 WORK = Path(__file__).resolve().parents[1] / "scratch" / "finetune_smollm2"
 

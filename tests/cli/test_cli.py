@@ -175,7 +175,7 @@ def test_calibrate_writes_rules_that_check_reads(
     monkeypatch.setattr("omnisparse_flex.backend.Backend.inner_for", lambda *_: "eager")  # no wait for Inductor
     text, out = tmp_path / "text", tmp_path / "rules.json"
     text.write_text(" ".join(f"w{i * i % 97}" for i in range(1700)))
-    rules = '{"lazy_threshold": null, "sink_size": 1, "window_size": 1, "scoring": "probe"}'
+    rules = '{"lazy_threshold": null, "sink_size": 1, "window_size": 1, "scoring": "tile_pool"}'
     arguments = ["--text", str(text), "--out", str(out), "--tokens", "700", "--min-seq-len", "128", "--config", rules]
     monkeypatch.setattr("omnisparse_flex.calibration.search.MAX_DENSITY", 1.0)  # six blocks: most are kept
     assert main(["calibrate", str(reader_dir), "--target-recall", "0.3", *arguments]) == 0
@@ -183,7 +183,7 @@ def test_calibrate_writes_rules_that_check_reads(
     assert "2 windows of 700 tokens from 1700" in printed and f"rules: {out}" in printed
     assert "true recall wanted 0.3" in printed and re.search(r"^0 .*omnisparse$", printed, re.MULTILINE)
     found = OmniSparseConfig.from_dict(json.loads(out.read_text()))
-    assert len(found.target_recall) == 1 and found.recall_of(0) < 1 and found.scoring == "probe"
+    assert len(found.target_recall) == 1 and found.recall_of(0) < 1 and found.scoring == "tile_pool"
     assert main(["check", str(reader_dir), "--no-run", "--config", str(out)]) == 0
     assert "1 sites would be rewritten" in capsys.readouterr().out
 
