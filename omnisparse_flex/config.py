@@ -13,7 +13,7 @@ from omnisparse_flex.errors import ConfigError, require
 Budget = Literal["flattest_head", "per_head"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
-SCORINGS = {"block": ("mean_pool", "tile_pool"), "token": ("one_pass", "column_mass")}
+SCORINGS = {"block": ("mean_pool", "tile_pool"), "token": ("one_pass",)}
 LAZY_MODES = ("local", "skip")
 #: What ``lazy_threshold="auto"`` means for blocks.
 LAZY_THRESHOLD = 0.05
@@ -38,7 +38,7 @@ class OmniSparseConfig:
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
             cheapest) or ``"tile_pool"`` (means of 32 tokens); for tokens ``"one_pass"``
-            (rows' normalisers guessed) or ``"column_mass"`` (exact); ``"auto"``: the granularity's first.
+            (rows' normalisers guessed); ``"auto"``: the granularity's first.
         scoring_dims: Coordinates of each head that ``"one_pass"`` multiplies for its scores, a power of 2 from 16 to
             the head's own number: those with the largest product of mean squares in queries and keys, over all
             tokens of the call. The always-kept part, the guess and the attention take all. None: all.

@@ -30,6 +30,7 @@ REMOVED_FIELDS = {
 REMOVED_SCORINGS = {
     "antidiagonal": "tile_pool",
     "probe": "tile_pool",
+    "column_mass": "one_pass",
 }
 
 

@@ -50,17 +50,13 @@ INVALID = [
     ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, tile_pool, got 'oracle'"),
     (
         {"granularity": "token", "scoring": "mean_pool"},
-        "scoring must be one of auto, one_pass, column_mass, got 'mean_pool'",
+        "scoring must be one of auto, one_pass, got 'mean_pool'",
     ),
     ({"segment_size": 100}, "segment_size must be an int of at least 128, got 100"),
     ({"segment_size": 200}, "segment_size must be a multiple of 128, got 200"),
     ({"granularity": "token", "scoring_dims": 8}, "scoring_dims must be an int of at least 16, got 8"),
     ({"granularity": "token", "scoring_dims": 48}, "scoring_dims must be a power of 2, got 48"),
     ({"scoring_dims": 32}, 'scoring_dims must be None without scoring="one_pass", got 32'),
-    (
-        {"granularity": "token", "scoring": "column_mass", "scoring_dims": 32},
-        'scoring_dims must be None without scoring="one_pass", got 32',
-    ),
     ({"gqa_choice": "member"}, "gqa_choice must be one of group, head, got 'member'"),
     (
         {"gqa_choice": "head"},
@@ -127,9 +123,9 @@ REMOVED = [
     *(
         (
             {"scoring": scoring},
-            f'scoring must be "tile_pool" in its place, as version 0.2 removed this estimator, got {scoring!r}',
+            f'scoring must be "{other}" in its place, as version 0.2 removed this estimator, got {scoring!r}',
         )
-        for scoring in ("probe", "antidiagonal")
+        for scoring, other in (("probe", "tile_pool"), ("antidiagonal", "tile_pool"), ("column_mass", "one_pass"))
     ),
 ]
 

@@ -91,8 +91,7 @@ def takes_kernels(query: Tensor, value: Tensor, site: Site) -> bool:
     dim = query.shape[3]
     fits = 16 <= dim <= 256 and dim & (dim - 1) == 0 and value.shape[3] == dim and query.dtype != torch.float64
     # Keys' gradients are summed in no fixed order.
-    ours = site.config.scorer == "one_pass" and not site.changes_scores
-    return query.is_cuda and fits and ours and not torch.are_deterministic_algorithms_enabled()
+    return query.is_cuda and fits and not site.changes_scores and not torch.are_deterministic_algorithms_enabled()
 
 
 def choose(

@@ -44,10 +44,9 @@ def same(one, other, exact):
             torch.testing.assert_close(a, b, atol=bound, rtol=0)
 
 
-@pytest.mark.parametrize("scoring", ["one_pass", "column_mass"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_in_tensor_code(case, scoring):
-    inputs, site = tensors(SHAPE, "cpu"), site_with_sinks(SHAPE, "cpu", {**case, "scoring": scoring})
+def test_in_tensor_code(case):
+    inputs, site = tensors(SHAPE, "cpu"), site_with_sinks(SHAPE, "cpu", case)
     found = []
     for size in (1 << 40, 0):
         with chunks_of(size):

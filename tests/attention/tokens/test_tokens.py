@@ -13,11 +13,12 @@ from omnisparse_flex.attention.functional import attend, sparse_attention
 from omnisparse_flex.attention.tokens import dispatch as token_attention
 from omnisparse_flex.attention.tokens.dispatch import merge
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
-from omnisparse_flex.config import BUDGETS, GQA_CHOICES, SCORINGS, OmniSparseConfig
+from omnisparse_flex.config import BUDGETS, GQA_CHOICES, OmniSparseConfig
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.expr import TRUE, Const
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
 from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.tokens.column_mass import column_mass
 from omnisparse_flex.masks.tokens.segments import segments_of, tokens_of_blocks
 from omnisparse_flex.masks.tokens.select import columns, kept_pairs
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, mask_mods
@@ -104,13 +105,12 @@ def small_shapes(draw):
 def token_configs(draw):
     cap = draw(st.none() | st.integers(0, 200))
     fixed = st.integers(0, 200 if cap is None else cap)
-    scoring, budget = draw(st.sampled_from(("auto", *SCORINGS["token"]))), draw(st.sampled_from(BUDGETS) | fixed)
+    budget = draw(st.sampled_from(BUDGETS) | fixed)
     return OmniSparseConfig(
         target_recall=draw(st.floats(0.05, 1.0)),
         granularity="token",
         segment_size=draw(st.sampled_from((128, 256, 384))),
-        scoring=scoring,
-        scoring_dims=None if scoring == "column_mass" else draw(st.sampled_from((None, 16, 32))),
+        scoring_dims=draw(st.sampled_from((None, 16, 32))),
         gqa_choice="group" if budget == "flattest_head" else draw(st.sampled_from(GQA_CHOICES)),
         budget=budget,
         max_kv_budget=cap,
@@ -185,11 +185,17 @@ def test_lists_are_no_wider_than_a_budget_can_be(budget, most, width):
 @settings(max_examples=50)
 @given(small_shapes(), st.integers(0, 2**16))
 def test_the_estimate_is_the_true_mass(shape, seed):
-    """``column_mass`` is exact: the recall it states is the recall of its active rows."""
-    config = dataclasses.replace(TOKENS, scoring="column_mass")
+    """``column_mass`` is exact: with it the recall that a selection states is the recall of its active rows."""
+
+    def exact(*arguments, columns, **given):
+        assert columns is None
+        return column_mass(*arguments, **given)
+
+    config = TOKENS
     query, key, value = shape.inputs(seed=seed)
     mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
-    _, selection, kept, own = run(shape, (query, key, value), config, mask)
+    with mock.patch("omnisparse_flex.masks.tokens.select.one_pass", exact):
+        _, selection, kept, own = run(shape, (query, key, value), config, mask)
     weights = dense_logits(query, key).masked_fill(~own, -torch.inf).softmax(-1).nan_to_num(0.0)
     recall = (weights * kept).sum(-1)
     for m in range(selection.rows.shape[2]):
