@@ -14,7 +14,6 @@ Budget = Literal["flattest_head", "per_head"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
 SCORINGS = {"block": ("mean_pool", "tile_pool"), "token": ("one_pass",)}
-LAZY_MODES = ("local", "skip")
 #: What ``lazy_threshold="auto"`` means for blocks.
 LAZY_THRESHOLD = 0.05
 GQA_CHOICES = ("group", "head")
@@ -52,12 +51,10 @@ class OmniSparseConfig:
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
             counted); None: no bound.
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
-            under this is lazy, in [0, 1]; None: no query selection. ``"auto"``: 0.05 for blocks, None for tokens. There
-            the estimate, means of 128 keys, misses what a query fetches from a few of them: on text 0.05 discards
-            queries that look far (README "Limits"); give a number where you measured it.
-        lazy_mode: What a discarded lazy query still attends: ``"local"`` = the
-            always-kept keys (sinks, window, text), ``"skip"`` = nothing: its output is 0
-            and the residual stream alone carries it.
+            under this is lazy, in [0, 1], and attends only sinks, window and text; None: no query selection.
+            ``"auto"``: 0.05 for blocks, None for tokens. There the estimate, means of 128 keys, misses what a query
+            fetches from a few of them: on text 0.05 discards queries that look far (README "Limits"); give a number
+            where you measured it.
         sink_size: First tokens every query keeps, in tokens.
         window_size: Latest tokens every query keeps, in tokens, itself included.
         last_rows: Rows of exact logits that the last two query blocks are chosen by, whatever the
@@ -85,7 +82,6 @@ class OmniSparseConfig:
     budget: Budget = "per_head"
     max_kv_budget: int | None = None
     lazy_threshold: float | str | None = "auto"
-    lazy_mode: str = "local"
     sink_size: int = 64
     window_size: int = 256
     last_rows: int = 64
@@ -112,7 +108,6 @@ class OmniSparseConfig:
         require(ok, "segment_size", f"be a multiple of {SEGMENT_UNIT}", self.segment_size)
         _count("last_rows", self.last_rows, minimum=0)
         require(self.last_rows % 2 == 0, "last_rows", "be even", self.last_rows)
-        _one_of("lazy_mode", self.lazy_mode, LAZY_MODES)
         if isinstance(self.budget, str):
             _one_of("budget", self.budget, BUDGETS)
         else:
@@ -195,7 +190,6 @@ class OmniSparseConfig:
             granularity="token",
             budget="flattest_head",
             lazy_threshold=0.05,
-            lazy_mode="local",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Removed(NamedTuple):
 
 
 REMOVED_FIELDS = {
+    "lazy_mode": Removed(("local",), "lazy queries attend sinks, window and text"),
     "share_layers": Removed((1,), "every layer chooses its own blocks"),
 }
 #: Estimators that there are no more, and what to ask for instead.

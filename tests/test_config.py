@@ -67,7 +67,6 @@ INVALID = [
         'gqa_choice must be "group" for the flattest head\'s budget, which needs all members of a group at once, '
         "got 'head'",
     ),
-    ({"lazy_mode": None}, "lazy_mode must be one of local, skip, got None"),
     ({"budget": "roundest_head"}, "budget must be one of flattest_head, per_head, got 'roundest_head'"),
     ({"budget": -1}, "budget must be an int of at least 0, got -1"),
     ({"budget": 1.5}, "budget must be an int of at least 0, got 1.5"),
@@ -120,6 +119,11 @@ REMOVED = [
         {"share_layers": 2},
         "share_layers must be left out, as version 0.2 removed it (every layer chooses its own blocks), got 2",
     ),
+    (
+        {"lazy_mode": "skip"},
+        "lazy_mode must be left out, as version 0.2 removed it (lazy queries attend sinks, window and text), "
+        "got 'skip'",
+    ),
     *(
         (
             {"scoring": scoring},
@@ -145,7 +149,7 @@ def test_unknown_fields_are_no_removed_ones():
 
 
 def test_rules_of_an_earlier_version_are_read():
-    saved = {"target_recall": 0.7, "sink_size": 32, "share_layers": 1}  # 0.1 wrote no schema
+    saved = {"target_recall": 0.7, "sink_size": 32, "share_layers": 1, "lazy_mode": "local"}  # 0.1 wrote no schema
     assert OmniSparseConfig.from_dict(saved) == OmniSparseConfig(target_recall=0.7, sink_size=32)
     assert saved["share_layers"] == 1  # the caller's dict is left as it was
     assert OmniSparseConfig().to_dict()["schema"] == 2
@@ -207,8 +211,8 @@ def test_query_selection_by_default_is_that_of_blocks():
 
 def test_paper():
     paper = OmniSparseConfig.paper()
-    rules = (paper.target_recall, paper.budget, paper.lazy_threshold, paper.lazy_mode, paper.max_kv_budget)
-    assert rules == (0.95, "flattest_head", 0.05, "local", None)
+    rules = (paper.target_recall, paper.budget, paper.lazy_threshold, paper.max_kv_budget)
+    assert rules == (0.95, "flattest_head", 0.05, None)
 
 
 def test_a_config_error_is_a_value_error():

@@ -107,8 +107,6 @@ def select_blocks(
     needs, overflow = _capped(needs, config.max_kv_budget)
     budget = shared_budget(needs, active, _blocks_of(config.budget))
     keep = layout.forced | keep_top(order, layout.eligible, budget)
-    if config.lazy_mode == "skip":
-        keep = keep & (active | ~lazy).unsqueeze(-1)
     return BlockSelection(keep, layout, mass, needs, budget, active, lazy, overflow & active)
 
 

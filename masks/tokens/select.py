@@ -202,6 +202,4 @@ def kept_pairs(selection: TokenSelection, places: Tensor, kv_len: int, config: O
     fetched = unpack_bits(selection.chosen.index_select(2, segment), kv_len)
     near = tokens_of_blocks(selection.segments.near.index_select(2, places // block), block, kv_len).expand_as(fetched)
     fetched, near = (x.repeat_interleave(heads // choices, 1) for x in (fetched, near))
-    active, lazy = (x.index_select(2, places).unsqueeze(-1) for x in (selection.active, selection.lazy))
-    kept = near | (fetched & active)
-    return kept & (active | ~lazy) if config.lazy_mode == "skip" else kept
+    return near | (fetched & selection.active.index_select(2, places).unsqueeze(-1))

@@ -135,10 +135,7 @@ def attend_selected(
     assert site.config is not None
     chosen = (selection.rows.long(), selection.row_count, selection.chosen, selection.key_count)
     far, far_lse = attend_gathered(query, key, value, *chosen, columns(site.config, key.shape[2]), site)
-    out = merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
-    if site.config.lazy_mode == "skip":
-        out = out.masked_fill((selection.lazy & ~selection.active).unsqueeze(-1), 0.0)
-    return out
+    return merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
 
 
 def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | None = None) -> Tensor:

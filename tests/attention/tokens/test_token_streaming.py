@@ -17,7 +17,7 @@ from tests.helpers.interpreter import needs_scalars, run_interpreted
 
 CASES = [
     {},
-    {"budget": "per_head", "lazy_mode": "skip", "lazy_threshold": 0.4},
+    {"budget": "per_head", "lazy_threshold": 0.4},
     {"budget": 24},
     {"max_kv_budget": 20, "lazy_threshold": None},
     {"gqa_choice": "head", "lazy_threshold": 0.4},

@@ -115,7 +115,6 @@ def token_configs(draw):
         budget=budget,
         max_kv_budget=cap,
         lazy_threshold=draw(st.none() | st.floats(0.0, 1.0)),
-        lazy_mode=draw(st.sampled_from(("local", "skip"))),
         sink_size=draw(st.sampled_from((0, 8, 150))),
         window_size=draw(st.sampled_from((1, 16, 200))),
     )
@@ -131,8 +130,7 @@ def test_any_mask_any_config(data, shape, config, is_causal):
     offset = shape.kv_len - shape.q_len if is_causal else 0
     out, _, kept, own = run(shape, tensors, config, mask, offset=offset)
     alive = own.any(-1)
-    if config.lazy_mode == "local":
-        assert torch.equal(kept.any(-1), alive)
+    assert torch.equal(kept.any(-1), alive)
     assert not out[~alive].any()
     check(out, tensors, kept)
     if config.lazy_threshold is None and config.recall_of(0) >= 1.0 and config.max_kv_budget is None:
@@ -141,9 +139,7 @@ def test_any_mask_any_config(data, shape, config, is_causal):
 
 @given(small_shapes(), token_configs(), st.integers(0, 2**16))
 def test_the_target_is_met_and_the_budget_is_the_flattest_heads(shape, config, seed):
-    config = dataclasses.replace(
-        config, max_kv_budget=None, gqa_choice="group", budget="flattest_head", lazy_mode="local"
-    )
+    config = dataclasses.replace(config, max_kv_budget=None, gqa_choice="group", budget="flattest_head")
     query, key, value = (x * 2 for x in shape.inputs(seed=seed))
     mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
     _, selection, _, own = run(shape, (query, key, value), config, mask)
