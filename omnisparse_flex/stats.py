@@ -79,7 +79,7 @@ class Stats:
         return (sum(layer.density for layer in sparse) + total - len(sparse)) / total
 
     def block_maps(self, layer: int) -> Tensor | None:
-        """uint8 (H, rows, columns) of ``masks.record`` cell values for one layer, or None."""
+        """uint8 (H, rows, columns) of ``masks.statistics`` cell values for one layer, or None."""
         return None if self.maps is None else self.maps[layer].cpu()
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 
-#: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
+#: Side of a block, in tokens: the only size that FlexAttention's backward takes on sm90.
 BLOCK = 128
 
 SCORERS: dict[str, Scorer] = {"mean_pool": mean_pool, "tile_pool": tile_pool}

@@ -1,4 +1,4 @@
-"""DESIGN's invariants of block selection, as properties over configs, shapes, masks, padding and offsets."""
+"""The invariants of block selection, as properties over configs, shapes, masks, padding and offsets."""
 
 import contextlib
 import dataclasses

@@ -122,7 +122,7 @@ def token_configs(draw):
 
 @given(st.data(), small_shapes(), token_configs(), st.booleans())
 def test_any_mask_any_config(data, shape, config, is_causal):
-    """DESIGN's invariants: kept within the mask, no live row without a key, dead rows 0, output and gradients."""
+    """The invariants: kept within the mask, no live row without a key, dead rows 0, output and gradients."""
     case = data.draw(mask_mods(shape.batch, shape.q_len, shape.kv_len))
     tensors = inputs(shape, "cpu")
     order = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
