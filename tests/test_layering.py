@@ -16,7 +16,7 @@ FLOORS = (
     {"masks.blocks"},
     {"masks.tokens"},
     {"masks.statistics"},
-    {"cost_model", "choice_cost"},
+    {"cost_model"},
     {"attention"},
     {"passes"},
     {"backend"},
