@@ -29,7 +29,7 @@ endif
 # package would bring gigabytes of CUDA. The path is relative because pip splits the variable at spaces.
 PIP := $(if $(filter file,$(origin TORCH)),PIP_CONSTRAINT=constraints.txt) $(PY) -m pip
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint house bench bench-gpu clean
 
 demo: $(call needs,demo)
 	$(CLI) demo $(ARGS)
@@ -41,6 +41,10 @@ lint: $(call needs,lint)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The tree in figures: files a folder, lengths, import arrows, public names.
+house: $(call needs,test)
+	$(PY) -m benchmarks.common.house $(ARGS)
 
 bench: $(call needs,bench)
 	$(PY) -m pytest benchmarks -m "not gpu" $(ARGS)
