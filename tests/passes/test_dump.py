@@ -32,7 +32,7 @@ def test_every_pass_has_a_file_and_the_report_names_the_folder(tmp_path, monkeyp
     files = sorted((tmp_path / "graph_000").iterdir())
     assert [file.name for file in files] == [f"{i}_{name}.py" for i, name in enumerate(["captured", *names])]
     calls = [[line for line in file.read_text().splitlines() if " = omnisparse" in line] for file in files]
-    assert not calls[0] and len(calls[-1]) == 1
+    assert not calls[0] and len(calls[-1]) == 2  # the selection, the attention
     assert all(" ms, " in file.read_text().splitlines()[0] for file in files[1:])
     assert f"the graph after every pass: {tmp_path / 'graph_000'}" in str(dumping.log.report())
     monkeypatch.delenv(DUMP_VARIABLE)
