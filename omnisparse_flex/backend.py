@@ -23,6 +23,7 @@ from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.passes.rewrite import Site
 from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.report import RewriteReport, SiteReport
+from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
 
@@ -90,6 +91,9 @@ class Backend:
         rule = f"be a Dynamo backend or one of {', '.join(INNERS)}"
         require(callable(inner) or inner in INNERS, "inner", rule, inner)
         _check_flash(kernel)
+        require_seams("dynamo")
+        if inner in ("auto", "inductor"):
+            require_seams("inductor")
         self.config = config
         self.min_seq_len = min_seq_len
         self.kernel = kernel
