@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report, select_op
+from omnisparse_flex.cache_argument import as_cache_argument
 from omnisparse_flex.timing import milliseconds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "short.json"
@@ -56,7 +57,9 @@ class Decoder:
 
     def decode(self, token: Tensor, past: Any) -> Tensor:
         """One more token (B, 1, hidden) behind a full cache, which is cut back afterwards."""
-        out = self.model(inputs_embeds=token, past_key_values=past, use_cache=True).last_hidden_state
+        out = self.model(
+            inputs_embeds=token, **as_cache_argument(self.model.forward, past), use_cache=True
+        ).last_hidden_state
         past.crop(-1)
         return out
 
@@ -85,7 +88,7 @@ def times(decoders: dict[str, Decoder], batch: int, tokens: int, device: str) ->
             note(name, "prefill", milliseconds(decoder.prefill, [(inputs,)], runs=2, warm_up=1, queued=1).median)
     pasts = {name: DynamicCache(config=model.config) for name in decoders}
     for name, decoder in decoders.items():
-        decoder.model(inputs_embeds=inputs, past_key_values=pasts[name], use_cache=True)
+        decoder.model(inputs_embeds=inputs, **as_cache_argument(decoder.model.forward, pasts[name]), use_cache=True)
     for _ in range(TOKEN_TURNS):
         for name, decoder in decoders.items():
             note(name, "decode", milliseconds(decoder.decode, [(inputs[:, :1], pasts[name])], runs=7, queued=1).median)

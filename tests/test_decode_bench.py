@@ -17,6 +17,7 @@ import bench_decode
 import bench_decode_model as bench
 import needle_decode
 import needle_held
+from tiny import cached
 
 from omnisparse_flex.slim import Choice
 from omnisparse_flex.slim_layer import SlimLayer
@@ -70,7 +71,7 @@ def test_dense_and_ours_have_the_same_decoder(whole):
     bench.TURN[0] = 0
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "SCALE", 16**-0.5)
-        expected = model(**token, past_key_values=cache).last_hidden_state
+        expected = model(**token, **cached(cache)).last_hidden_state
         bench.FULL[:] = [tuple(torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in pair) for pair in past]
         model.set_attn_implementation(bench.NAME)
         for _ in range(2):

@@ -9,7 +9,7 @@ from test_token_kernels import CONFIG, loud, site_of
 from test_tokens import check, run
 from test_training import gradients, worst
 from test_transformers import bracket
-from tiny import batch, build
+from tiny import batch, build, cached
 
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
 from omnisparse_flex.masks.expr import Const, causal
@@ -144,5 +144,5 @@ def test_a_model_answers_with_a_slim_cache(device):
     wanted = build("llama", device).generate(**inputs, max_new_tokens=3, do_sample=False)
     with torch.no_grad():
         for cache in (None, OmniSparseCache(model, visual_recall=1.0)):
-            got = model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache)
+            got = model.generate(**inputs, max_new_tokens=3, do_sample=False, **cached(cache))
             assert torch.equal(got, wanted)
