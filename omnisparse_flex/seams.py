@@ -1,19 +1,23 @@
 """What must exist inside torch and transformers, looked up before anything is changed.
 
-Only names are looked up here, in a millisecond. How they behave is what ``tests/test_seams.py`` asks.
+Only names are looked up here, in milliseconds. How they behave is what ``tests/test_seams.py`` asks.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
 from types import MappingProxyType
 
 from omnisparse_flex.errors import require
 from omnisparse_flex.versions import TESTED, installed, refuse_older
 
 #: ``module:attribute`` by when it is needed: when this package is imported, when a backend is made, when one is made
-#: that may use Inductor (slow to import), and when a model of transformers is changed.
+#: that may use Inductor, and when a model of transformers is changed.
 SEAMS = MappingProxyType(
     {
         "import": (
@@ -35,8 +39,6 @@ SEAMS = MappingProxyType(
         ),
         "inductor": (
             "torch._inductor:list_mode_options",
-            "torch._inductor.codegen.common:CSEProxy.load",
-            "torch._inductor.codegen.triton:TritonKernel.load",
             "torch._inductor.compile_fx:compile_fx",
             "torch._inductor.config:epilogue_fusion",
             "torch._inductor.config:unsafe_marked_cacheable_functions",
@@ -64,6 +66,27 @@ def exists(seam: str) -> bool:
     return True
 
 
+def is_written(seam: str) -> bool:
+    """Whether the source of a module defines ``module:attribute``.
+
+    For modules that are not imported yet and take seconds to import; a module without source is believed.
+    """
+    module, _, path = seam.partition(":")
+    if module in sys.modules:
+        return exists(seam)
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError:  # not even its package is there
+        found = None
+    if found is None:
+        return False
+    read: Callable[[str], str | None] | None = getattr(found.loader, "get_source", None)
+    source = read(module) if read else None
+    name, *methods = path.split(".")
+    patterns = [rf"^(?:def |class )?{name}\b", *(rf"^ +def {method}\b" for method in methods)]
+    return source is None or all(re.search(pattern, source, re.MULTILINE) for pattern in patterns)
+
+
 @functools.cache
 def require_seams(kind: str) -> None:
     """Refuse a library that lacks what we need of its inside.
@@ -74,10 +97,11 @@ def require_seams(kind: str) -> None:
     Raises:
         ConfigError: It names what is missing, and the versions that have it.
     """
+    look = is_written if kind == "inductor" else exists
     library = "transformers" if kind == "transformers" else "torch"
     for seam in SEAMS[kind]:
         rule = f"have {seam.replace(':', '.')}, as {library} {TESTED[library]} has"
-        require(exists(seam), library, rule, f"{installed(library)} without it")
+        require(look(seam), library, rule, f"{installed(library)} without it")
 
 
 def check_torch() -> None:
