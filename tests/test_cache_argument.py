@@ -45,10 +45,14 @@ def test_of_two_caches_the_newer_name_counts():
     assert with_cache_renamed(new_name, {"cache": 1, "past_key_values": 2}) == {"cache": 1}
 
 
+def even_ids(args, kwargs):
+    return kwargs["input_ids"] % 2 == 0
+
+
 @pytest.fixture
 def applied():
     config = OmniSparseConfig(target_recall=0.5)
-    return apply_omnisparse(build("llama", "cpu"), config, min_seq_len=0, inner="eager")
+    return apply_omnisparse(build("llama", "cpu"), config, min_seq_len=0, visual_mask=even_ids, inner="eager")
 
 
 def both_names(model):
