@@ -95,7 +95,7 @@ def test_a_block_mask_is_made_of_lists_and_its_tuple_ends_with_the_mask() -> Non
     with seam("BlockMask takes its lists by name, and as_tuple() ends with mask_mod", "as_tuple()[:-1]"):
         mask_mod = lambda b, h, q, kv: q >= kv  # noqa: E731
         made = causal_blocks(256, mask_mod)
-        assert made.as_tuple()[-1] is mask_mod and made.as_tuple()[:2] == (256, 256)
+        assert made.as_tuple()[-1] is mask_mod
 
 
 def test_the_flex_operator_runs_as_we_call_it() -> None:
