@@ -64,7 +64,7 @@ bench: $(call needs,bench)
 	$(PY) -m pytest benchmarks -m "not gpu" $(ARGS)
 
 bench-gpu: $(call needs,bench)
-	$(PY) benchmarks/run_gpu.py $(ARGS)
+	$(PY) -m benchmarks.common.run_gpu $(ARGS)
 
 # resolve(constraints, packages to leave out); where uv fails, grep finds no line, and so fails too.
 define resolve

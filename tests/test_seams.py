@@ -14,11 +14,11 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from assumption import SOURCES, seam
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from omnisparse_flex import seams
+from tests.assumption import SOURCES, seam
 
 
 def test_a_broken_seam_names_what_broke_and_who_relies_on_it() -> None:
@@ -212,7 +212,7 @@ def test_functions_with_code_objects_of_their_own_are_compiled_apart() -> None:
 def test_settings_of_dynamo_can_be_entered_again() -> None:
     what = "torch._dynamo.config.patch can be entered again and again where configs live in context variables"
     with seam(what, "_config_module", "ContextVar"):
-        from omnisparse_flex.dynamo_settings import dynamo_settings
+        from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 
         before = torch._dynamo.config.recompile_limit
         for _ in range(3):
@@ -223,7 +223,7 @@ def test_settings_of_dynamo_can_be_entered_again() -> None:
 
 def test_indexing_by_an_index_is_traced_and_not_read() -> None:
     with seam("TransformGetItemToIndex keeps table[index] in a graph", "TransformGetItemToIndex"):
-        from omnisparse_flex.trace_mask import trace_mask_mod
+        from omnisparse_flex.attention.trace_mask import trace_mask_mod
 
         table = torch.tensor([0, 0, 1, 1])
         program = trace_mask_mod(lambda b, h, q, kv: table[q] == table[kv], torch.device("cpu"))

@@ -7,11 +7,12 @@ import inspect
 
 import pytest
 import torch
-from assumption import seam
-from tiny import IMAGE, VIDEO, build
 
-from omnisparse_flex import OmniSparseCache, integration
+from omnisparse_flex import OmniSparseCache
 from omnisparse_flex.cache_argument import NEW_NAME, OLD_NAME, as_cache_argument, cache_name
+from omnisparse_flex.model import hf as integration
+from tests.assumption import seam
+from tests.helpers.tiny import IMAGE, VIDEO, build
 
 transformers = pytest.importorskip("transformers")
 

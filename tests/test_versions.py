@@ -11,11 +11,11 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-from tiny import build
 
 from omnisparse_flex import ConfigError, apply_omnisparse, rewrite_report, seams, versions
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
+from tests.helpers.tiny import build
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12")
