@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from omnisparse_flex import seams
-from tests.assumption import SOURCES, seam
+from tests.helpers.assumption import SOURCES, seam
 
 
 def test_a_broken_seam_names_what_broke_and_who_relies_on_it() -> None:

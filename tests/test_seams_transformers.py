@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseCache
-from omnisparse_flex.cache_argument import NEW_NAME, OLD_NAME, as_cache_argument, cache_name
 from omnisparse_flex.model import hf as integration
-from tests.assumption import seam
+from omnisparse_flex.model.cache_argument import NEW_NAME, OLD_NAME, as_cache_argument, cache_name
+from tests.helpers.assumption import seam
 from tests.helpers.tiny import IMAGE, VIDEO, build
 
 transformers = pytest.importorskip("transformers")

@@ -35,7 +35,7 @@ from benchmarks.decode.needle_items import WORDS_PER_ANSWER, Items, make_items
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.cache.choose_keys import Choice, choose, ranked
 from omnisparse_flex.cache.layer import TAIL_STEP
-from omnisparse_flex.cache_argument import as_cache_argument
+from omnisparse_flex.model.cache_argument import as_cache_argument
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnisparse_flex.cache_argument import as_cache_argument, cache_of
 from omnisparse_flex.masks.blocks import budget as budgets
 from omnisparse_flex.masks.blocks import select
+from omnisparse_flex.model.cache_argument import as_cache_argument, cache_of
 
 Inputs = Mapping[str, Any]
 

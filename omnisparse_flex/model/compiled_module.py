@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_ops import Owner
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.

@@ -12,7 +12,7 @@ import torch
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse, remove_omnisparse
 from omnisparse_flex.api import dense
-from omnisparse_flex.cache_argument import cache_of
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
 from tests.cache.test_cache import changed, generate, half_lazy, is_visual, longer, prompt, steps
 from tests.helpers.slim_oracle import kept

@@ -17,7 +17,7 @@ import torch
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import ConfigError, OmniSparseCache, collect_stats, rewrite_report
 from omnisparse_flex.cache.step_replay import Replay
-from omnisparse_flex.cache_argument import cache_of
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import entry_of
 from tests.cache.test_cache import changed, generate, half_lazy, longer, prompt, steps
 from tests.cache.test_cache_use import close, everything

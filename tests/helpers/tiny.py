@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from omnisparse_flex.cache_argument import as_cache_argument
+from omnisparse_flex.model.cache_argument import as_cache_argument
 
 VOCAB, IMAGE, VIDEO = 200, 190, 191
 QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.cache_argument import cache_of
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import entry_of
 from tests.helpers.tiny import IMAGE, VIDEO, build, cached
 

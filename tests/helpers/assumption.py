@@ -6,7 +6,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("omnisparse_flex", "passes", "masks")
 SOURCES = {
     file.relative_to(ROOT): file.read_text("utf-8")

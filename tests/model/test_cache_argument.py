@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.cache_argument import NEW_NAME, OLD_NAME, cache_in, cache_name, cache_of, with_cache_renamed
+from omnisparse_flex.model.cache_argument import NEW_NAME, OLD_NAME, cache_in, cache_name, cache_of, with_cache_renamed
 from omnisparse_flex.model.compiled_module import entry_of
 from tests.helpers.tiny import build, cached
 
