@@ -70,12 +70,14 @@ bench-gpu: $(call needs,bench)
 define resolve
 { echo "# Made by \`make lock\`: edit pyproject.toml and run that."; \
   $(LOCK_VENV)/bin/uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header -c $(1) \
-    $(foreach extra,demo test lint bench,--extra $(extra)) pyproject.toml | grep -vE '^($(2))=='; }
+    $(foreach extra,$(EXTRAS),--extra $(extra)) pyproject.toml | grep -vE '^($(2))=='; }
 endef
 
 # Both files are resolved for every Python from the oldest on, for all that the targets install, against the package
 # index alone. Torch and the CUDA packages that its wheel for Linux names are left to constraints.txt.
 LOCK_VENV ?= .venv-lock
+# All of them, but for the one that is for GPUs alone.
+EXTRAS = $(filter-out flash,$(shell sed -n '/optional-dependencies/,/^\[project.scripts/s/^\([a-z]*\) = .*/\1/p' pyproject.toml))
 lock:
 	test -x $(LOCK_VENV)/bin/python || $(PYTHON) -m venv $(LOCK_VENV)
 	$(LOCK_VENV)/bin/python -m pip install -q --upgrade uv
