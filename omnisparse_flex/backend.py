@@ -24,6 +24,7 @@ from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.passes.state import Site
 from omnisparse_flex.report import RewriteReport, SiteReport
+from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
 
@@ -92,6 +93,9 @@ class Backend:
         require(callable(inner) or inner in INNERS, "inner", rule, inner)
         _check_flash(kernel)
         check_dump_folder()
+        require_seams("dynamo")
+        if inner in ("auto", "inductor"):
+            require_seams("inductor")
         self.config = config
         self.min_seq_len = min_seq_len
         self.kernel = kernel
