@@ -202,7 +202,8 @@ def headline(figures: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [[length.upper(), *(cell(template, length) for template in COLUMNS.values())] for length in LENGTHS]
     lines = ["| " + " | ".join(row) + " |" for row in [["tokens", *COLUMNS], ["---:"] * (len(COLUMNS) + 1), *rows]]
     speedups = [figures[n] for length in LENGTHS if (n := f"{point}.speedup.{length}") in figures]
-    where = sorted({f"{x['device']}, torch {x['torch']}; dense: {x['baseline'].partition(';')[0]}." for x in speedups})
+    runs = [(x["device"], x["torch"], x["baseline"].partition(";")[0]) for x in speedups]
+    where = [f"{device}, torch {torch}. Baseline: {baseline}." for device, torch, baseline in sorted(set(runs))]
     return "\n".join([*lines, "", " ".join([f"One rule in every row: {rules}.", *where])])
 
 
