@@ -29,7 +29,7 @@ endif
 # package would bring gigabytes of CUDA. The path is relative because pip splits the variable at spaces.
 PIP := $(if $(filter file,$(origin TORCH)),PIP_CONSTRAINT=constraints.txt) $(PY) -m pip
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint docs bench bench-gpu clean
 
 demo: $(call needs,demo)
 	$(CLI) demo $(ARGS)
@@ -37,10 +37,15 @@ demo: $(call needs,demo)
 test: $(call needs,test)
 	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -n $(JOBS) --dist worksteal -p no:benchmark -m "$(MARK)" $(ARGS)
 
-lint: $(call needs,lint)
+lint: $(call needs,lint) docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# A warning is an error: links to pages, headings and files that are not there, docstrings that Sphinx cannot read.
+docs: $(call needs,docs)
+	$(PY) -m sphinx -q -W --keep-going -b html docs site
+	@echo "site/index.html"
 
 bench: $(call needs,bench)
 	$(PY) -m pytest benchmarks -m "not gpu" $(ARGS)
@@ -49,7 +54,7 @@ bench-gpu: $(call needs,bench)
 	$(PY) benchmarks/run_gpu.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf benchmarks/scratch omnisparse_masks.png omnisparse_stats.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
