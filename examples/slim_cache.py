@@ -12,7 +12,7 @@ import inspect
 from typing import Any
 
 import torch
-from apply_to_a_model import build, video_inputs  # beside this file
+from apply_to_a_model import build, video_inputs
 
 from omnisparse_flex import OmniSparseCache, apply_omnisparse
 
