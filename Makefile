@@ -29,7 +29,7 @@ endif
 # package would bring gigabytes of CUDA. The path is relative because pip splits the variable at spaces.
 PIP := $(if $(filter file,$(origin TORCH)),PIP_CONSTRAINT=constraints.txt) $(PY) -m pip
 
-.PHONY: demo test lint docs bench bench-gpu clean
+.PHONY: demo test lint docs house bench bench-gpu clean
 
 demo: $(call needs,demo)
 	$(CLI) demo $(ARGS)
@@ -46,6 +46,10 @@ lint: $(call needs,lint) docs
 docs: $(call needs,docs)
 	$(PY) -m sphinx -q -W --keep-going -b html docs site
 	@echo "site/index.html"
+
+# The tree in figures: files a folder, lengths, import arrows, public names.
+house: $(call needs,test)
+	$(PY) -m benchmarks.common.house $(ARGS)
 
 bench: $(call needs,bench)
 	$(PY) -m pytest benchmarks -m "not gpu" $(ARGS)
