@@ -21,7 +21,6 @@ from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
 from omnisparse_flex.passes.dump import check_dump_folder
 from omnisparse_flex.passes.nodes import shape_of
-from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.passes.state import Site
 from omnisparse_flex.report import RewriteReport, SiteReport
 from omnisparse_flex.seams import require_seams
@@ -168,7 +167,6 @@ class Backend:
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
         self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
-        self.log.notes.update(dict.fromkeys(sharing_notes(rewrite.sites)))
         if rewrite.dumped_to:
             self.log.notes[f"the graph after every pass: {rewrite.dumped_to}"] = None
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
