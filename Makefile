@@ -47,7 +47,7 @@ PIP := $(if $(HELD),PIP_CONSTRAINT="$(HELD)" PIP_BUILD_CONSTRAINT="$(HELD)") $(P
 DEPRECATIONS := DeprecationWarning PendingDeprecationWarning FutureWarning
 WARNINGS := $(if $(LATEST),$(foreach kind,$(DEPRECATIONS),-W default::$(kind)))
 
-.PHONY: demo test lint bench bench-gpu lock clean
+.PHONY: demo test lint docs house bench bench-gpu lock clean
 
 demo: $(call needs,demo)
 	$(CLI) demo $(ARGS)
@@ -55,10 +55,19 @@ demo: $(call needs,demo)
 test: $(call needs,test)
 	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -n $(JOBS) --dist worksteal -p no:benchmark $(WARNINGS) -m "$(MARK)" $(ARGS)
 
-lint: $(call needs,lint)
+lint: $(call needs,lint) docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# A warning is an error: links to pages, headings and files that are not there, docstrings that Sphinx cannot read.
+docs: $(call needs,docs)
+	$(PY) -m sphinx -q -W --keep-going -b html docs site
+	@echo "site/index.html"
+
+# The tree in figures: files a folder, lengths, import arrows, public names.
+house: $(call needs,test)
+	$(PY) -m benchmarks.common.house $(ARGS)
 
 bench: $(call needs,bench)
 	$(PY) -m pytest benchmarks -m "not gpu" $(ARGS)
@@ -87,7 +96,7 @@ lock:
 	mv $(LOCK_VENV)/pins.txt $(LOCK_VENV)/pins-oldest.txt .
 
 clean:
-	rm -rf .venv .venv-latest .venv-oldest .venv-lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-latest .venv-oldest .venv-lock build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf benchmarks/scratch omnisparse_masks.png omnisparse_stats.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

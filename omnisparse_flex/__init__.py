@@ -12,7 +12,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.stats import collect_stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConfigError",
