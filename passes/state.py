@@ -130,6 +130,7 @@ class Rewrite:
         state: Operands of the ``bind`` op (visual, recall, stats, maps, recalls), if there is one.
         orphans: Nodes whose readers a pass removed; the clean-up erases the dead ones.
         modified: Whether any graph changed.
+        dumped_to: The folder of this run's dump, if one was asked for.
     """
 
     root: Scope
@@ -139,6 +140,7 @@ class Rewrite:
     state: tuple[Node | None, ...] = (None, None, None, None, None)
     orphans: list[Leaf] = dataclasses.field(default_factory=list)
     modified: bool = False
+    dumped_to: str | None = None
 
     def open_sites(self) -> list[Site]:
         """Sites that no pass has refused."""

@@ -87,7 +87,7 @@ def test_the_metadata_names_our_entry_points(installed: Path) -> None:
         ("torch_dynamo_backends", "omnisparse", "omnisparse_flex.backend:omnisparse_backend"),
     }
     extras = found.metadata.get_all("Provides-Extra") or []
-    assert {"hf", "demo", "test", "bench", "flash", "lint"} == set(extras)
+    assert {"hf", "demo", "test", "bench", "flash", "docs", "lint"} == set(extras)
     assert [line for line in found.requires or [] if "extra ==" not in line] == ["torch>=2.11"]
 
 
