@@ -40,7 +40,6 @@ BACK_ARROWS = {
     "omnisparse_flex/kernels/head_dims.py: omnisparse_flex.masks.tokens.head_dims.loudest_of: against the arrow",
 }
 CIRCLES = {
-    frozenset({"attention.tokens.dispatch", "attention.tokens.tensor_code", "attention.tokens.triton"}),
     frozenset({"testing", "testing.strategies"}),
 }
 

@@ -1,4 +1,4 @@
-"""Token attention on CUDA: the same three steps as ``token_attention``, in Triton kernels.
+"""Token attention on CUDA: the same three steps as ``tensor_code``, in Triton kernels.
 
 Beside its results it holds no more than the layer's keys and values take: queries attend a stretch after the other, a
 stretch's selection is made and attended to a few segments at a time, and is kept as bits.

@@ -88,13 +88,14 @@ def check_interpreted_ways_back():
     from unittest import mock
 
     from omnisparse_flex.attention.tokens import dispatch as token_attention
+    from omnisparse_flex.attention.tokens import tensor_code
 
     shape = AttentionShape(1, 1, 2, 140, 520, 32)
     check_gradients_in_tensor_code(shape, "cpu", make=loud, config=HEADS, sinks=True)
     check_a_nan_key(shape, "cpu", config=HEADS)
     check_kernels(shape, {"gqa_choice": "head", "scoring_dims": 16, "budget": 24}, "cpu", 0)
     takes = mock.patch.object(token_attention, "takes_kernels", lambda *_: True)
-    with takes, mock.patch.object(token_attention, "attend_gathered", None):
+    with takes, mock.patch.object(tensor_code, "attend_gathered", None):
         check_operator(shape, "cpu", make=loud, config=HEADS)
 
 
