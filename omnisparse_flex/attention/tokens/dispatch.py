@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from omnisparse_flex.attention.call import Site
 from omnisparse_flex.attention.tokens.tensor_code import select_and_attend
+from omnisparse_flex.kernels.fallback import has_triton
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import BLOCK, grid_of
 from omnisparse_flex.masks.expr.causal_padding import PlainMask, plain_mask
@@ -59,14 +57,9 @@ def attend_and_select(
 
 def plain_for_kernels(query: Tensor, key: Tensor, value: Tensor, site: Site) -> PlainMask | None:
     """The site's mask where the kernels can run, else None; shapes as in ``attend_tokens``."""
-    if not takes_kernels(query, value, site) or not _has_triton():
+    if not takes_kernels(query, value, site) or not has_triton():
         return None
     return plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def takes_kernels(query: Tensor, value: Tensor, site: Site) -> bool:
