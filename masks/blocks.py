@@ -37,7 +37,7 @@ def block_mask_from_maps(
     """A ``BlockMask`` from a map of kept blocks; never an N x N tensor.
 
     Args:
-        keep: bool (B, H, NQ, NK), blocks to compute.
+        keep: bool (B or 1, H or 1, NQ, NK), blocks to compute.
         full: bool, broadcastable to ``keep``: blocks that run without ``mask_mod``.
         mask_mod: Applied inside the other kept blocks.
         lengths: Numbers of queries and keys.
@@ -75,7 +75,8 @@ def _map_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
         if made is not None:
             return made
     lists = (*block_lists(keep & ~full), *block_lists(keep & full))
-    number, indices, full_number, full_indices = (x.contiguous() for x in lists)
+    # Not ``contiguous``: a dimension of 1 would keep a foreign stride, and the flex kernels read by it.
+    number, indices, full_number, full_indices = (x.clone(memory_format=torch.contiguous_format) for x in lists)
     return number, indices, full_number, full_indices
 
 

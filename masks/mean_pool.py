@@ -19,21 +19,20 @@ def mean_pool(
     adjust: Callable[[Tensor], Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
-    """Softmax between block means, each head of a group on its own.
+    """Softmax between block means.
 
     Args, Returns: see ``Scorer``. ``allowed`` is not used: block means resolve no pairs.
 
-    Source: PAPER "Scores"; block means as in most block-sparse prefill methods. Our
-    choice: the group shares the mean of its heads' mass.
+    Source: PAPER "Scores"; block means as in most block-sparse prefill methods.
     """
     kv_heads = key.shape[1]
     pooled_q = block_mean(query, block).unflatten(1, (kv_heads, query.shape[1] // kv_heads))
     pooled_k = block_mean(key, block).unsqueeze(2)
-    logits = (pooled_q @ pooled_k.transpose(-1, -2)).float() * scale
+    logits = (pooled_q @ pooled_k.transpose(-1, -2)).float().flatten(1, 2) * scale
     if adjust is not None:
-        logits = adjust(logits.flatten(1, 2)).view_as(logits)
-    mass = torch.softmax(logits.masked_fill(~some.unsqueeze(2), float("-inf")), dim=-1)
-    return mass.masked_fill(~some.unsqueeze(2), 0.0).mean(dim=2)
+        logits = adjust(logits)
+    mass = torch.softmax(logits.masked_fill(~some, float("-inf")), dim=-1)
+    return mass.masked_fill(~some, 0.0)
 
 
 def block_mean(x: Tensor, block: int) -> Tensor:

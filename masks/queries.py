@@ -18,13 +18,13 @@ def active_rows(
     """Which query blocks may fetch keys beyond the always-kept ones.
 
     Args:
-        pooled_query: (B, Hkv, G, NQ, D) block means.
-        local_mass: float32 (B, Hkv, NQ), estimated mass on sinks and window.
+        pooled_query: (B, Hq, NQ, D) block means.
+        local_mass: float32 (B, Hq, NQ), estimated mass on sinks and window.
         text: bool (B or 1, 1, NQ), blocks that hold a text token.
         threshold: Breadth under which a block is lazy; None: every block is active.
 
     Returns:
-        ``(active, lazy)``, bool (B, Hkv, NQ): lazy blocks are those that look near and
+        ``(active, lazy)``, bool (B, Hq, NQ): lazy blocks are those that look near and
         repeat their neighbours; the kept sub-sample of them is in both.
 
     Source: PAPER "Query selection": active if breadth > tau_b, or redundancy < tau_r, or
@@ -37,6 +37,6 @@ def active_rows(
     rows = torch.arange(local_mass.shape[-1], device=local_mass.device)
     leader = rows - rows % LAZY_STRIDE
     direction = F.normalize(pooled_query.float(), dim=-1)
-    redundancy = (direction * direction[..., leader, :]).sum(-1).mean(2)
+    redundancy = (direction * direction[..., leader, :]).sum(-1)
     lazy = (1.0 - local_mass < threshold) & (redundancy >= REDUNDANCY_THRESHOLD) & ~text
     return ~lazy | (rows == leader), lazy

@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 
     Attributes:
         stats: float32 (len(STATS),).
-        cells: uint8 (Hkv, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
+        cells: uint8 (Hq, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
         recalls: float32 (2, Hq), mean and minimum true recall; (2, 0) unless asked for.
     """
 
@@ -193,7 +193,7 @@ def true_recall(
     """Softmax mass that a selection really keeps, from exact rows.
 
     Args:
-        kept: bool (B, Hkv or Hq, P, S), what the rows keep, the model's own mask aside.
+        kept: bool (B, Hq, P, S), what the rows keep, the model's own mask aside.
         rows: int64 (P,), query indices.
         query: (B, Hq, L, D).
         key: (B, Hkv, S, D).
@@ -215,7 +215,7 @@ def true_recall(
         logits = score(logits, b, h, q, kv)
     allowed = mask.pairs(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)
     mass = torch.softmax(logits.masked_fill(~allowed, float("-inf")), -1).masked_fill(~allowed, 0.0)
-    recall = (mass * kept.repeat_interleave(heads // kept.shape[1], 1)).sum(-1)
+    recall = (mass * kept).sum(-1)
     sees = allowed.any(-1)
     mean = (recall * sees).sum((0, 2)) / sees.sum((0, 2)).clamp(min=1)
     return torch.stack([mean, torch.where(sees, recall, 1.0).amin((0, 2))])

@@ -27,7 +27,7 @@ class Scorer(Protocol):
         Args:
             query: (B, Hq, L, D).
             key: (B, Hkv, S, D).
-            some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
+            some: bool (B or 1, Hq or 1, NQ, NK); blocks with no allowed pair get zero mass.
             scale: Logit scale.
             block: Tokens per block.
             adjust: The model's own change of the logits (bias, soft cap) at block centres,
@@ -35,6 +35,6 @@ class Scorer(Protocol):
             allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices.
 
         Returns:
-            float32 (B, Hkv, NQ, NK): the mean over the rows of logits that stand for a query block and over the
-            group's query heads; a row sums to 1, or to 0 where nothing is allowed.
+            float32 (B, Hq, NQ, NK): the mean over the rows of logits that stand for a query block; a row sums to 1,
+            or to 0 where nothing is allowed.
         """

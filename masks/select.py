@@ -13,7 +13,7 @@ from omnisparse_flex.masks.antidiagonal import STRIDE, antidiagonal
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.last_rows import with_last_rows
-from omnisparse_flex.masks.layout import Layout, block_layout, mask_blocks
+from omnisparse_flex.masks.layout import Layout, block_layout
 from omnisparse_flex.masks.mean_pool import block_mean, mean_pool
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.probe import PROBES, probe
@@ -42,17 +42,17 @@ COSTS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockSelection:
-    """What one attention site keeps; the head axis is that of the KV heads.
+    """What one attention site keeps; the head axis is that of the query heads.
 
     Attributes:
-        keep: bool (B, Hkv, NQ, NK), the blocks to compute.
+        keep: bool (B, Hq, NQ, NK), the blocks to compute.
         layout: What does not depend on queries and keys.
-        mass: float32 (B, Hkv, NQ, NK), the estimate.
-        needs: int64 (B, Hkv, NQ), blocks each head would need.
-        budget: int64 (B, Hkv, NQ), blocks each head got, at most ``max_kv_budget``.
-        active: bool (B, Hkv, NQ).
-        lazy: bool (B, Hkv, NQ).
-        overflow: bool (B, Hkv, NQ), rows whose need exceeded ``max_kv_budget``.
+        mass: float32 (B, Hq, NQ, NK), the estimate.
+        needs: int64 (B, Hq, NQ), blocks each head would need.
+        budget: int64 (B, Hq, NQ), blocks each head got, at most ``max_kv_budget``.
+        active: bool (B, Hq, NQ).
+        lazy: bool (B, Hq, NQ).
+        overflow: bool (B, Hq, NQ), rows whose need exceeded ``max_kv_budget``.
     """
 
     keep: Tensor
@@ -79,7 +79,7 @@ def select_blocks(
     adjust: Callable[..., Tensor] | None = None,
     layout: Layout | None = None,
 ) -> BlockSelection:
-    """Choose the key blocks of every query block.
+    """Choose the key blocks of every query block, each query head for itself.
 
     Args:
         query: (B, Hq, L, D).
@@ -99,9 +99,8 @@ def select_blocks(
 
     Source: PAPER "KV selection" and "Query selection" at block granularity.
     """
-    kv_heads = key.shape[1]
     if layout is None:
-        layout = block_layout(mask, grid_of(query, key), kv_heads, config, visual=visual, q_offset=q_offset)
+        layout = block_layout(mask, grid_of(query, key), config, visual=visual, q_offset=q_offset)
 
     score = SCORERS[config.scorer]
     mass = score(query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs)
@@ -111,8 +110,7 @@ def select_blocks(
             scale=scale, block=BLOCK, adjust=adjust, mask=mask,
         )  # fmt: skip
     local_mass = (mass * layout.near).sum(-1)
-    pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))
-    active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_below)
+    active, lazy = active_rows(block_mean(query, BLOCK), local_mass, layout.text_rows, config.lazy_below)
 
     sorted_mass, order = rank(mass, layout.eligible)
     needs = need(sorted_mass, (mass * layout.forced).sum(-1), layout.eligible.sum(-1), target)
@@ -125,8 +123,9 @@ def select_blocks(
 
 
 def dense_selection(query: Tensor, key: Tensor, mask: MaskProgram | OpaqueMask) -> tuple[Tensor, Tensor]:
-    """``(keep, full)`` maps that keep everything the mask allows; (1 or B, 1 or Hkv, NQ, NK)."""
-    full, some = mask_blocks(mask, grid_of(query, key), key.shape[1])
+    """``(keep, full)`` maps that keep everything the mask allows; (1 or B, 1 or Hq, NQ, NK)."""
+    full, some = mask.bounds(grid_of(query, key))
+    some, full = torch.broadcast_tensors(some, full)
     return some, full
 
 

@@ -112,8 +112,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     query, key, value = autocast(*_distinct(query, key, value))
     if site.config is not None and site.config.granularity == "token":
         return call_token_op(query, key, value, site) if site.rules else attend_tokens(query, key, value, site)
-    # Heads are numbers, also where Dynamo made every size a symbol: masks divide by them.
-    kv_heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
+    # Numbers, also where Dynamo made every size a symbol: the kernels' templates divide by them.
+    heads, kv_heads = int(query.shape[1]), int(key.shape[1])
     scale = site.scale_for(query)
     keep, full = _maps(query.detach(), key.detach(), site)
 
@@ -123,25 +123,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     captures = Captures.of((*site.mask.buffers, *selection), query.device)
     needs_grad = _needs_grad(query, key, value, *site.bias_buffers, *site.score_buffers)
     copied = _sinks_to_copy(key, site) if needs_grad else 0
-    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=len(selection) > 0, sinks=copied)
+    mask_mod = _mask_of_call(site, captures, has_map=len(selection) > 0, sinks=copied)
     score_captures = Captures.of(site.bias_buffers, query.device)
-    score_mod = _folded_score(site, score_captures, kv_heads, groups, sinks=copied)
+    score_mod = _score_of_call(site, score_captures, sinks=copied)
     score_buffers = (*site.score_buffers, *score_captures.tensors)
 
-    # KV heads move into the batch: the heads of a group then share one row of block lists.
-    batch = query.shape[0]
-    query = query.reshape(batch * kv_heads, groups, query.shape[2], query.shape[3])
-    key = key.reshape(batch * kv_heads, 1, key.shape[2], key.shape[3])
-    value = value.reshape(batch * kv_heads, 1, value.shape[2], value.shape[3])
-    keep, full = (
-        x.expand(batch, kv_heads, *x.shape[2:]).reshape(batch * kv_heads, 1, *x.shape[2:]) for x in (keep, full)
-    )
     if copied > 0:
         key, value, keep, full = spread(key, value, keep, full, sinks=copied, block=BLOCK)
     needs_lse = site.sinks is not None and _has_lse(query, site)
     if site.sinks is not None and not needs_lse:
         operands = (key, value, keep, full, mask_mod, score_mod)
-        key, value, keep, full, mask_mod, score_mod = with_sink_block(*operands, kv_heads=kv_heads, groups=groups)
+        key, value, keep, full, mask_mod, score_mod = with_sink_block(*operands)
         score_buffers = (*score_buffers, torch.ops.omnisparse.realize(site.sinks))
     out, lse = call_flex(
         query,
@@ -156,12 +148,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         score_buffers=score_buffers,
         scale=scale,
         needs_lse=needs_lse,
+        enable_gqa=heads != kv_heads,
         options=dict(site.kernel_options),
     )
-    out = out.reshape(batch, kv_heads * groups, *out.shape[2:])
-    if site.sinks is None or lse is None:
-        return out
-    return discount(out, lse.reshape(out.shape[:3]), site.sinks)
+    return out if site.sinks is None or lse is None else discount(out, lse, site.sinks)
 
 
 def _has_lse(query: Tensor, site: Site) -> bool:
@@ -190,30 +180,27 @@ def _sinks_to_copy(key: Tensor, site: Site) -> int:
     return (site.config.sink_size + BLOCK - 1) // BLOCK
 
 
-def _folded_mask(
-    site: Site, captures: Captures, kv_heads: int, groups: int, *, has_map: bool, sinks: int
-) -> Callable[..., Tensor]:
-    """The site's mask over (batch x KV head, head of the group, query, key), captures trailing."""
+def _mask_of_call(site: Site, captures: Captures, *, has_map: bool, sinks: int) -> Callable[..., Tensor]:
+    """The site's mask, the map of kept blocks in it if ``has_map``; captures trailing."""
 
     def omnisparse_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
-        load = captures.loader(arguments)
-        batch, kv_head, kv = b // kv_heads, b % kv_heads, original(kv, sinks=sinks, block=BLOCK)
-        allowed = site.mask.at(load, batch, kv_head * groups + h, q, kv)
+        load, kv = captures.loader(arguments), original(kv, sinks=sinks, block=BLOCK)
+        allowed = site.mask.at(load, b, h, q, kv)
         if has_map:
-            allowed = allowed & load(len(site.mask.buffers), (batch, kv_head, q // BLOCK, kv // BLOCK))
+            allowed = allowed & load(len(site.mask.buffers), (b, h, q // BLOCK, kv // BLOCK))
         return allowed
 
     return omnisparse_mask
 
 
-def _folded_score(site: Site, captures: Captures, kv_heads: int, groups: int, *, sinks: int) -> Callable[..., Tensor]:
-    """The site's score change over the folded heads, captures trailing."""
+def _score_of_call(site: Site, captures: Captures, *, sinks: int) -> Callable[..., Tensor]:
+    """The site's score change; captures trailing."""
     own = len(site.score_buffers)
 
     def omnisparse_score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
         load = captures.loader(arguments[own:])
         kv = original(kv, sinks=sinks, block=BLOCK)
-        return site.score(load, score, b // kv_heads, (b % kv_heads) * groups + h, q, kv, *arguments[:own])
+        return site.score(load, score, b, h, q, kv, *arguments[:own])
 
     return omnisparse_score
 

@@ -153,7 +153,7 @@ def _fake(
 def empty_parts(query: Tensor, key: Tensor, wanted: int) -> tuple[Tensor, ...]:
     """Tensors of the sizes of a selection's ``PARTS``; those past the first ``wanted`` hold nothing."""
     grid = grid_of(query, key)
-    shape = (query.shape[0], key.shape[1], grid.q_blocks, grid.kv_blocks)
+    shape = (query.shape[0], query.shape[1], grid.q_blocks, grid.kv_blocks)
     return tuple(
         query.new_empty((shape if keys else shape[:3]) if i < wanted else (0,), dtype=dtype)
         for i, (_, dtype, keys) in enumerate(PARTS)

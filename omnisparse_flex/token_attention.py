@@ -12,13 +12,7 @@ from omnisparse_flex.gathered import attend_gathered
 from omnisparse_flex.masks.key_bits import bits_of_blocks
 from omnisparse_flex.masks.layout import block_layout
 from omnisparse_flex.masks.plain import PlainMask, plain_mask
-from omnisparse_flex.masks.segments import (
-    SegmentLayout,
-    per_member,
-    segment_layout,
-    segments_per_member,
-    tokens_of_blocks,
-)
+from omnisparse_flex.masks.segments import SegmentLayout, per_member, segment_layout, tokens_of_blocks
 from omnisparse_flex.masks.select import BLOCK, grid_of
 from omnisparse_flex.masks.tokens import TokenSelection, columns, select_tokens
 from omnisparse_flex.site import Site
@@ -67,7 +61,7 @@ def attend_and_select(
             return found
     assert site.config is not None
     group = site.config.choices(query.shape[1], key.shape[1]) // key.shape[1]
-    key, value, segments = per_member(key, group), per_member(value, group), segments_per_member(segments, group)
+    key, value = per_member(key, group), per_member(value, group)
     near, near_lse = attend_near(query, key, value, segments, site)
     selection = choose(query, key, near_lse, segments, text, site)
     return attend_selected(query, key, value, near, near_lse, selection, site), selection
@@ -172,9 +166,9 @@ def segments_of_site(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
     assert site.config is not None
     layout = site.layout
     if layout is None:
-        grid, kv_heads = grid_of(query, key), int(key.shape[1])
-        layout = block_layout(site.mask, grid, kv_heads, site.config, visual=site.visual, q_offset=site.q_offset)
-    return segment_layout(layout, site.config.segment_size // BLOCK)
+        layout = block_layout(site.mask, grid_of(query, key), site.config, visual=site.visual, q_offset=site.q_offset)
+    choices = site.config.choices(int(query.shape[1]), int(key.shape[1]))
+    return segment_layout(layout, site.config.segment_size // BLOCK, choices)
 
 
 def text_queries(query: Tensor, key: Tensor, site: Site) -> Tensor:

@@ -70,7 +70,7 @@ def chain(layers, is_causal=None):
     return call
 
 
-def allowed(keep, length, groups):
+def allowed(keep, length):
     """The dense mask of a causal layer's block map."""
-    kept = expand_block_map(keep, length, length, BLOCK).repeat_interleave(groups, 1)
+    kept = expand_block_map(keep, length, length, BLOCK)
     return kept & torch.ones(length, length, dtype=torch.bool).tril()

@@ -29,8 +29,6 @@ ROUNDING = 1024 * torch.finfo(torch.float32).eps
 def score(name, query, key, mask, *, block=BLOCK, adjust=None, scale=None):
     grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], block, query.device)
     some = mask.bounds(grid)[1]
-    groups = query.shape[1] // key.shape[1]
-    some = some if some.shape[1] == 1 else some.unflatten(1, (-1, groups)).any(2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return SCORERS[name](query, key, some, scale=scale, block=block, adjust=adjust, allowed=mask.pairs), some
 
@@ -62,7 +60,7 @@ def test_rows_sum_to_one_and_forbidden_blocks_get_nothing(name, site, block, see
     query, key, _ = shape.inputs(seed=seed)
     mass, some = score(name, 3 * query, key, mask, block=block)
     assert mass.dtype == torch.float32
-    assert mass.shape == (shape.batch, shape.kv_heads, -(-shape.q_len // block), -(-shape.kv_len // block))
+    assert mass.shape == (shape.batch, shape.heads, -(-shape.q_len // block), -(-shape.kv_len // block))
     assert not (mass * ~some).any() and (mass >= 0).all()
     assert ((mass.sum(-1) - some.any(-1).float()).abs() <= ROUNDING).all()
 
@@ -72,11 +70,12 @@ def test_a_planted_heavy_block_is_ranked_first(name):
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 256, 16, generator=generator), torch.randn(1, 2, 256, 16, generator=generator)
     heavy = torch.ones(16)
-    query, places = query + heavy, {0: 2, 1: 5}
-    for head, block in places.items():
-        key[:, head, block * BLOCK : (block + 1) * BLOCK] += heavy
+    # Heads 0 and 1 share a KV head and look at opposite directions; heads 2 and 3 at the same.
+    query += heavy * torch.tensor([1.0, -1.0, 1.0, 1.0]).view(-1, 1, 1)
+    for head, block, sign in ((0, 2, 1.0), (0, 4, -1.0), (1, 5, 1.0)):
+        key[:, head, block * BLOCK : (block + 1) * BLOCK] += sign * heavy
     mass, _ = score(name, query, key, NO_MASK)
-    for head, block in places.items():
+    for head, block in enumerate((2, 4, 5, 5)):
         assert (mass[0, head].argmax(-1) == block).all()
 
 
@@ -119,8 +118,7 @@ def test_a_probe_of_every_query_is_the_true_block_mass(site, seed):
     exact = torch.softmax(exact.masked_fill(~allowed, float("-inf")), -1).nan_to_num(0.0)
     for row, column in itertools.product(range(mass.shape[2]), range(mass.shape[3])):
         rows, columns = (slice(i * PROBES, (i + 1) * PROBES) for i in (row, column))
-        block = exact[:, :, rows, columns].sum((2, 3)).unflatten(1, (-1, shape.group)).sum(2)
-        total = exact[:, :, rows].sum((2, 3)).unflatten(1, (-1, shape.group)).sum(2)
+        block, total = exact[:, :, rows, columns].sum((2, 3)), exact[:, :, rows].sum((2, 3))
         held = min(PROBES, shape.q_len - row * PROBES)
         if held == PROBES:  # a shorter block repeats some of its queries
             known = total > 0

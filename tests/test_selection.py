@@ -13,7 +13,7 @@ from torch import Tensor
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks import document_ids, select
 from omnisparse_flex.masks.blocks import block_mask_from_maps
-from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, Load, Q, causal
+from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, H, Load, Q, causal
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import BlockSelection, dense_selection, select_blocks
@@ -55,12 +55,12 @@ class Case:
 
     @property
     def allowed(self) -> Tensor:
-        """bool (B, Hkv, L, S): the model's own mask, pair by pair (these masks do not look at heads)."""
-        size = (self.shape.batch, self.shape.kv_heads, self.shape.q_len, self.shape.kv_len)
+        """bool (B, Hq, L, S): the model's own mask, pair by pair."""
+        size = (self.shape.batch, self.shape.heads, self.shape.q_len, self.shape.kv_len)
         return materialize_mask(lambda *at: self.mask(*at).to(torch.bool), *size)
 
     def tokens(self, selection: BlockSelection) -> Tensor:
-        """bool (B, Hkv, L, S): pairs of kept blocks."""
+        """bool (B, Hq, L, S): pairs of kept blocks."""
         return expand_block_map(selection.keep, self.shape.q_len, self.shape.kv_len, self.block)
 
     @property
@@ -80,7 +80,7 @@ def shapes(draw):
 
 @st.composite
 def plain_masks(draw, shape):
-    """Causal with left or right padding, packed causal, or no causality at all; and whether it is causal."""
+    """Causal with padding on either side, packed, by head, or no causality at all; and whether it is causal."""
     order = causal(Const(shape.kv_len - shape.q_len))
     valid = torch.ones(shape.batch, shape.kv_len, dtype=torch.bool)
     for row in valid:
@@ -89,7 +89,11 @@ def plain_masks(draw, shape):
             row[:cut] = False
         else:
             row[cut:] = False
-    kind = draw(st.sampled_from(("causal", "padded", "packed", "none", "keys")))
+    kind = draw(st.sampled_from(("causal", "padded", "packed", "by head", "none", "keys")))
+    if kind == "by head":  # head h sees h times so many keys
+        reach = Apply("mul", (Apply("add", (H, Const(1))), Const(draw(st.integers(1, 100)))))
+        near = Apply("lt", (Apply("sub", (Apply("add", (Q, Const(shape.kv_len - shape.q_len))), KV)), reach))
+        return MaskProgram(Apply("and", (order, near))), True
     if kind == "packed" and shape.q_len == shape.kv_len:
         cuts = sorted({0, shape.kv_len, *draw(st.lists(st.integers(1, shape.kv_len), max_size=3))})
         ids = document_ids([[b - a for a, b in itertools.pairwise(cuts)]] * shape.batch)
