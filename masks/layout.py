@@ -12,6 +12,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.interval import Grid, any_in_blocks
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.text_runs import text_blocks
 
 
 class Layout(NamedTuple):
@@ -24,10 +25,10 @@ class Layout(NamedTuple):
         full: bool (B or 1, Hq or 1, NQ, NK), blocks wholly allowed by the model's mask.
         some: bool (B or 1, Hq or 1, NQ, NK), blocks with possibly allowed pairs.
         near: bool (B or 1, Hq or 1, NQ, NK), sinks and window.
-        forced: bool (B or 1, Hq or 1, NQ, NK), always kept: ``near``, text keys, and what
-            keeps a row from losing every key.
+        forced: bool (B or 1, Hq or 1, NQ, NK), always kept: ``near``, text (``text_blocks``),
+            and what keeps a row from losing every key.
         eligible: bool (B or 1, Hq or 1, NQ, NK), blocks to choose from.
-        text_rows: bool (B or 1, 1, NQ), query blocks with a text token.
+        text_rows: bool (B or 1, 1, NQ), query blocks with a query of text that is always kept.
     """
 
     full: Tensor
@@ -53,22 +54,22 @@ def block_layout(
         mask: The model's own mask.
         grid: The site's blocks.
         config: Rules: sinks and window.
-        visual: bool (B, S), tokens eligible for selection; the others are always kept. A
-            row without visual tokens, or None: every token is eligible.
+        visual: bool (B, S), visual tokens; None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
 
     Returns:
         The layout.
 
-    Source: PAPER "KV selection": sinks, the local window and text keys are always kept.
+    Source: PAPER "KV selection": sinks, the local window and text keys are always kept. Our choice: which text,
+    see ``text_blocks``.
     """
     full, some = mask.bounds(grid)
     near = some & (
         _window_blocks(grid, q_offset, config.window_size) | _first_blocks(some, sink_blocks(mask, config, grid))
     )
-    text_keys, text_rows = _text_blocks(visual, grid, q_offset)
-    forced = near | (some & (text_keys | _rescue(mask, some, grid, q_offset)))
-    return Layout(full, some, near, forced, some & ~forced, text_rows)
+    text = text_blocks(visual, grid, _own_positions(grid, q_offset))
+    forced = near | (some & (text.keys | _rescue(mask, some, grid, q_offset)))
+    return Layout(full, some, near, forced, some & ~forced, text.rows)
 
 
 def sink_blocks(mask: MaskProgram | OpaqueMask, config: OmniSparseConfig, grid: Grid) -> int:
@@ -94,17 +95,6 @@ def _window_blocks(grid: Grid, q_offset: Tensor | int, window: int) -> Tensor:
     # Queries past the last key (cross attention) count as sitting at it, as in _own_positions.
     reaches_back = first_k + grid.block > first_q.clamp(max=grid.kv_len - 1) - window + 1
     return reaches_back & (first_k < first_q + grid.block + window - 1)
-
-
-def _text_blocks(visual: Tensor | None, grid: Grid, q_offset: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Blocks with a text key, (B or 1, 1, 1, NK), and query blocks with a text query, (B or 1, 1, NQ)."""
-    if visual is None:
-        nothing = torch.zeros((1, 1, 1), dtype=torch.bool, device=grid.device)
-        return nothing.unsqueeze(-1), nothing
-    text = ~visual & visual.any(-1, keepdim=True)
-    text_rows = text.index_select(1, _own_positions(grid, q_offset))
-    key_blocks = any_in_blocks(text, 1, grid.kv_blocks, grid.block)[:, None, None]
-    return key_blocks, any_in_blocks(text_rows, 1, grid.q_blocks, grid.block)[:, None]
 
 
 def _rescue(mask: MaskProgram | OpaqueMask, some: Tensor, grid: Grid, q_offset: Tensor | int) -> Tensor:

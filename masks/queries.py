@@ -20,7 +20,7 @@ def active_rows(
     Args:
         pooled_query: (B, Hq, NQ, D) block means.
         local_mass: float32 (B, Hq, NQ), estimated mass on sinks and window.
-        text: bool (B or 1, 1, NQ), blocks that hold a text token.
+        text: bool (B or 1, 1, NQ), blocks that hold a query of text that is always kept.
         threshold: Breadth under which a block is lazy; None: every block is active.
 
     Returns:
@@ -28,7 +28,8 @@ def active_rows(
         repeat their neighbours; the kept sub-sample of them is in both.
 
     Source: PAPER "Query selection": active if breadth > tau_b, or redundancy < tau_r, or
-    text. Our choice: the "nearest earlier kept neighbour" is the first block of a chunk
+    text. Our choice: queries of a short run between frames (a timestamp) are judged as visual
+    ones are, for a block of 128 nearly always holds one. The "nearest earlier kept neighbour" is the first block of a chunk
     of ``LAZY_STRIDE``, which is always kept, so that no row depends on another's outcome.
     """
     if threshold is None:

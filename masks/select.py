@@ -88,8 +88,8 @@ def select_blocks(
         config: Rules; its ``target_recall`` is ignored in favour of ``target``.
         target: Recall to keep, number or 0-d tensor.
         scale: Logit scale.
-        visual: bool (B, S), tokens eligible for selection; the others are always kept. A
-            row without visual tokens, or None: every token is eligible.
+        visual: bool (B, S), visual tokens; of the others long runs are always kept, see ``text_blocks``.
+            None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
         adjust: The model's own change of the logits at block centres; see ``at_centres``.
         layout: What ``block_layout`` gives for these inputs, where layers share it; None: made here.

@@ -53,8 +53,8 @@ def sparse_attention(
         value: (B, Hkv, S, Dv).
         config: Selection rules. Only the first ``target_recall`` is used if it lists layers; ``share_layers`` is
             without effect, this being one layer.
-        visual_mask: bool (B, S), tokens eligible for selection; the others are always kept.
-            None: every token is eligible.
+        visual_mask: bool (B, S), visual tokens. The text before and after them, and runs of text of 128 tokens and
+            more, are always kept; shorter runs between them are eligible as they are. None: every token is eligible.
         is_causal: Query i sees keys up to i + S - L (lower-right causality).
         mask_mod: Further restriction, ``(b, h, q_idx, kv_idx) -> bool``, pointwise.
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, pointwise.

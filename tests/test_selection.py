@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_text_runs import kept_text
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
@@ -17,6 +18,7 @@ from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, H, Load, Q, ca
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.select import BlockSelection, dense_selection, select_blocks
+from omnisparse_flex.masks.text_runs import LONG_RUN
 from omnisparse_flex.reference import expand_block_map, materialize_mask
 from omnisparse_flex.testing import AttentionShape, assert_block_mask_equals, configs, mask_mods
 from omnisparse_flex.trace_mask import trace_mask_mod
@@ -161,8 +163,10 @@ def test_window_text_and_first_keys_are_kept_by_every_row(case):
     assert not (lost & ((case.positions - keys).abs() < config.window_size)).any()
     assert not (lost & (keys < config.sink_size)).any()
     if case.visual is not None:
-        text = ~case.visual & case.visual.any(-1, keepdim=True)
-        assert not (lost & text[:, None, None]).any()
+        own = case.positions.squeeze(1).clamp(0, case.shape.kv_len - 1)
+        text = torch.stack([kept_text(row, LONG_RUN) for row in case.visual.tolist()])[:, own] & (keys <= own[:, None])
+        shown = case.visual.cumsum(-1)[:, own] > 0
+        assert not (lost & (text & shown.unsqueeze(-1)).unsqueeze(1)).any()
 
 
 @given(cases())

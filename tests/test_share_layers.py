@@ -33,7 +33,7 @@ def test_followers_attend_by_the_choice_of_their_lead(monkeypatch):
     for i, (query, key, value, site, out) in enumerate(spy.layers[:4]):
         own = choices.choose(query, key, dataclasses.replace(site, choice=None)).keep
         assert torch.equal(own, site.choice.keep) == (i in (0, 2))
-        mask = allowed(site.choice.keep, LENGTH, 2)
+        mask = allowed(site.choice.keep, LENGTH)
         assert mask.sum() < 0.9 * mask.shape[1] * LENGTH * (LENGTH + 1) / 2
         torch.testing.assert_close(out, dense_attention(query, key, value, mask=mask, scale=site.scale))
     notes = rewrite_report(model).notes
@@ -182,7 +182,7 @@ def test_statistics_are_of_a_follower_s_own_attention(monkeypatch):
     rows = (torch.arange(SAMPLED_ROWS) + 1) * LENGTH // SAMPLED_ROWS - 1
     seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     mass = dense_logits(query, key, site.scale).masked_fill(~seen, float("-inf")).softmax(-1)
-    recall = (mass * allowed(site.choice.keep, LENGTH, 2)).sum(-1)[0, :, rows]
+    recall = (mass * allowed(site.choice.keep, LENGTH)).sum(-1)[0, :, rows]
     assert torch.tensor(follower.true_recall) == pytest.approx(recall.mean(-1).float(), abs=1e-4)
     assert torch.tensor(follower.worst_true_recall) == pytest.approx(recall.amin(-1).float(), abs=1e-4)
     assert lead.estimated_recall != follower.estimated_recall and 0 < follower.estimated_recall < 1

@@ -70,7 +70,7 @@ def test_gradients_equal_dense_under_the_lead_s_map(checkpointed, monkeypatch):
     query, key, _, site, _ = spy.layers[1]
     assert spy.chosen == 1 and spy.keep(0) is spy.keep(1)
     assert not torch.equal(spy.keep(1), choices.choose(query, key, dataclasses.replace(site, choice=None)).keep)
-    plain.masks = [allowed(spy.keep(1), LENGTH, 1)] * 2
+    plain.masks = [allowed(spy.keep(1), LENGTH)] * 2
     shared.checkpointed = checkpointed
     want = gradients(plain, x)
     got = gradients(apply_omnisparse(shared, SHARED, min_seq_len=0, inner="aot_eager"), x)
