@@ -29,8 +29,9 @@ def active_rows(
 
     Source: PAPER "Query selection": active if breadth > tau_b, or redundancy < tau_r, or
     text. Our choice: queries of a short run between frames (a timestamp) are judged as visual
-    ones are, for a block of 128 nearly always holds one. The "nearest earlier kept neighbour" is the first block of a chunk
-    of ``LAZY_STRIDE``, which is always kept, so that no row depends on another's outcome.
+    ones are, for a block of 128 nearly always holds one. The "nearest earlier kept neighbour" is
+    the first block of a chunk of ``LAZY_STRIDE``, which is always kept, so that no row depends on
+    another's outcome.
     """
     if threshold is None:
         lazy = torch.zeros_like(local_mass, dtype=torch.bool)

@@ -64,7 +64,8 @@ def test_blocks_hold_the_text_that_the_definition_keeps(drawn, long, past):
     past = min(past, length - 1)
     visual = torch.tensor([row[:length] for row in drawn])
     found = layout(visual, queries=length - past, long=long)
-    for row, forced, near in zip(visual.tolist(), found.forced[:, 0], found.near[:, 0].expand(len(drawn), -1, -1)):
+    near = found.near[0, 0]
+    for row, forced in zip(visual.tolist(), found.forced[:, 0], strict=True):
         pairs = (kept_text(row, long) & torch.ones(length, length, dtype=torch.bool).tril())[past:]
         # A block of queries before whose end nothing is visual sees a prompt of text.
         shown = torch.tensor(row).cumsum(0)[past:]
