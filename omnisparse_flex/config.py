@@ -43,7 +43,7 @@ class OmniSparseConfig:
             the head's own number: those with the largest product of mean squares in queries and keys, over all
             tokens of the call. The always-kept part, the guess and the attention take all. None: all.
         gqa_choice: Who chooses tokens: ``"group"``, the query heads of a KV head together, or ``"head"``, each query
-            head for itself. Token granularity: maps of blocks are one for each KV head. In tensor code (the CPU,
+            head for itself. Token granularity: blocks are always chosen by each query head. In tensor code (the CPU,
             changed scores) ``"head"`` copies keys and values for every query head; the kernels copy nothing.
         budget: ``"per_head"`` gives every head of a layer the budget that it needs;
             ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
@@ -71,7 +71,7 @@ class OmniSparseConfig:
             dense). A layer that cannot use the choice before it (another mask, length or number of heads)
             chooses for itself and for those after it, and the report says so. Under activation checkpointing
             layers share as without it; a group's choice is then kept for the backward, a byte for each pair of
-            blocks and KV head. Block granularity.
+            blocks and query head. Block granularity.
 
     Raises:
         ConfigError: On a wrong type, range or combination.
@@ -145,7 +145,7 @@ class OmniSparseConfig:
         _one_of("gqa_choice", self.gqa_choice, GQA_CHOICES)
         if self.gqa_choice == "group":
             return
-        rule = 'be "group" at block granularity, whose maps are one for each KV head'
+        rule = 'be "group" at block granularity, where each query head always chooses'
         require(self.granularity == "token", "gqa_choice", rule, self.gqa_choice)
         rule = 'be "group" for the flattest head\'s budget, which needs all members of a group at once'
         require(self.budget != "flattest_head", "gqa_choice", rule, self.gqa_choice)
