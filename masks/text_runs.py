@@ -55,7 +55,7 @@ def text_blocks(visual: Tensor | None, grid: Grid, own: Tensor) -> TextBlocks:
     kept = _kept_by_later(visual, before)
     first, last = (_of_blocks(grid, own, end=end) for end in (False, True))
     seen = last + 1 > before.index_select(1, last + 1)  # something visual is there by the block's last query
-    blocks = any_in_blocks(kept, 1, grid.kv_blocks, grid.block).unsqueeze(1) | _own_run(before, grid, first)
+    blocks = any_in_blocks(kept, 1, grid.kv_blocks, grid.kv_block).unsqueeze(1) | _own_run(before, grid, first)
     rows = any_in_blocks(kept.index_select(1, own), 1, grid.q_blocks, grid.block)
     return TextBlocks((seen.unsqueeze(-1) & blocks).unsqueeze(1), (seen & rows).unsqueeze(1))
 
@@ -74,7 +74,7 @@ def _kept_by_later(visual: Tensor, before: Tensor) -> Tensor:
 
 def _own_run(before: Tensor, grid: Grid, first: Tensor) -> Tensor:
     """Earlier key blocks that the run of a query block's first query reaches back to; bool (B, NQ, NK)."""
-    last = (torch.arange(grid.kv_blocks, device=grid.device) + 1) * grid.block - 1  # each key block's
+    last = (torch.arange(grid.kv_blocks, device=grid.device) + 1) * grid.kv_block - 1  # each key block's
     last = _inside(last, grid.kv_len - 1)
     text = before.index_select(1, first + 1).unsqueeze(-1) - before.index_select(1, last).unsqueeze(1)
     return (last < first.unsqueeze(-1)) & (text == first.unsqueeze(-1) + 1 - last)

@@ -21,6 +21,8 @@ GQA_CHOICES = ("group", "head")
 LEAST_DIMS = 16
 #: Queries of a block: a segment is a whole number of them.
 SEGMENT_UNIT = 128
+#: Widths of a block of keys.
+KEY_BLOCKS = (64, 128)
 BUDGETS = ("flattest_head", "per_head")
 
 
@@ -31,8 +33,10 @@ class OmniSparseConfig:
     Attributes:
         target_recall: Softmax mass a row must keep, in (0, 1]; one value, or one
             per decoder layer. A layer at 1.0 is dense.
-        granularity: Unit of the key selection: ``"block"`` (128 keys, for each block of
+        granularity: Unit of the key selection: ``"block"`` (``key_block`` keys, for each block of
             128 queries) or ``"token"`` (single keys, for each segment of queries).
+        key_block: Keys of a block, 64 or 128; the same in training, whose kernels take blocks of 128 and mask the half
+            that is not kept. Block granularity.
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
@@ -86,6 +90,7 @@ class OmniSparseConfig:
 
     target_recall: float | tuple[float, ...] = 0.98
     granularity: str = "block"
+    key_block: int = 128
     segment_size: int = 256
     scoring: str = "auto"
     scoring_dims: int | None = None
@@ -108,6 +113,10 @@ class OmniSparseConfig:
             require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
         _one_of("granularity", self.granularity, tuple(SCORINGS))
         _one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
+        ok = type(self.key_block) is int and self.key_block in KEY_BLOCKS
+        require(ok, "key_block", f"be one of {', '.join(map(str, KEY_BLOCKS))}", self.key_block)
+        ok = self.key_block == SEGMENT_UNIT or self.granularity == "block"
+        require(ok, "key_block", f"be {SEGMENT_UNIT} at token granularity", self.key_block)
         self._check_scoring_dims()
         self._check_gqa_choice()
         _count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
@@ -154,6 +163,11 @@ class OmniSparseConfig:
     def recalls(self) -> tuple[float, ...]:
         """``target_recall`` as a tuple, whichever way it was given."""
         return self.target_recall if isinstance(self.target_recall, tuple) else (self.target_recall,)
+
+    @property
+    def split(self) -> int:
+        """Key blocks beside each other in the width of a query block."""
+        return SEGMENT_UNIT // self.key_block
 
     @property
     def scorer(self) -> str:
