@@ -87,7 +87,7 @@ def shapes(draw):
 
 @st.composite
 def plain_masks(draw, shape):
-    """Causal with padding on either side, packed, by head, or no causality at all; and whether it is causal."""
+    """Causal with left or right padding, packed causal, or no causality at all; and whether it is causal."""
     order = causal(Const(shape.kv_len - shape.q_len))
     valid = torch.ones(shape.batch, shape.kv_len, dtype=torch.bool)
     for row in valid:
@@ -96,11 +96,7 @@ def plain_masks(draw, shape):
             row[:cut] = False
         else:
             row[cut:] = False
-    kind = draw(st.sampled_from(("causal", "padded", "packed", "by head", "none", "keys")))
-    if kind == "by head":  # head h sees h times so many keys
-        reach = Apply("mul", (Apply("add", (H, Const(1))), Const(draw(st.integers(1, 100)))))
-        near = Apply("lt", (Apply("sub", (Apply("add", (Q, Const(shape.kv_len - shape.q_len))), KV)), reach))
-        return MaskProgram(Apply("and", (order, near))), True
+    kind = draw(st.sampled_from(("causal", "padded", "packed", "none", "keys")))
     if kind == "packed" and shape.q_len == shape.kv_len:
         cuts = sorted({0, shape.kv_len, *draw(st.lists(st.integers(1, shape.kv_len), max_size=3))})
         ids = document_ids([[b - a for a, b in itertools.pairwise(cuts)]] * shape.batch)
@@ -114,7 +110,12 @@ def plain_masks(draw, shape):
 
 @st.composite
 def any_masks(draw, shape):
-    """Whatever the zoo makes, read into a program or left opaque, under causality or not."""
+    """Whatever the zoo makes, read into a program or left opaque, under causality or not; or windows by head."""
+    if draw(st.integers(0, 4)) == 0:  # head h sees h times so many keys
+        past = Const(shape.kv_len - shape.q_len)
+        reach = Apply("mul", (Apply("add", (H, Const(1))), Const(draw(st.integers(1, 100)))))
+        near = Apply("lt", (Apply("sub", (Apply("add", (Q, past)), KV)), reach))
+        return MaskProgram(Apply("and", (causal(past), near))), True
     case = draw(mask_mods(shape.batch, shape.q_len, shape.kv_len))
     is_causal = draw(st.booleans())
     order = MaskProgram(causal(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
