@@ -65,8 +65,6 @@ class Site:
         skip: Set by the first pass that refuses the site.
         rewritten: Set when ``lower`` has replaced the site.
         flash_refused: Why a wanted FLASH kernel does not run it, "" otherwise.
-        lead: The site whose choice of blocks it uses, None: its own.
-        alone: Why it could not use the choice of the sites before it, "" where it does or need not.
     """
 
     kind: str
@@ -94,8 +92,6 @@ class Site:
     skip: Skip | None = None
     rewritten: bool = False
     flash_refused: str = ""
-    lead: Site | None = None
-    alone: str = ""
 
     def refuse(self, reason: str) -> None:
         """Leave the site dense; the first reason stands."""
@@ -136,6 +132,7 @@ class Rewrite:
         state: Operands of the ``bind`` op (visual, recall, stats, maps, recalls), if there is one.
         orphans: Nodes whose readers a pass removed; the clean-up erases the dead ones.
         modified: Whether any graph changed.
+        dumped_to: The folder of this run's dump, if one was asked for.
     """
 
     root: Scope
@@ -145,6 +142,7 @@ class Rewrite:
     state: tuple[Node | None, ...] = (None, None, None, None, None)
     orphans: list[Leaf] = dataclasses.field(default_factory=list)
     modified: bool = False
+    dumped_to: str | None = None
 
     def open_sites(self) -> list[Site]:
         """Sites that no pass has refused."""

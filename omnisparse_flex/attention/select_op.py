@@ -22,7 +22,6 @@ from omnisparse_flex.attention.call import Site, registered
 from omnisparse_flex.compilation.cache_names import importable
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph
-from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of, select_blocks
 from omnisparse_flex.masks.expr.program import MaskProgram
@@ -63,7 +62,7 @@ def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         site: A site with a layout and a name for its rules, whose logits are plain products.
 
     Returns:
-        The selection; without ``site.write`` or ``site.whole`` everything but ``keep`` and ``layout`` is empty.
+        The selection; without ``site.write`` everything but ``keep`` and ``layout`` is empty.
     """
     assert site.layout is not None and isinstance(site.mask, MaskProgram)
     parts = torch.ops.omnisparse.select_blocks(
@@ -73,7 +72,7 @@ def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         torch.as_tensor(site.target, dtype=torch.float32, device=query.device),
         list(site.mask.buffers),
         site.rules,
-        site.write is not None or site.whole,
+        site.write is not None,
     )
     return BlockSelection(layout=site.layout, **{name: x for (name, *_), x in zip(PARTS, parts, strict=True)})
 
@@ -150,12 +149,7 @@ def _fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     config = registered(rules).config
     assert config is not None
-    return empty_parts(query, key, len(PARTS) if record else 1, config)
-
-
-def empty_parts(query: Tensor, key: Tensor, wanted: int, config: OmniSparseConfig) -> tuple[Tensor, ...]:
-    """Tensors of the sizes of a selection's ``PARTS``; those past the first ``wanted`` hold nothing."""
-    grid = grid_of(query, key, config.split)
+    wanted, grid = len(PARTS) if record else 1, grid_of(query, key, config.split)
     shape = (query.shape[0], query.shape[1], grid.q_blocks, grid.kv_blocks)
     return tuple(
         query.new_empty((shape if keys else shape[:3]) if i < wanted else (0,), dtype=dtype)
