@@ -20,10 +20,12 @@ from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import BUG, ConfigError, raises_bugs, require
 from omnisparse_flex.fallback import compile_or_restore
 from omnisparse_flex.passes import Rewrite, Settings, Snapshot, run_pipeline
+from omnisparse_flex.passes.dump import check_dump_folder
 from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.passes.state import Site
 from omnisparse_flex.report import RewriteReport, SiteReport
+from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
 
@@ -91,6 +93,10 @@ class Backend:
         rule = f"be a Dynamo backend or one of {', '.join(INNERS)}"
         require(callable(inner) or inner in INNERS, "inner", rule, inner)
         _check_flash(kernel)
+        check_dump_folder()
+        require_seams("dynamo")
+        if inner in ("auto", "inductor"):
+            require_seams("inductor")
         self.config = config
         self.min_seq_len = min_seq_len
         self.kernel = kernel
@@ -167,6 +173,8 @@ class Backend:
         self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
         self.log.notes.update(dict.fromkeys(sharing_notes(rewrite.sites)))
         self._warn_of_bugs(rewrite)
+        if rewrite.dumped_to:
+            self.log.notes[f"the graph after every pass: {rewrite.dumped_to}"] = None
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
         self.log.inners.add(name)
         if inner != "inductor":

@@ -161,6 +161,7 @@ class Rewrite:
         modified: Whether any graph changed.
         refused: Reasons of sites that are to stay dense whatever the passes find, by their place in ``sites``.
         visited: The site that a pass works on, or None.
+        dumped_to: The folder of this run's dump, if one was asked for.
     """
 
     root: Scope
@@ -172,6 +173,7 @@ class Rewrite:
     modified: bool = False
     refused: Mapping[int, str] = dataclasses.field(default_factory=dict)
     visited: Site | None = None
+    dumped_to: str | None = None
 
     def open_sites(self) -> list[Site]:
         """Sites that no pass has refused."""

@@ -138,7 +138,7 @@ def test_rules_that_choose_dearly_pay_later_or_never():
         costs.break_even(Shape(), OmniSparseConfig(lazy_threshold=x, **tokens), GPU) for x in ("auto", 0.05)
     )
     assert least["mean_pool"] < some < all_active < LAST
-    told = (RESULTS.parents[1] / "README.md").read_text()
+    told = (RESULTS.parents[1] / "docs" / "limits.md").read_text()
     assert f"{all_active // 1024}K queries on, from {some // 1024}K with `lazy_threshold=0.05`" in " ".join(
         told.split()
     )

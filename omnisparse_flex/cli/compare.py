@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from omnisparse_flex.masks.blocks import budget as budgets
 from omnisparse_flex.masks.blocks import select
+from omnisparse_flex.model.cache_argument import as_cache_argument, cache_of
 
 Inputs = Mapping[str, Any]
 
@@ -155,7 +156,7 @@ def greedy(model: nn.Module, inputs: Inputs, tokens: int, positions: int) -> lis
     for _ in range(tokens):
         found.append(int(output.logits[0, -1].argmax()))
         step = torch.tensor([found[-1:]], device=output.logits.device)
-        output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=step, **as_cache_argument(model.forward, cache_of(output)), use_cache=True)
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from omnisparse_flex.model.cache_argument import as_cache_argument
+
 VOCAB, IMAGE, VIDEO = 200, 190, 191
 QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
 QWEN_TOKENS = {
@@ -12,6 +14,13 @@ QWEN_TOKENS = {
     "vision_start_token_id": 192,
     "vision_end_token_id": 193,
 }
+
+
+def cached(cache):
+    """The KV cache as a keyword argument, under the name that the installed transformers has for it."""
+    from transformers import LlamaModel
+
+    return as_cache_argument(LlamaModel.forward, cache)
 
 
 def text_config(**changes):

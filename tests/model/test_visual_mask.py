@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import entry_of
-from tests.helpers.tiny import IMAGE, VIDEO, build
+from tests.helpers.tiny import IMAGE, VIDEO, build, cached
 
 TEXT, GRID = 30, (4, 4, 4)
 VISUAL = GRID[0] * GRID[1] * GRID[2] // 4
@@ -52,14 +53,14 @@ def test_generate_keeps_the_history(model, device):
     assert torch.equal(visual[:, :length], inputs["input_ids"] == VIDEO) and not visual[:, length:].any()
     assert not any("eagerly" in note for note in entry_of(model).backend.log.notes)
 
-    cache = out.past_key_values
+    cache = cache_of(out)
     turn = torch.randint(10, 180, (2, 9), device=device)
     with torch.no_grad():
-        model(input_ids=turn, past_key_values=cache)
+        model(input_ids=turn, **cached(cache))
     assert entry_of(model).state.visual.shape == (2, length + 3 + 9)
     cache.crop(-(3 + 9))
     with torch.no_grad():
-        model(input_ids=turn, past_key_values=cache)
+        model(input_ids=turn, **cached(cache))
     assert torch.equal(entry_of(model).state.visual[:, :length], inputs["input_ids"] == VIDEO)
     assert entry_of(model).state.visual.shape == (2, length + 9)
 

@@ -15,7 +15,7 @@ from omnisparse_flex.masks.tokens.key_bits import unpack_bits
 from omnisparse_flex.testing import AttentionShape
 from tests.attention.tokens.test_token_kernels import CONFIG, loud, site_of
 from tests.attention.tokens.test_tokens import check, run
-from tests.helpers.tiny import batch, build
+from tests.helpers.tiny import batch, build, cached
 from tests.model.test_training import gradients, worst
 from tests.model.test_transformers import bracket
 
@@ -144,5 +144,5 @@ def test_a_model_answers_with_a_slim_cache(device):
     wanted = build("llama", device).generate(**inputs, max_new_tokens=3, do_sample=False)
     with torch.no_grad():
         for cache in (None, OmniSparseCache(model, visual_recall=1.0)):
-            got = model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache)
+            got = model.generate(**inputs, max_new_tokens=3, do_sample=False, **cached(cache))
             assert torch.equal(got, wanted)
