@@ -18,11 +18,10 @@ from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph, devi
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import BUG, ConfigError, raises_bugs, require
-from omnisparse_flex.fallback import compile_or_restore
+from omnisparse_flex.compile_or_restore import compile_or_restore
 from omnisparse_flex.passes import Rewrite, Settings, Snapshot, run_pipeline
 from omnisparse_flex.passes.dump import check_dump_folder
 from omnisparse_flex.passes.nodes import shape_of
-from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.passes.state import Site
 from omnisparse_flex.report import RewriteReport, SiteReport
 from omnisparse_flex.seams import require_seams
@@ -171,7 +170,6 @@ class Backend:
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
         self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
-        self.log.notes.update(dict.fromkeys(sharing_notes(rewrite.sites)))
         self._warn_of_bugs(rewrite)
         if rewrite.dumped_to:
             self.log.notes[f"the graph after every pass: {rewrite.dumped_to}"] = None

@@ -61,8 +61,8 @@ def run_pipeline(
         before = Snapshot(graph_module)
     while True:
         rewrite = Rewrite(Scope(graph_module), settings, refused=reasons)
+        dump = start_dump(graph_module)
         try:
-            dump = start_dump(graph_module)
             for run_pass in PIPELINE:
                 run_pass(rewrite)
                 if dump is not None:

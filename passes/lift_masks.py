@@ -24,7 +24,7 @@ from omnisparse_flex.masks.expr.expr import (
     conjunction,
     simplify,
 )
-from omnisparse_flex.masks.forbidden import SCORE, split_additive
+from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
 from omnisparse_flex.passes.lift import Lifter
 from omnisparse_flex.passes.lift_base import LiftError, is_one
 from omnisparse_flex.passes.nodes import dtype_of, shape_of, value_of
@@ -138,7 +138,7 @@ def _within_lists(site: Site, allowed: Expr) -> Expr:
 
 
 def _lift_score_graph(site: Site) -> Expr:
-    """What the score_mod of a flex_attention site forbids; nothing where it cannot be read, for it is applied anyway."""
+    """What the score_mod of a flex_attention site forbids; nothing where it cannot be read: it is applied anyway."""
     assert site.mods is not None
     try:
         lifted, leaves = _lift_graph(site, site.mods[0], site.mods[2], (SCORE, B, H, Q, KV))

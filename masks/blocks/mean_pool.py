@@ -40,7 +40,7 @@ def mean_pool(
 
 
 def for_products(x: Tensor) -> Tensor:
-    """What products are taken of: float16 holds them up to 65,504 alone, unscaled, where attention's own are float32."""
+    """What products are taken of: unscaled ones may exceed float16's 65,504, where attention's own are float32."""
     return x.float() if x.dtype == torch.float16 else x
 
 

@@ -213,7 +213,7 @@ def any_in_blocks(x: Tensor, dim: int, count: int, block: int) -> Tensor:
 
 
 def all_in_blocks(x: Tensor, dim: int, count: int, block: int) -> Tensor:
-    """Whether each block of a bool tensor's ``dim`` holds true elements alone; what lies past the end does not count."""
+    """Whether each block of a bool tensor's ``dim`` holds true elements alone; places past the end do not count."""
     return _pool(x, dim, count, block, highest=False)
 
 
@@ -261,7 +261,7 @@ def _mul(a: Interval, b: Interval) -> Interval:
 
 
 def _floor_divide(a: Interval, b: Interval) -> Interval:
-    """Exact for a positive divisor known exactly; for others as wide as a divisor of at least 1 makes it, or unbounded."""
+    """Exact for a known positive divisor; else as wide as a divisor of at least 1 makes it, or unbounded."""
     safe = (b[0] == b[1]) & (b[0] > 0)
     divisor = torch.where(safe, b[0], 1)  # by 0 integers are not divided
     low, high = (torch.div(x, divisor, rounding_mode="floor") for x in a)

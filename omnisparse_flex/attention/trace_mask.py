@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnisparse_flex.masks.expr.expr import axes, simplify
 from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram, UntraceableError, read_scalar_graph
-from omnisparse_flex.masks.forbidden import SCORE, split_additive
+from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 

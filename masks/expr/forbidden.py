@@ -94,7 +94,7 @@ def may_forbid(expr: Expr) -> bool:
             return may_forbid(a) or may_forbid(b)
         case Apply("neg" | "cast_float" | "cast_half" | "cast_bfloat16", (inner,)):
             return may_forbid(inner)
-    # A product of a tensor with a distance is a slope; with a number it is the tensor, and one of a large number is huge.
+    # A tensor times a distance is a slope; times a number it is the tensor, and times a large number it is huge.
     large = any(isinstance(x, Const) and abs(x.value) >= -NEGATIVE for x in walk(expr))
     return large or (any(isinstance(x, Load) for x in walk(expr)) and "q" not in axes(expr))
 
