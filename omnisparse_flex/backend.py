@@ -15,10 +15,10 @@ from torch.fx import GraphModule
 from omnisparse_flex.attention import flex_options as kernel_choice
 from omnisparse_flex.attention.flex_options import KERNELS, has_flash
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph, device_of, tensors_of
+from omnisparse_flex.compile_or_restore import compile_or_restore
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import BUG, ConfigError, raises_bugs, require
-from omnisparse_flex.compile_or_restore import compile_or_restore
 from omnisparse_flex.passes import Rewrite, Settings, Snapshot, run_pipeline
 from omnisparse_flex.passes.dump import check_dump_folder
 from omnisparse_flex.passes.nodes import shape_of
