@@ -19,7 +19,7 @@ FLOORS = (
     {"cost_model", "choice_cost"},
     {"attention"},
     {"passes"},
-    {"backend"},
+    {"compile_or_restore", "backend"},
     {"model"},
     {"api", "stats", "warmup"},
     {"cache", "calibration"},

@@ -1,6 +1,6 @@
 """What is kept before any query or key is looked at, where a model writes text before every frame.
 
-    python3 -m benchmarks.bench_layout [--record]
+    python3 -m benchmarks.model.bench_layout [--record]
 
 A prompt of 32K tokens as Qwen3-VL lays it out: 20 tokens of a system prompt, frames of 64 to 256 tokens with a
 timestamp of 10 before each, a question of 40. Shares are of the causal block pairs, under the default sinks and window.
@@ -24,8 +24,8 @@ from omnisparse_flex.masks.expr.block_bounds import Grid, any_in_blocks
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.program import MaskProgram
 
-SCRIPT = "benchmarks/bench_layout.py"
-RESULTS = Path(__file__).resolve().parent / "results" / "layout.json"
+SCRIPT = "benchmarks/model/bench_layout.py"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "layout.json"
 TOKENS, HEAD, TAIL, STAMP = 32768, 20, 40, 10
 FRAMES = (64, 128, 196, 256)
 #: Tokens of other texts before each frame: captions, and what just is not a long run.

@@ -51,6 +51,21 @@ def wider(keep: Tensor, full: Tensor, split: int) -> tuple[Tensor, Tensor]:
     return parts[0].amax(-1) > 0, parts[1].amin(-1) > 0
 
 
+def map_of_lists(counts: Tensor, indices: Tensor, least: int = 0) -> Tensor:
+    """The inverse of ``block_lists``: bool (B, H, NQ, width), True at the listed blocks.
+
+    Args:
+        counts: int (B, H, NQ), how many of each row's indices count.
+        indices: int (B, H, NQ, W), below ``width``; what lies behind the count may be anything.
+        least: ``width`` is W, or this where it is more.
+    """
+    width = max(indices.shape[-1], least)
+    used = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    places = torch.where(used, indices.clamp(min=0, max=width - 1), width).long()
+    blank = torch.zeros((*indices.shape[:-1], width + 1), dtype=torch.bool, device=indices.device)
+    return blank.scatter(-1, places, True)[..., :width]
+
+
 def block_mask_from_maps(
     keep: Tensor,
     full: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,16 @@ from omnisparse_flex.masks.blocks.mean_pool import block_mean, mean_pool
 from omnisparse_flex.masks.blocks.scorer import Scorer
 from omnisparse_flex.masks.blocks.tile_pool import TILE, tile_pool
 from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.live_keys import live_keys
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 
 #: Side of a block, in tokens: of queries, and of keys unless ``config.key_block`` is less. FlexAttention's backward
 #: takes no other size on sm90.
 BLOCK = 128
+
+#: Logits under it stand for pairs that are not allowed, whoever says so.
+FORBIDDEN = -1e6
 
 SCORERS: dict[str, Scorer] = {"mean_pool": mean_pool, "tile_pool": tile_pool}
 #: A scorer's products for a pair of blocks, as a share of what attention itself computes for it (QK and PV).
@@ -81,7 +86,7 @@ def select_blocks(
         visual: bool (B, S), visual tokens; of the others long runs are always kept, see ``text_blocks``.
             None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
-        adjust: The model's own change of the logits at block centres; see ``at_centres``.
+        adjust: The model's own change of the logits; see ``change_of_logits``.
         layout: What ``block_layout`` gives for these inputs, where layers share it; None: made here.
 
     Returns:
@@ -94,7 +99,8 @@ def select_blocks(
         layout = block_layout(mask, grid, config, visual=visual, q_offset=q_offset)
 
     sides: dict[str, Any] = {"scale": scale, "block": BLOCK, "key_block": grid.kv_block, "adjust": adjust}
-    mass = SCORERS[config.scorer](query, key, layout.some, allowed=mask.pairs, **sides)
+    live = live_keys(mask, query.shape[0], key.shape[2], query.device)
+    mass = SCORERS[config.scorer](query, key, layout.some, allowed=mask.pairs, live=live, **sides)
     if config.last_rows > 0:
         mass = with_last_rows(mass, query, key, layout.some, config.last_rows, mask=mask, **sides)
     local_mass = (mass * layout.near).sum(-1)
@@ -137,26 +143,42 @@ def _capped(needs: Tensor, max_kv_budget: int | None, block: int) -> tuple[Tenso
     return needs.clamp(max=limit), needs > limit
 
 
-def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A pointwise score change, applied to block logits as if each block were its middle pair.
+#: Pairs of a block, evenly spaced on its diagonal, at which a change of the logits is asked for where none is named.
+SAMPLES = 4
 
-    Our choice: exact for biases linear in the distance, and block means resolve no more.
+
+def change_of_logits(grid: Grid, score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A pointwise score change as estimators apply it: at their own positions, or to the logits of whole blocks.
 
     Args:
         grid: The site's blocks.
         score: ``(logits, b, h, q, kv) -> logits`` over broadcastable indices.
 
     Returns:
-        A function of float32 (..., B, Hq, NQ, NK) logits, NQ all query blocks or those of the slice ``blocks``.
+        A function of float32 (..., B, Hq, NQ, NK) logits. With ``q`` and ``kv``, int64 positions that broadcast to
+        them, it is exact. Without, NQ and NK are all blocks, and a block's logit becomes the mean, as softmax takes
+        it, of what some of its pairs would make of it. Our choice: a block all of whose sampled pairs are forbidden
+        keeps its logit, because others may not be.
     """
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
-    q = torch.arange(grid.q_blocks, device=grid.device).view(1, 1, -1, 1) * grid.block + grid.block // 2
-    kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.kv_block + grid.kv_block // 2
-    q, kv = q.clamp(max=grid.q_len - 1), kv.clamp(max=grid.kv_len - 1)
+    first_q = torch.arange(grid.q_blocks, device=grid.device).view(1, 1, -1, 1) * grid.block
+    first_kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.kv_block
 
-    def adjusted(logits: Tensor, blocks: slice = slice(None)) -> Tensor:
-        changed: Tensor = score(logits, b, h, q[:, :, blocks], kv).expand_as(logits)
+    def at_samples(logits: Tensor) -> Tensor:
+        total = None
+        for sample in range(SAMPLES):
+            of_q, of_kv = ((2 * sample + 1) * side // (2 * SAMPLES) for side in (grid.block, grid.kv_block))
+            q, kv = (first_q + of_q).clamp(max=grid.q_len - 1), (first_kv + of_kv).clamp(max=grid.kv_len - 1)
+            changed = score(logits, b, h, q, kv).expand_as(logits)
+            total = changed if total is None else torch.logaddexp(total, changed)
+        assert total is not None
+        return torch.where(total > FORBIDDEN, total - math.log(SAMPLES), logits)
+
+    def adjusted(logits: Tensor, *, q: Tensor | None = None, kv: Tensor | None = None) -> Tensor:
+        if q is None or kv is None:
+            return at_samples(logits)
+        changed: Tensor = score(logits, b, h, q, kv).expand_as(logits)
         return changed
 
     return adjusted

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from omnisparse_flex.attention import select_op
 from omnisparse_flex.attention.call import Site
-from omnisparse_flex.masks.blocks.select import BlockSelection, at_centres, grid_of, select_blocks
+from omnisparse_flex.masks.blocks.select import BlockSelection, change_of_logits, grid_of, select_blocks
 
 
 def choose(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
@@ -38,6 +38,6 @@ def _inline(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         scale=site.scale_for(query),
         visual=site.visual,
         q_offset=site.q_offset,
-        adjust=at_centres(grid, site.plain_score) if site.changes_scores else None,
+        adjust=change_of_logits(grid, site.plain_score) if site.changes_scores else None,
         layout=site.layout,
     )

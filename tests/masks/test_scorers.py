@@ -13,7 +13,7 @@ from omnisparse_flex import config as rules
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks import tile_pool
-from omnisparse_flex.masks.blocks.select import SCORERS, at_centres, select_blocks
+from omnisparse_flex.masks.blocks.select import SCORERS, change_of_logits, select_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
 from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
@@ -114,12 +114,12 @@ def test_logits_are_changed_as_the_model_does(name):
     query, key, _ = shape.inputs()
     grid = Grid(1, 4, 200, 200, BLOCK, CPU)
     plain = score(name, query, key, NO_MASK)[0]
-    same = score(name, query, key, NO_MASK, adjust=at_centres(grid, lambda x, b, h, q, kv: x + 7.0))[0]
+    same = score(name, query, key, NO_MASK, adjust=change_of_logits(grid, lambda x, b, h, q, kv: x + 7.0))[0]
     assert torch.allclose(plain, same, atol=ROUNDING)
-    far = at_centres(grid, lambda x, b, h, q, kv: x - (q - kv).abs() * (h + 1.0))
+    far = change_of_logits(grid, lambda x, b, h, q, kv: x - (q - kv).abs() * (h + 1.0))
     biased = score(name, query, key, NO_MASK, adjust=far)[0]
     assert (biased[0].argmax(-1) == torch.arange(7)).all(), "the nearest block outweighs all others"
-    capped = score(name, 100 * query, key, NO_MASK, adjust=at_centres(grid, lambda x, *_: torch.tanh(x) * 0.0))[0]
+    capped = score(name, 100 * query, key, NO_MASK, adjust=change_of_logits(grid, lambda x, *_: torch.tanh(x) * 0.0))[0]
     assert torch.allclose(capped, score(name, 0 * query, key, NO_MASK)[0], atol=ROUNDING)
 
 

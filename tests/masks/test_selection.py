@@ -16,10 +16,10 @@ from omnisparse_flex.masks import document_ids
 from omnisparse_flex.masks.blocks import select
 from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps, wider
 from omnisparse_flex.masks.blocks.select import BlockSelection, dense_selection, select_blocks
+from omnisparse_flex.masks.blocks.text_runs import LONG_RUN
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Load, Q, causal
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.text_runs import LONG_RUN
 from omnisparse_flex.testing import AttentionShape, assert_block_mask_equals, configs, mask_mods
 from omnisparse_flex.testing.oracle import expand_block_map, materialize_mask
 from tests.test_text_runs import kept_text

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import bench_layout
 from benchmarks.common import summary
+from benchmarks.model import bench_layout
 
 
 def test_a_prompt_is_laid_out_as_described():
