@@ -22,7 +22,7 @@ from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.testing import AttentionShape, assert_block_mask_equals, configs, mask_mods
 from omnisparse_flex.testing.oracle import expand_block_map, materialize_mask
-from tests.test_text_runs import kept_text
+from tests.masks.test_text_runs import kept_text
 
 CPU = torch.device("cpu")
 

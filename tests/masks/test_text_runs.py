@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks import text_runs
+from omnisparse_flex.masks.blocks import text_runs
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.text_runs import LONG_RUN, text_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
