@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from omnisparse_flex.kernels.fallback import guarded
+from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.types import MaskMod
+
+KERNEL = ("block_lists.lists_in_one", "the kernel for block lists failed, they are made in tensor code")
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,10 +110,10 @@ def block_mask_from_maps(
     )
 
 
-def _map_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _map_lists(keep: Tensor, full: Tensor) -> Lists:
     full = full.expand_as(keep)
-    if keep.is_cuda and (kernel := _kernel()) is not None:
-        made = kernel(keep, full)
+    if keep.is_cuda and (kernel := load(*KERNEL)) is not None:
+        made: Lists | None = kernel(keep, full)
         if made is not None:
             return made
     lists = (*block_lists(keep & ~full), *block_lists(keep & full))
@@ -123,16 +122,7 @@ def _map_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return number, indices, full_number, full_indices
 
 
-@functools.cache
-def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor] | None] | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from omnisparse_flex.kernels.block_lists import lists_in_one
-
-    return guarded(lists_in_one, "the kernel for block lists failed, they are made in tensor code")
-
-
-def _fake_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_lists(keep: Tensor, full: Tensor) -> Lists:
     numbers = keep.new_empty(keep.shape[:-1], dtype=torch.int32)
     indices = keep.new_empty(keep.shape, dtype=torch.int32)
     return numbers, indices, torch.empty_like(numbers), torch.empty_like(indices)
