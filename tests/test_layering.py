@@ -19,7 +19,7 @@ FLOORS = (
     {"cost_model"},
     {"attention"},
     {"passes"},
-    {"backend"},
+    {"compile_or_restore", "backend"},
     {"model"},
     {"api", "stats", "warmup"},
     {"cache", "calibration"},

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.kernels.fallback import load
+from omnisparse_flex.masks.blocks.mean_pool import for_products
 
 KERNEL = ("block_lse.block_lse_in_one", "the kernel for exact rows failed, they are made in tensor code")
 
@@ -38,7 +39,9 @@ def _block_lse(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, sca
             return made
     heads, kv_heads, kv_len = rows.shape[1], key.shape[1], key.shape[2]
     grouped = rows.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits = (grouped @ key.transpose(-1, -2)).unflatten(2, (heads // kv_heads, -1)).flatten(1, 2).float() * scale
+    logits = (for_products(grouped) @ for_products(key).transpose(-1, -2)).unflatten(
+        2, (heads // kv_heads, -1)
+    ).flatten(1, 2).float() * scale
     hidden = torch.arange(kv_len, device=key.device) > last.unsqueeze(1)
     logits = logits.masked_fill(hidden if real is None else hidden | ~real[:, None, None], -torch.inf)
     padded = F.pad(logits, (0, -kv_len % block), value=-torch.inf)

@@ -76,9 +76,9 @@ def segments_of_site(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
     assert site.config is not None
     layout = site.layout
     if layout is None:
-        grid, kv_heads = grid_of(query, key), int(key.shape[1])
-        layout = block_layout(site.mask, grid, kv_heads, site.config, visual=site.visual, q_offset=site.q_offset)
-    return segment_layout(layout, site.config.segment_size // BLOCK)
+        layout = block_layout(site.mask, grid_of(query, key), site.config, visual=site.visual, q_offset=site.q_offset)
+    choices = site.config.choices(int(query.shape[1]), int(key.shape[1]))
+    return segment_layout(layout, site.config.segment_size // BLOCK, choices)
 
 
 def text_queries(query: Tensor, key: Tensor, site: Site) -> Tensor:

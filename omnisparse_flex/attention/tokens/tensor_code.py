@@ -12,7 +12,7 @@ from omnisparse_flex.attention.call import Site
 from omnisparse_flex.attention.tokens.gathered import attend_gathered
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.tokens.key_bits import bits_of_blocks
-from omnisparse_flex.masks.tokens.segments import SegmentLayout, per_member, segments_per_member, tokens_of_blocks
+from omnisparse_flex.masks.tokens.segments import SegmentLayout, per_member, tokens_of_blocks
 from omnisparse_flex.masks.tokens.select import TokenSelection, columns, select_tokens
 
 
@@ -34,7 +34,7 @@ def select_and_attend(
     """
     assert site.config is not None
     group = site.config.choices(query.shape[1], key.shape[1]) // key.shape[1]
-    key, value, segments = per_member(key, group), per_member(value, group), segments_per_member(segments, group)
+    key, value = per_member(key, group), per_member(value, group)
     near, near_lse = attend_near(query, key, value, segments, site)
     selection = choose(query, key, near_lse, segments, text, site)
     return attend_selected(query, key, value, near, near_lse, selection, site), selection

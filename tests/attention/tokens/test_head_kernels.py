@@ -148,7 +148,7 @@ def test_a_captured_call_replays():
 
     inputs = [x.detach() for x in loud(SHAPES[1], "cuda", torch.bfloat16)]
     site = site_of(SHAPES[1], "cuda", CONFIGS["both"])
-    layout = block_layout(site.mask, grid_of(*inputs[:2]), SHAPES[1].kv_heads, site.config)
+    layout = block_layout(site.mask, grid_of(*inputs[:2]), site.config)
     site = dataclasses.replace(site, layout=layout)
     attend_tokens(*inputs, site)  # compiles
     graph = torch.cuda.CUDAGraph()

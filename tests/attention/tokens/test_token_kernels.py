@@ -360,7 +360,7 @@ def test_a_captured_call_replays():
     """No wait for the device, no shape that depends on data: one graph serves other numbers."""
     inputs = [x.detach() for x in tensors(SHAPES[1], "cuda", torch.bfloat16)]
     site = site_of(SHAPES[1], "cuda")
-    layout = block_layout(site.mask, grid_of(*inputs[:2]), SHAPES[1].kv_heads, site.config)
+    layout = block_layout(site.mask, grid_of(*inputs[:2]), site.config)
     site = dataclasses.replace(site, layout=layout)
     token_attention.attend_tokens(*inputs, site)  # compiles
     graph = torch.cuda.CUDAGraph()
