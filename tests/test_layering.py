@@ -105,7 +105,7 @@ def faults(module: str, name: str, eager: bool, modules: dict[str, Path]) -> Ite
             yield "the oracle stands alone"
     if name.startswith(".") or name.split(".")[0] in ("masks", "passes"):
         yield "not absolute"
-    if part.startswith("masks") and name.startswith("torch._dynamo"):
+    if part.startswith("masks") and name.startswith(("torch._dynamo", "torch.fx")):
         yield "masks are tensors only"
     if name.split(".")[0] == "transformers" and (eager or part not in MAY_IMPORT_TRANSFORMERS):
         yield f"only {', '.join(sorted(MAY_IMPORT_TRANSFORMERS))}, and only lazily"
@@ -186,6 +186,7 @@ def plant(root: Path, file: str, source: str) -> Path:
         ("masks/planted.py", "def late():\n    from omnisparse_flex import apply"),
         ("masks/planted.py", "from torch import _dynamo"),
         ("masks/tokens/planted.py", "import torch._dynamo.utils as u"),
+        ("masks/expr/planted.py", "from torch.fx import Node"),
         ("masks/planted.py", "def late():\n    import transformers"),
         ("masks/planted.py", "from .causal import causal"),
         ("masks/deep/er/planted.py", "from omnisparse_flex import attention"),
