@@ -7,8 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from omnisparse_flex.attention.call import Site as AttentionSite
-from omnisparse_flex.attention.call import register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.flex_options import Options, kernel_options
 from omnisparse_flex.attention.functional import autocast_dtype
 from omnisparse_flex.masks.expr.program import MaskProgram
@@ -113,18 +112,18 @@ def _constants(site: Site, settings: Settings) -> Constants:
     dense = config.recall_of(site.layer) == 1.0
     options, site.flash_refused = _kernel_options(site, settings, dense)
     fixed: dict[str, Any] = {
-        "config": None if dense else config,
         "score_mod": site.mods[0] if site.mods is not None else None,
         "softcap": site.softcap,
         "bias": site.bias,
         "scale": site.scale,
         "lists": settings.lists,
-        "static": settings.static,
         "kernel_options": options,
     }
+    if not dense:
+        fixed |= {"config": config, "static": settings.static}
     plain = site.mods is None and site.bias is None and site.softcap == 0
     if not dense and (config.granularity == "token" or (settings.lists and plain)):
-        fixed["rules"] = register(AttentionSite(mask=MaskProgram(site.expr), **fixed))
+        fixed["rules"] = register(SparseCall(mask=MaskProgram(site.expr), **fixed))
     target, counts = config.recall_of(site.layer), (len(site.leaves), len(site.bias_leaves))
     return Constants(site.layer, target, site.expr, site.offset, *counts, fixed)
 
