@@ -92,7 +92,7 @@ def apply_omnisparse(
     remove_omnisparse(model)
     undo = _Undo()
     try:
-        entry = Entry(decoder, backend, dynamic)
+        entry = Entry(decoder, backend, dynamic, hands_on=is_hf)
         entry.undo = undo
         if is_hf:
             _install_in_transformers(model, decoder, entry, undo, visual_mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -32,6 +33,19 @@ UNMEASURED = 16384
 NEVER_PAYS = "dense: these rules pay at no length; max_kv_budget bounds what they may cost, min_seq_len=0 runs them"
 
 
+class Here(threading.local):
+    """What the log knows of one thread.
+
+    Attributes:
+        runs: Number of compiled graphs that ran in it.
+        around: Runs each graph in its place, given its number, what it reads of its inputs, and itself as a
+            function without arguments; or None.
+    """
+
+    runs: int = 0
+    around: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
+
+
 @dataclasses.dataclass(eq=False)
 class Log:
     """What one backend object did; the report and the fall-back check read it.
@@ -40,10 +54,9 @@ class Log:
         sites: Reports of every compiled graph.
         graphs: Number of graphs compiled.
         runs: Number of compiled graphs that ran.
+        here: Of the thread that asks.
         inners: Inner compilers used.
         notes: Remarks for the report.
-        around: Runs each graph in its place, given its number, what it reads of its inputs, and itself as a
-            function without arguments; or None.
         on_graph: Makes the context that surrounds each inner compile, given the graph's
             number: where a command prints its progress; or None.
     """
@@ -53,7 +66,7 @@ class Log:
     runs: int = 0
     inners: set[str] = dataclasses.field(default_factory=set)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
-    around: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
+    here: Here = dataclasses.field(default_factory=Here)
     on_graph: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
 
     def report(self) -> RewriteReport:
@@ -66,6 +79,9 @@ class Backend:
 
     A model gets an object of its own, so that Dynamo keeps its graphs apart from every
     other model's.
+
+    Attributes:
+        stateful: Calls have run-time state, which must reach every site.
     """
 
     def __init__(
@@ -95,6 +111,7 @@ class Backend:
         self.kernel = kernel
         self.inner = inner
         self.static = static
+        self.stateful = False
         self.log = Log()
         self.last: Rewrite | None = None
 
@@ -108,6 +125,7 @@ class Backend:
             lists=inner == "inductor",
             kernel=self.kernel,
             static=self.static,
+            stateful=self.stateful,
         )
         rewrite = run_pipeline(graph_module, settings)
         read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]
@@ -120,8 +138,9 @@ class Backend:
 
         def run(*args: Any) -> Any:
             log.runs += 1
-            if log.around is not None:
-                return log.around(number, [args[i] for i in read], functools.partial(compiled, *args))
+            log.here.runs += 1
+            if log.here.around is not None:
+                return log.here.around(number, [args[i] for i in read], functools.partial(compiled, *args))
             return compiled(*args)
 
         return run

@@ -108,7 +108,7 @@ class OmniSparseCache:
         tokens = kwargs.get("input_ids") if tokens is None else tokens
         require(isinstance(tokens, Tensor), "input_ids or inputs_embeds", "be a tensor", type(tokens).__name__)
         assert isinstance(tokens, Tensor)
-        busy = entry.owner.cache is not None
+        busy = self.mode is not None or entry.owner.cache is not None
         require(not busy, "model", "run one call with a cache at a time", "a call in progress (in another thread?)")
         self.store.begin(tokens, kwargs.get("attention_mask"), self._omnisparse_visual)
         self.mode, self.owner, entry.owner.cache = self.store.mode, entry.owner.number, self.store

@@ -18,6 +18,7 @@ from omnisparse_flex.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.cache_ops import Owner
 from omnisparse_flex.dynamo_settings import dynamo_settings
 from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.run_state import RunState, State
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.
 DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
@@ -29,29 +30,7 @@ RECOMPILE_LIMIT = 64
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 
-class State:
-    """Tensors that the compiled graph reads at run time, replaced between calls.
-
-    Attributes:
-        visual: bool (B, S), tokens eligible for selection, or None: all.
-        recall: float32 (layers,), target recall of each layer.
-        stats: float32 (layers, len(STATS)) to be written, or None.
-        maps: uint8 (layers, H, rows, columns) to be painted, or None.
-        recalls: float32 (layers, 2, Hq) for mean and minimum true recall, or None.
-    """
-
-    # All fields are set here: class attributes would cost Dynamo extra compiles.
-    def __init__(self, recall: Tensor) -> None:
-        """Start without a visual mask and without statistics."""
-        self.visual: Tensor | None = None
-        self.recall = recall
-        self.stats: Tensor | None = None
-        self.maps: Tensor | None = None
-        self.recalls: Tensor | None = None
-
-
 if TYPE_CHECKING:
-    STATE: State
     CALL: Callable[..., Any]
 
 
@@ -62,14 +41,19 @@ class Entry:
     Dynamo's limits and guards are then this model's alone.
     """
 
-    def __init__(self, module: nn.Module, backend: Backend, dynamic: bool | None) -> None:
+    def __init__(
+        self, module: nn.Module, backend: Backend, dynamic: bool | None, *, hands_on: bool = False
+    ) -> None:
         """Wrap ``module``; nothing is compiled before the first call.
 
         Args:
             module: The decoder.
             backend: Its backend.
             dynamic: As in ``torch.compile``.
+            hands_on: The module takes keyword arguments for its attention functions, as transformers' decoders do.
         """
+        backend.stateful = True
+        self.hands_on = hands_on
         self.module = module
         self.backend = backend
         self.dynamic = dynamic
@@ -128,17 +112,28 @@ class Entry:
             later.pop(0)()
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
-        runs = self.backend.log.runs
+        here = self.backend.log.here
+        state, before = self.state.of_call(), here.runs
         with dynamo_settings(**self._settings()):
-            result = self.compiled(*args, **kwargs)
-        ran = self.backend.log.runs - runs
-        if ran > 1:
-            self._note_once(f"Dynamo broke the decoder into {ran} graphs: the visual mask reaches only the first")
+            result = self.compiled(state, *args, **kwargs)
+        self._look_back(here.runs - before, state)
+        return result
+
+    def _look_back(self, ran: int, state: RunState) -> None:
+        """Say what Dynamo made of a call.
+
+        Args:
+            ran: Number of graphs that ran.
+            state: The call's.
+        """
         if ran == 0:
             self._note_once("Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there")
-        elif not self.checked:
+            return
+        if state.eager:
+            layers = ", ".join(map(str, sorted(state.eager)))
+            self._note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
+        if not self.checked:
             self._check_rewritten()
-        return result
 
     def _settings(self) -> dict[str, Any]:
         """Dynamo's settings for this module."""
@@ -163,15 +158,20 @@ class Entry:
             self.state.visual = self.visual_mask(args, kwargs)
 
     def _compile(self) -> Callable[..., Any]:
-        def template(*args: Any, **kwargs: Any) -> Any:
-            # STATE and CALL are globals of the function made below, one set for each module.
-            state = STATE  # noqa: F821
+        def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
+            # CALL is a global of the function made below, one for each module.
             torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
             return CALL(*args, **kwargs)  # noqa: F821
 
+        def template_with_keyword(state: RunState, *args: Any, **kwargs: Any) -> Any:
+            # Layers hand it to their attention, in whatever graph that is. A layer that does not finds the operator's.
+            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            return CALL(*args, omnisparse_state=state, **kwargs)  # noqa: F821
+
         name = "omnisparse_entry"
-        scope = {"__builtins__": builtins, "torch": torch, "STATE": self.state, "CALL": self.module._call_impl}
-        function = types.FunctionType(template.__code__.replace(co_name=name), scope, name)
+        scope = {"__builtins__": builtins, "torch": torch, "CALL": self.module._call_impl}
+        code = (template_with_keyword if self.hands_on else template).__code__
+        function = types.FunctionType(code.replace(co_name=name), scope, name)
         compiled: Callable[..., Any] = torch.compile(function, backend=self.backend, dynamic=self.dynamic)
         return compiled
 

@@ -15,6 +15,7 @@ from omnisparse_flex.entry import Entry, VisualMask, check_visual
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.logit_sinks import check_sinks
 from omnisparse_flex.ops import dense_attention
+from omnisparse_flex.run_state import RunState
 
 #: The attention implementation's name inside transformers.
 NAME = "omnisparse"
@@ -54,6 +55,7 @@ def attention_forward(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     omnisparse_cache: Any = None,
+    omnisparse_state: RunState | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """A transformers attention function: one marker op, dense SDPA unless a pass rewrites it.
@@ -70,6 +72,7 @@ def attention_forward(
         is_causal: Overrides the module's own ``is_causal``.
         s_aux: (Hq,), the layer's logit sinks, or None.
         omnisparse_cache: The ``OmniSparseCache`` of this call, or None.
+        omnisparse_state: Run-time state of this call; None outside calls that ``apply_omnisparse`` compiles.
         **kwargs: Ignored, except those that only plain SDPA can honour.
 
     Returns:
@@ -101,21 +104,22 @@ def attention_forward(
             owner = omnisparse_cache.owner
             out = torch.ops.omnisparse.cache_attend(query, key, value, padding, s_aux, owner, layer, scaling)
             return out.transpose(1, 2).contiguous(), None
+    state = _state_operands(omnisparse_state, layer)
     out = torch.ops.omnisparse.attn(
-        query,
-        key,
-        value,
-        padding,
-        mask,
-        causal,
-        scaling,
-        layer,
-        softcap or 0.0,
-        s_aux,
+        query, key, value, padding, mask, causal, scaling, layer, softcap or 0.0, s_aux, *state
     )
     if omnisparse_cache is not None:
         torch.ops.omnisparse.cache_store(out, query, key, value, omnisparse_cache.owner, layer, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _state_operands(state: RunState | None, layer: int) -> tuple[Tensor | None, ...]:
+    """(visual, recall, stats, maps, recalls) for the marker; a layer that runs outside every graph is noted."""
+    if state is None:
+        return (None,) * 5
+    if not torch.compiler.is_compiling():
+        state.eager.add(layer)
+    return state.visual, state.recall, state.stats, state.maps, state.recalls
 
 
 def _refuse_beside_sinks(softcap: float | None, position_bias: Any = None, cache: Any = None, **kwargs: Any) -> None:

@@ -108,8 +108,7 @@ class Replay:
 
     def _reason(self, call: Call, kwargs: dict[str, Any]) -> str:
         """Why no step like this one is ever recorded, or ""."""
-        state = call.entry.state
-        if any(x is not None for x in (state.stats, state.maps, state.recalls)):
+        if call.entry.state.collects:
             return "statistics are collected"
         if kwargs.get("attention_mask") is not None:
             return "a mask is needed: the prompt has padding, or position_ids were not given"

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnisparse_flex.entry import Entry, State, entry_of
+from omnisparse_flex.entry import Entry, entry_of
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks.record import STATS
 from omnisparse_flex.masks.select import BLOCK
 from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.report import table
+from omnisparse_flex.run_state import State
 
 #: Largest number of heads, query blocks and key blocks that a picture holds.
 MAP_LIMIT = (64, 256, 256)

@@ -73,7 +73,7 @@ def lower(rewrite: Rewrite) -> None:
 
 def _whole(rewrite: Rewrite) -> set[Site]:
     """Leads without a record of which a follower's record tells: they are in bodies, the followers are not."""
-    outside = (site.lead for site in rewrite.sites if site.scope.parent is None and rewrite.state[2] is not None)
+    outside = (site.lead for site in rewrite.sites if site.scope.parent is None and any(site.state[2:]))
     return {lead for lead in outside if lead is not None and lead.scope.parent is not None}
 
 
@@ -82,7 +82,7 @@ def _operands(site: Site, rewrite: Rewrite, constants: Constants, shared: _Share
 
     Where layers share a choice of blocks, it stands in place of the layout; its lead leaves target and records to it.
     """
-    state = tuple(None if node is None else site.scope.carry(node, rewrite.root) for node in _state_for(site, rewrite))
+    state = _state_operands(site)
     leaves = [_leaf_operand(leaf, site.scope) for leaf in (*site.leaves, *site.bias_leaves)]
     scores = site.mods[2] if site.mods is not None else ()
     if site.lead is not None:
@@ -129,7 +129,7 @@ def _layout_node(site: Site, settings: Settings, visual: Node | None, layouts: d
     """One node for all layers with this mask and these lengths: there are far fewer masks than layers."""
     if settings.config.recall_of(site.layer) == 1.0:
         return None
-    what = site.scope, layout_key(site)
+    what = site.scope, layout_key(site), visual
     if what not in layouts:
         leaves = [_leaf_operand(leaf, site.scope) for leaf in site.leaves]
         graph, function = site.scope.graph_module.graph, layout_function(site, settings.config)
@@ -138,10 +138,11 @@ def _layout_node(site: Site, settings: Settings, visual: Node | None, layouts: d
     return layouts[what]
 
 
-def _state_for(site: Site, rewrite: Rewrite) -> tuple[Node | None, ...]:
-    visual, recall, *records = rewrite.state
-    # A checkpointed body must not write to its inputs.
-    return (visual, recall, *(records if site.scope.parent is None else [None] * len(records)))
+def _state_operands(site: Site) -> tuple[Node | None, ...]:
+    """(visual, recall, stats, maps, recalls) in the site's graph; a checkpointed body must not write to its inputs."""
+    visual, recall, *records = site.state or (None,) * 5
+    kept = (visual, recall, *(records if site.scope.parent is None else [None] * len(records)))
+    return tuple(None if leaf is None else site.scope.carry(_node(leaf), leaf.home) for leaf in kept)
 
 
 def _leaf_operand(leaf: Leaf, scope: Scope) -> Node | None:
@@ -150,10 +151,14 @@ def _leaf_operand(leaf: Leaf, scope: Scope) -> Node | None:
     return scope.carry(_before_mutation(leaf), leaf.home)
 
 
+def _node(leaf: Leaf) -> Node:
+    assert leaf.node is not None
+    return leaf.node
+
+
 def _before_mutation(leaf: Leaf) -> Node:
     """A leaf's value as the mask saw it: static caches advance their length tensor afterwards."""
-    node = leaf.node
-    assert node is not None
+    node = _node(leaf)
     if not mutations(node):
         return node
     first_reader = min(node.users)
