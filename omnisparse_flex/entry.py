@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import os
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -27,6 +29,11 @@ MAX_SITES = 256
 #: Prefill and decode, short and long, train and eval, statistics: each is a graph of its own.
 RECOMPILE_LIMIT = 64
 
+#: Said by the report, and by Dynamo if the user asked for one graph.
+APART = "inside another torch.compile OmniSparse's decoder is a graph of its own: fullgraph=True cannot be had"
+#: Said once to who compiles the changed module itself.
+REPLACED = "module.compile() took the place of OmniSparse: attention is dense (remove, compile the whole model instead)"
+
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 
@@ -37,6 +44,8 @@ if TYPE_CHECKING:
 class Entry:
     """What ``module._compiled_call_impl`` becomes.
 
+    A call of the module runs ``call``, which prepares the model's ``State`` and the cache, and then ``run``: the
+    compiled code, which gets a ``RunState`` of its own, as an argument.
     Every instance compiles a code object of its own with a backend object of its own:
     Dynamo's limits and guards are then this model's alone.
     """
@@ -66,13 +75,19 @@ class Entry:
         self.checked = False
         self.records = True  # decode steps, until one could not be recorded
         self.compiled = self._compile()
+        self.apart = torch._dynamo.disable(self._call_apart, reason=APART)
+        self._first = threading.RLock()
+        self._warm = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module: compiled, or densely where compiling is not ours to do."""
-        if torch.compiler.is_compiling():
-            # An enclosing torch.compile wins; its backend sees the markers as dense SDPA.
-            self.backend.log.notes["an enclosing torch.compile traced through the decoder: dense there"] = None
-            return self.module._call_impl(*args, **kwargs)
+        """Run the module; an enclosing ``torch.compile`` (the user's own) leaves it to us, as a graph of ours."""
+        # Not is_compiling: that is true while any thread compiles anything.
+        if torch.compiler.is_dynamo_compiling():
+            return self.apart(*args, **kwargs)
+        return self.call(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module: compiled, or densely where that is asked for."""
         checkpoints = self.module.training and getattr(self.module, "gradient_checkpointing", False)
         if checkpoints and not is_disabled() and hasattr(getattr(self.module, "config", None), "use_cache"):
             # transformers does the same, with a log line that breaks the graph.
@@ -114,10 +129,16 @@ class Entry:
             return self.module._call_impl(*args, **kwargs)
         here = self.backend.log.here
         state, before = self.state.of_call(), here.runs
-        with dynamo_settings(**self._settings()):
+        # Threads that start together would each compile the same.
+        with contextlib.nullcontext() if self._warm else self._first, dynamo_settings(**self._settings()):
             result = self.compiled(state, *args, **kwargs)
+        self._warm = True
         self._look_back(here.runs - before, state)
         return result
+
+    def _call_apart(self, *args: Any, **kwargs: Any) -> Any:
+        self.backend.log.notes[APART] = None
+        return self.call(*args, **kwargs)
 
     def _look_back(self, ran: int, state: RunState) -> None:
         """Say what Dynamo made of a call.
@@ -138,6 +159,8 @@ class Entry:
     def _settings(self) -> dict[str, Any]:
         """Dynamo's settings for this module."""
         settings: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
+        # Deepstack (Qwen3-VL) picks the visual tokens' rows: without this, a break in each of its layers.
+        settings["capture_dynamic_output_shape_ops"] = True
         if self.dynamic:
             # Otherwise Dynamo makes symbols of a norm's epsilon and the like too, finds after the joint
             # graph that they must be numbers, and traces everything once more.
@@ -189,6 +212,30 @@ class Entry:
         if note not in self.backend.log.notes:
             self.backend.log.notes[note] = None
             warnings.warn(f"omnisparse: {note}", stacklevel=4)
+
+
+def own_call(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook of every changed module, without effect but two.
+
+    Dynamo calls a module without hooks by its ``forward`` and never sees the entry. And who compiles the module
+    itself, by ``module.compile()``, is told that this takes the entry's place.
+    """
+    if _is_replaced(module):
+        _warn_replaced()
+
+
+def was_replaced(model: nn.Module) -> bool:
+    """Whether a part of a changed model was compiled by its own ``compile()`` afterwards."""
+    return any(own_call in module._forward_pre_hooks.values() and _is_replaced(module) for module in model.modules())
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    compiled = module._compiled_call_impl
+    return compiled is not None and not isinstance(compiled, Entry)
+
+
+def _warn_replaced() -> None:
+    warnings.warn(f"omnisparse: {REPLACED}", stacklevel=2)
 
 
 def is_disabled() -> bool:

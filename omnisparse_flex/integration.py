@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import omnisparse_flex.cache_ops  # noqa: F401  (defines operators that the attention function calls)
 from omnisparse_flex.cache_argument import cache_in
-from omnisparse_flex.entry import Entry, VisualMask, check_visual
+from omnisparse_flex.entry import APART, Entry, VisualMask, check_visual
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.logit_sinks import check_sinks
 from omnisparse_flex.ops import dense_attention
@@ -117,7 +117,7 @@ def _state_operands(state: RunState | None, layer: int) -> tuple[Tensor | None, 
     """(visual, recall, stats, maps, recalls) for the marker; a layer that runs outside every graph is noted."""
     if state is None:
         return (None,) * 5
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         state.eager.add(layer)
     return state.visual, state.recall, state.stats, state.maps, state.recalls
 
@@ -241,18 +241,27 @@ class VisualMaskHook:
         self.signature = inspect.signature(receiver.forward)
         self.entry: Entry | None = entry
         self.given = given
+        self.apart = torch._dynamo.disable(self.note, reason=APART)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisualMaskHook:
         """A copied model has no entry: its hook does nothing, and drags no compiled graph along."""
         twin = object.__new__(type(self))
         twin.token_ids, twin.signature, twin.forward = self.token_ids, self.signature, self.forward
-        twin.entry, twin.given = None, self.given
+        twin.entry, twin.given, twin.apart = None, self.given, None
         return twin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the mask of this call in the entry's state."""
-        if torch.compiler.is_compiling() or self.entry is None:
+        if self.entry is None:
             return
+        if torch.compiler.is_dynamo_compiling():  # the user's own: what Dynamo traced would not reach the entry
+            self.apart(module, args, kwargs)
+        else:
+            self.note(module, args, kwargs)
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store the mask, in eager code."""
+        assert self.entry is not None
         # The first step of a call: what is there yet is left of one that an exception ended before the decoder.
         getattr(cache_in(module.forward, kwargs), "omnisparse_later", []).clear()
         self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
