@@ -8,10 +8,16 @@ from typing import Any
 
 from torch.fx import Node
 
-from omnisparse_flex.attention import autocast_dtype
-from omnisparse_flex.kernel_choice import Options, kernel_options
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.passes.calls import (
+from omnisparse_flex.attention.call import Site as AttentionSite
+from omnisparse_flex.attention.call import register
+from omnisparse_flex.attention.flex_options import Options, kernel_options
+from omnisparse_flex.attention.functional import autocast_dtype
+from omnisparse_flex.attention.select_op import PARTS, empty_parts
+from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.passes.nodes import mutations, value_of
+from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.share import layout_key, place, share
+from omnisparse_flex.passes.site_functions import (
     Constants,
     choice_function,
     given_function,
@@ -19,13 +25,7 @@ from omnisparse_flex.passes.calls import (
     layout_function,
     part_function,
 )
-from omnisparse_flex.passes.nodes import mutations, value_of
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Settings, Site
-from omnisparse_flex.passes.scope import Scope
-from omnisparse_flex.passes.share import layout_key, place, share
-from omnisparse_flex.select_op import PARTS, empty_parts
-from omnisparse_flex.site import Site as AttentionSite
-from omnisparse_flex.site import register
+from omnisparse_flex.passes.state import Leaf, Rewrite, Settings, Site
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from tiny import build, cached
 
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.cache_argument import NEW_NAME, OLD_NAME, cache_in, cache_name, cache_of, with_cache_renamed
-from omnisparse_flex.entry import entry_of
+from omnisparse_flex.model.compiled_module import entry_of
+from tests.helpers.tiny import build, cached
 
 
 def new_name(x, cache=None):

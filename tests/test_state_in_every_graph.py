@@ -10,11 +10,11 @@ import functools
 
 import pytest
 import torch
-from tiny import IMAGE, build, with_images
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
-from omnisparse_flex.entry import Entry, entry_of
+from omnisparse_flex.model.compiled_module import Entry, entry_of
 from omnisparse_flex.testing import dense_oracle
+from tests.helpers.tiny import IMAGE, build, with_images
 
 PLANTED = OmniSparseConfig(target_recall=0.5, budget=0, last_rows=0, sink_size=0, window_size=1)
 BLOCK = 128

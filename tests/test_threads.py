@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from tiny import IMAGE, build, cached
 
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.entry import entry_of
+from omnisparse_flex.model.compiled_module import entry_of
+from tests.helpers.tiny import IMAGE, build, cached
 
 THREADS, CALLS = 4, 80
 #: Keeps text and a query block's own keys: what is text decides the result.

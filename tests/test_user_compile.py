@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from test_state_in_every_graph import PLANTED, error, oracle, outcome, prompt
-from tiny import build
 
 from omnisparse_flex import ConfigError, apply_omnisparse, remove_omnisparse, rewrite_report
-from omnisparse_flex.entry import APART, REPLACED, entry_of
+from omnisparse_flex.model.compiled_module import APART, REPLACED, entry_of
+from tests.helpers.tiny import build
+from tests.test_state_in_every_graph import PLANTED, error, oracle, outcome, prompt
 
 
 def compiled_by_call(model):
@@ -41,7 +41,7 @@ def test_fullgraph_is_refused_by_name(device):
 
 
 def test_a_plain_module_is_ours_inside_a_compile(device):
-    from test_api import GPT
+    from tests.test_api import GPT
 
     torch.manual_seed(0)
     module = apply_omnisparse(GPT().eval().to(device), PLANTED, min_seq_len=0, inner="eager")

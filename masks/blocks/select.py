@@ -1,0 +1,172 @@
+"""Block selection: the map of key blocks that each query block keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.blocks.antidiagonal import STRIDE, antidiagonal
+from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
+from omnisparse_flex.masks.blocks.last_rows import with_last_rows
+from omnisparse_flex.masks.blocks.layout import Layout, block_layout, mask_blocks
+from omnisparse_flex.masks.blocks.lazy import active_rows
+from omnisparse_flex.masks.blocks.mean_pool import block_mean, mean_pool
+from omnisparse_flex.masks.blocks.sampled_rows import PROBES, probe
+from omnisparse_flex.masks.blocks.scorer import Scorer
+from omnisparse_flex.masks.blocks.tile_pool import TILE, tile_pool
+from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.opaque import OpaqueMask
+from omnisparse_flex.masks.expr.program import MaskProgram
+
+#: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
+BLOCK = 128
+
+SCORERS: dict[str, Scorer] = {
+    "mean_pool": mean_pool,
+    "tile_pool": tile_pool,
+    "antidiagonal": antidiagonal,
+    "probe": probe,
+}
+#: A scorer's products for a pair of blocks, as a share of what attention itself computes for it (QK and PV).
+COSTS = {
+    "mean_pool": 0.5 / BLOCK**2,
+    "tile_pool": 0.5 / TILE**2,
+    "antidiagonal": 0.5 / STRIDE,
+    "probe": 0.5 * PROBES / BLOCK,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockSelection:
+    """What one attention site keeps; the head axis is that of the KV heads.
+
+    Attributes:
+        keep: bool (B, Hkv, NQ, NK), the blocks to compute.
+        layout: What does not depend on queries and keys.
+        mass: float32 (B, Hkv, NQ, NK), the estimate.
+        needs: int64 (B, Hkv, NQ), blocks each head would need.
+        budget: int64 (B, Hkv, NQ), blocks each head got, at most ``max_kv_budget``.
+        active: bool (B, Hkv, NQ).
+        lazy: bool (B, Hkv, NQ).
+        overflow: bool (B, Hkv, NQ), rows whose need exceeded ``max_kv_budget``.
+    """
+
+    keep: Tensor
+    layout: Layout
+    mass: Tensor
+    needs: Tensor
+    budget: Tensor
+    active: Tensor
+    lazy: Tensor
+    overflow: Tensor
+
+
+@torch.no_grad()
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    mask: MaskProgram | OpaqueMask,
+    config: OmniSparseConfig,
+    *,
+    target: Tensor | float,
+    scale: float,
+    visual: Tensor | None = None,
+    q_offset: Tensor | int = 0,
+    adjust: Callable[..., Tensor] | None = None,
+    layout: Layout | None = None,
+) -> BlockSelection:
+    """Choose the key blocks of every query block.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        mask: The model's own mask.
+        config: Rules; its ``target_recall`` is ignored in favour of ``target``.
+        target: Recall to keep, number or 0-d tensor.
+        scale: Logit scale.
+        visual: bool (B, S), tokens eligible for selection; the others are always kept. A
+            row without visual tokens, or None: every token is eligible.
+        q_offset: Position of query 0 among the keys, int or 0-d int tensor.
+        adjust: The model's own change of the logits at block centres; see ``at_centres``.
+        layout: What ``block_layout`` gives for these inputs, where layers share it; None: made here.
+
+    Returns:
+        The selection; a pure function of its inputs, without gradients.
+
+    Source: PAPER "KV selection" and "Query selection" at block granularity.
+    """
+    kv_heads = key.shape[1]
+    if layout is None:
+        layout = block_layout(mask, grid_of(query, key), kv_heads, config, visual=visual, q_offset=q_offset)
+
+    score = SCORERS[config.scorer]
+    mass = score(query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs)
+    if config.last_rows > 0:
+        mass = with_last_rows(
+            mass, query, key, layout.some, config.last_rows,
+            scale=scale, block=BLOCK, adjust=adjust, mask=mask,
+        )  # fmt: skip
+    local_mass = (mass * layout.near).sum(-1)
+    pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))
+    active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_below)
+
+    sorted_mass, order = rank(mass, layout.eligible)
+    needs = need(sorted_mass, (mass * layout.forced).sum(-1), layout.eligible.sum(-1), target)
+    needs, overflow = _capped(needs, config.max_kv_budget)
+    budget = shared_budget(needs, active, _blocks_of(config.budget))
+    keep = layout.forced | keep_top(order, layout.eligible, budget)
+    if config.lazy_mode == "skip":
+        keep = keep & (active | ~lazy).unsqueeze(-1)
+    return BlockSelection(keep, layout, mass, needs, budget, active, lazy, overflow & active)
+
+
+def dense_selection(query: Tensor, key: Tensor, mask: MaskProgram | OpaqueMask) -> tuple[Tensor, Tensor]:
+    """``(keep, full)`` maps that keep everything the mask allows; (1 or B, 1 or Hkv, NQ, NK)."""
+    full, some = mask_blocks(mask, grid_of(query, key), key.shape[1])
+    return some, full
+
+
+def grid_of(query: Tensor, key: Tensor) -> Grid:
+    """The blocks of (B, Hq, L, D) queries over (B, Hkv, S, D) keys."""
+    return Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], BLOCK, query.device)
+
+
+def _blocks_of(budget: str | int) -> str | int:
+    """A token budget in blocks, rounded up; rule names pass through."""
+    return budget if isinstance(budget, str) else (budget + BLOCK - 1) // BLOCK
+
+
+def _capped(needs: Tensor, max_kv_budget: int | None) -> tuple[Tensor, Tensor]:
+    if max_kv_budget is None:
+        return needs, torch.zeros_like(needs, dtype=torch.bool)
+    limit = (max_kv_budget + BLOCK - 1) // BLOCK
+    return needs.clamp(max=limit), needs > limit
+
+
+def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A pointwise score change, applied to block logits as if each block were its middle pair.
+
+    Our choice: exact for biases linear in the distance, and block means resolve no more.
+
+    Args:
+        grid: The site's blocks.
+        score: ``(logits, b, h, q, kv) -> logits`` over broadcastable indices.
+
+    Returns:
+        A function of float32 (..., B, Hq, NQ, NK) logits, NQ all query blocks or those of the slice ``blocks``.
+    """
+    b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
+    h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
+    q = torch.arange(grid.q_blocks, device=grid.device).view(1, 1, -1, 1) * grid.block + grid.block // 2
+    kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.block + grid.block // 2
+    q, kv = q.clamp(max=grid.q_len - 1), kv.clamp(max=grid.kv_len - 1)
+
+    def adjusted(logits: Tensor, blocks: slice = slice(None)) -> Tensor:
+        changed: Tensor = score(logits, b, h, q[:, :, blocks], kv).expand_as(logits)
+        return changed
+
+    return adjusted
