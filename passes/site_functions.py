@@ -14,7 +14,7 @@ from omnisparse_flex.attention.call import Site as AttentionSite
 from omnisparse_flex.attention.functional import attend, autocast, autocast_dtype, scalar
 from omnisparse_flex.attention.select import choose
 from omnisparse_flex.attention.select_op import PARTS
-from omnisparse_flex.compilation.cache_names import importable
+from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout
 from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of
@@ -27,7 +27,7 @@ from omnisparse_flex.passes.state import Site
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Constants:
-    """What is constant about one site; its ``repr`` tells all of it, as ``importable`` asks.
+    """What is constant about one site; its ``repr`` tells all of it, as ``stable_name`` asks.
 
     Attributes:
         layer: Decoder layer.
@@ -90,7 +90,7 @@ def layout_function(site: Site, config: OmniSparseConfig) -> Callable[..., Layou
         grid = grid_of(query, key)
         return block_layout(mask, grid, int(key.shape[1]), config, visual=visual, q_offset=q_offset)
 
-    return importable(_renamed(call, "omnisparse_layout"), None)
+    return stable_name(_renamed(call, "omnisparse_layout"), None)
 
 
 def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
@@ -124,7 +124,7 @@ def part_function(name: str) -> Callable[[BlockSelection], Tensor]:
         part: Tensor = getattr(choice, name)
         return part
 
-    return importable(_renamed(call, f"omnisparse_{name}"), None)
+    return stable_name(_renamed(call, f"omnisparse_{name}"), None)
 
 
 def given_function(names: tuple[str, ...]) -> Callable[..., BlockSelection]:
@@ -137,14 +137,14 @@ def given_function(names: tuple[str, ...]) -> Callable[..., BlockSelection]:
         given = {name: part.clone() for name, part in zip(names, parts, strict=True)}
         return BlockSelection(layout=layout, **(blank | given))
 
-    return importable(_renamed(call, "omnisparse_given"), None)
+    return stable_name(_renamed(call, "omnisparse_given"), None)
 
 
 def _named(call: Callable[..., Any], name: str, site: Site) -> Callable[..., Any]:
     function = _renamed(call, name)
     if site.mods is not None:
         return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
-    return importable(function, autocast_dtype(value_of(site.query).device.type))
+    return stable_name(function, autocast_dtype(value_of(site.query).device.type))
 
 
 def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:

@@ -35,9 +35,9 @@ MAY_IMPORT_TRANSFORMERS = {"model", "cache", "cli"}
 BACK_ARROWS = {
     "omnisparse_flex/ops.py: omnisparse_flex.attention.logit_sinks.dense_with_sinks: against the arrow",
     "omnisparse_flex/ops.py: omnisparse_flex.attention.logit_sinks.softmax_with_sinks: against the arrow",
-    "omnisparse_flex/attention/lse_attention.py: omnisparse_flex.cache.kept_keys.Rectangle: against the arrow",
-    "omnisparse_flex/kernels/decode_token.py: omnisparse_flex.cache.kept_keys.Rectangle: against the arrow",
-    "omnisparse_flex/kernels/head_dims.py: omnisparse_flex.masks.tokens.head_dims.loudest_of: against the arrow",
+    "omnisparse_flex/attention/lse_attention.py: omnisparse_flex.cache.kept_keys.KeptKeys: against the arrow",
+    "omnisparse_flex/kernels/decode_token.py: omnisparse_flex.cache.kept_keys.KeptKeys: against the arrow",
+    "omnisparse_flex/kernels/head_dims.py: omnisparse_flex.masks.tokens.head_dims.top_dims_of: against the arrow",
 }
 CIRCLES = {
     frozenset({"attention.tokens.dispatch", "attention.tokens.tensor_code", "attention.tokens.triton"}),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from omnisparse_flex.cache.kept_keys import Rectangle
+from omnisparse_flex.cache.kept_keys import KeptKeys
 from omnisparse_flex.kernels.fallback import guarded
 
 #: Logits held at once by the plain path.
@@ -58,7 +58,7 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
 
 
 def attend_parts(
-    query: Tensor, parts: Sequence[Rectangle], tail_key: Tensor, tail_value: Tensor, real: Tensor | None, scale: float,
+    query: Tensor, parts: Sequence[KeptKeys], tail_key: Tensor, tail_value: Tensor, real: Tensor | None, scale: float,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The latest tokens over a layer's rectangles and its tail, on dense kernels.

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnisparse_flex.cache.kept_keys import Rectangle
+from omnisparse_flex.cache.kept_keys import KeptKeys
 
 #: Programs per GPU multiprocessor that the runs are cut for.
 WAVES = 3
@@ -124,7 +124,7 @@ def _merge(
 
 
 def attend_token(
-    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Rectangle], columns: Tensor, counts: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[KeptKeys], columns: Tensor, counts: Tensor,
     tail_key: Tensor, tail_value: Tensor, tail: Tensor, first: int, padding: Tensor | None, scale: float,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip

@@ -1,4 +1,4 @@
-"""``loudest`` in Triton: squares are summed where tokens lie, without a copy of them. Importing this needs Triton."""
+"""``top_head_dims`` in Triton: sums of squares without a copy of the tokens. Importing this module needs Triton."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnisparse_flex.masks.tokens.head_dims import loudest_of
+from omnisparse_flex.masks.tokens.head_dims import top_dims_of
 
 #: Programs that share a head's tokens, and tokens that one takes at a time.
 PARTS, TOKENS = 32, 64
@@ -29,8 +29,8 @@ def _squares(x, sums, x_b, x_h, x_n, length, HEADS: tl.constexpr, DIM: tl.conste
     tl.store(sums + (row * PARTS + part).to(tl.int64) * DIM + dims, total)
 
 
-def loudest_quickly(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
-    """``loudest`` in one launch for queries and one for keys.
+def top_head_dims_triton(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
+    """``top_head_dims`` in one launch for queries and one for keys.
 
     Args:
         query: (B, Hq, L, D), last dimension contiguous.
@@ -41,7 +41,7 @@ def loudest_quickly(query: Tensor, key: Tensor, choices: int, dims: int) -> Tens
     Returns:
         int32 (B, choices, dims), ascending; summed in a fixed order.
     """
-    return loudest_of(_sums(query), _sums(key), choices, dims).int()
+    return top_dims_of(_sums(query), _sums(key), choices, dims).int()
 
 
 def _sums(x: Tensor) -> Tensor:

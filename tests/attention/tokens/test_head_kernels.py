@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.head_dims import top_head_dims
 from omnisparse_flex.testing import AttentionShape
 from tests.attention.tokens.test_token_kernels import (
     CONFIG,
@@ -59,13 +59,13 @@ def check_heads_alone(shape, device, config, dtype=torch.float32):
 
 def check_loudest(shape, device, dtype=torch.float32):
     """Coordinates against tensor code's, of tensors that lie as a model hands them over, some tokens broken."""
-    from omnisparse_flex.kernels.head_dims import loudest_quickly
+    from omnisparse_flex.kernels.head_dims import top_head_dims_triton
 
     size = torch.rand(shape.head_dim, generator=torch.Generator().manual_seed(2)) * 3
     query, key = ((x * size).to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in shape.inputs()[:2])
     query[0, 0, 3], key[0, 0, 7, 1], key[-1, -1, 9, 2] = torch.nan, torch.inf, torch.nan
     for choices in (shape.kv_heads, shape.heads):
-        got, wanted = (find(query, key, choices, 16) for find in (loudest_quickly, loudest))
+        got, wanted = (find(query, key, choices, 16) for find in (top_head_dims_triton, top_head_dims))
         assert got.dtype == torch.int32 and torch.equal(got.long(), wanted)
 
 
