@@ -59,7 +59,6 @@ def measure(
     scale: float,
     score: Callable[..., Tensor] | None,
     exact: bool,
-    chose: bool = True,
 ) -> Measured:
     """Record a selection.
 
@@ -72,8 +71,6 @@ def measure(
         scale: Logit scale.
         score: ``(logits, b, h, q, kv) -> logits``, the model's own change, or None.
         exact: Also compute the true recall of sampled rows.
-        chose: The site made the selection itself. Otherwise (blocks only) it cost nothing here, and what is said
-            of budgets, needs and lazy rows is said of the layer that made it.
 
     Returns:
         The record. ``kept_blocks`` and ``allowed_blocks`` are means over batch and the heads that choose of
@@ -84,7 +81,7 @@ def measure(
     """
     rows = _sampled_rows(query)
     if isinstance(selection, BlockSelection):
-        values, cells = _block_stats(selection, config, chose), _block_cells(selection)
+        values, cells = _block_stats(selection, config), _block_cells(selection)
         kept = _kept_by_blocks(selection, rows, key.shape[2]) if exact else None
     else:
         values, cells = _token_stats(selection, config, key), _token_cells(selection, config)
@@ -95,14 +92,14 @@ def measure(
     return Measured(torch.stack([value.to(torch.float32) for value in values]), cells, recalls)
 
 
-def _block_stats(selection: BlockSelection, config: OmniSparseConfig, chose: bool) -> tuple[Tensor, ...]:
+def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[Tensor, ...]:
     batch, heads = selection.keep.shape[:2]
     rows = selection.layout.some.any(-1).expand(batch, heads, -1)
     active = selection.active & rows
     lazy = selection.lazy & rows
     recall = (selection.mass * selection.keep).sum(-1)
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
-    cost = allowed * COSTS[config.scorer] + _last_rows(selection, config) if chose else torch.zeros_like(allowed)
+    cost = allowed * COSTS[config.scorer] + _last_rows(selection, config)
     return (
         selection.keep.sum() / (batch * heads),
         allowed,

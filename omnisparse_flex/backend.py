@@ -21,9 +21,9 @@ from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
 from omnisparse_flex.passes.dump import check_dump_folder
 from omnisparse_flex.passes.nodes import shape_of
-from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.passes.state import Site
 from omnisparse_flex.report import RewriteReport, SiteReport
+from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
 
@@ -92,6 +92,9 @@ class Backend:
         require(callable(inner) or inner in INNERS, "inner", rule, inner)
         _check_flash(kernel)
         check_dump_folder()
+        require_seams("dynamo")
+        if inner in ("auto", "inductor"):
+            require_seams("inductor")
         self.config = config
         self.min_seq_len = min_seq_len
         self.kernel = kernel
@@ -164,7 +167,6 @@ class Backend:
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
         self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
-        self.log.notes.update(dict.fromkeys(sharing_notes(rewrite.sites)))
         if rewrite.dumped_to:
             self.log.notes[f"the graph after every pass: {rewrite.dumped_to}"] = None
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)

@@ -7,12 +7,12 @@ from omnisparse_flex.masks.blocks.select import COSTS
 
 #: Time of a choice of blocks beyond that of ``mean_pool``, as a share of a dense call's: the larger of 32K and 128K
 #: tokens on an H200 (``benchmarks/results/scorers.json``); taken for every GPU.
-ON_A_GPU = {"mean_pool": 0.0, "tile_pool": 0.05, "antidiagonal": 0.12, "probe": 3.2}
+ON_A_GPU = {"mean_pool": 0.0, "tile_pool": 0.05}
 #: Time of a choice of tokens: what it takes whoever is active, and what the scores of all queries take; the larger of
 #: the same lengths, by ``one_pass`` (``benchmarks/results/token.json``).
 TOKENS_ON_A_GPU = (0.24, 0.57)
 #: The same in tensor code: on a CPU a call of 2K to 32K tokens never took less than this above a dense one
-#: (``benchmarks/results/token_cpu.json``). A GPU runs it for estimators that have no kernel; not measured there.
+#: (``benchmarks/results/token_cpu.json``). A GPU runs it where no kernel fits; not measured there.
 TENSOR_CODE = 1.4
 #: Share of the queries that are expected to be active where some are lazy: nobody knows before the run.
 EXPECTED_ACTIVE = 0.5
@@ -32,7 +32,7 @@ def choice_share(config: OmniSparseConfig, device: str) -> float:
     """
     if config.granularity == "block":
         return COSTS[config.scorer] if device == "cpu" else ON_A_GPU[config.scorer]
-    if device == "cpu" or config.scorer != "one_pass":
+    if device == "cpu":
         return TENSOR_CODE
     anyway, scores = TOKENS_ON_A_GPU
     return anyway + scores * (1.0 if config.lazy_below is None else EXPECTED_ACTIVE)

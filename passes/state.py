@@ -65,8 +65,6 @@ class Site:
         skip: Set by the first pass that refuses the site.
         rewritten: Set when ``lower`` has replaced the site.
         flash_refused: Why a wanted FLASH kernel does not run it, "" otherwise.
-        lead: The site whose choice of blocks it uses, None: its own.
-        alone: Why it could not use the choice of the sites before it, "" where it does or need not.
     """
 
     kind: str
@@ -94,8 +92,6 @@ class Site:
     skip: Skip | None = None
     rewritten: bool = False
     flash_refused: str = ""
-    lead: Site | None = None
-    alone: str = ""
 
     def refuse(self, reason: str) -> None:
         """Leave the site dense; the first reason stands."""

@@ -9,35 +9,23 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks.blocks.antidiagonal import STRIDE, antidiagonal
 from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.blocks.last_rows import with_last_rows
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout, mask_blocks
 from omnisparse_flex.masks.blocks.lazy import active_rows
 from omnisparse_flex.masks.blocks.mean_pool import block_mean, mean_pool
-from omnisparse_flex.masks.blocks.sampled_rows import PROBES, probe
 from omnisparse_flex.masks.blocks.scorer import Scorer
 from omnisparse_flex.masks.blocks.tile_pool import TILE, tile_pool
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 
-#: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
+#: Side of a block, in tokens: the only size that FlexAttention's backward takes on sm90.
 BLOCK = 128
 
-SCORERS: dict[str, Scorer] = {
-    "mean_pool": mean_pool,
-    "tile_pool": tile_pool,
-    "antidiagonal": antidiagonal,
-    "probe": probe,
-}
+SCORERS: dict[str, Scorer] = {"mean_pool": mean_pool, "tile_pool": tile_pool}
 #: A scorer's products for a pair of blocks, as a share of what attention itself computes for it (QK and PV).
-COSTS = {
-    "mean_pool": 0.5 / BLOCK**2,
-    "tile_pool": 0.5 / TILE**2,
-    "antidiagonal": 0.5 / STRIDE,
-    "probe": 0.5 * PROBES / BLOCK,
-}
+COSTS = {"mean_pool": 0.5 / BLOCK**2, "tile_pool": 0.5 / TILE**2}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,8 +107,6 @@ def select_blocks(
     needs, overflow = _capped(needs, config.max_kv_budget)
     budget = shared_budget(needs, active, _blocks_of(config.budget))
     keep = layout.forced | keep_top(order, layout.eligible, budget)
-    if config.lazy_mode == "skip":
-        keep = keep & (active | ~lazy).unsqueeze(-1)
     return BlockSelection(keep, layout, mass, needs, budget, active, lazy, overflow & active)
 
 

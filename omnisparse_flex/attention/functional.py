@@ -51,8 +51,7 @@ def sparse_attention(
         query: (B, Hq, L, D), float16 / bfloat16 / float32 (float64 eagerly).
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
-        config: Selection rules. Only the first ``target_recall`` is used if it lists layers; ``share_layers`` is
-            without effect, this being one layer.
+        config: Selection rules. Only the first ``target_recall`` is used if it lists layers.
         visual_mask: bool (B, S), tokens eligible for selection; the others are always kept.
             None: every token is eligible.
         is_causal: Query i sees keys up to i + S - L (lower-right causality).

@@ -1,4 +1,4 @@
-"""DESIGN's invariants of block selection, as properties over configs, shapes, masks, padding and offsets."""
+"""The invariants of block selection, as properties over configs, shapes, masks, padding and offsets."""
 
 import contextlib
 import dataclasses
@@ -137,22 +137,15 @@ def cases(draw, masks=plain_masks):
 
 @given(cases() | cases(any_masks))
 def test_kept_blocks_may_be_seen_and_no_row_loses_every_key(case):
-    selection, allowed = case.select(lazy_mode="local"), case.allowed
+    selection, allowed = case.select(), case.allowed
     assert not (selection.keep & ~selection.layout.some).any(), "a block without an allowed pair is computed"
     sees = allowed.any(-1)
     assert torch.equal((case.tokens(selection) & allowed).any(-1), sees), "a row with an allowed key keeps none"
 
 
-@given(cases())
-def test_a_skipped_row_keeps_nothing_and_the_others_what_they_kept(case):
-    local, skip = (case.select(lazy_mode=mode) for mode in ("local", "skip"))
-    skipped = (skip.lazy & ~skip.active).unsqueeze(-1)
-    assert torch.equal(skip.keep, local.keep & ~skipped)
-
-
 @given(cases() | cases(any_masks))
 def test_window_text_and_first_keys_are_kept_by_every_row(case):
-    selection, allowed, config = case.select(lazy_mode="local"), case.allowed, case.config
+    selection, allowed, config = case.select(), case.allowed, case.config
     lost = allowed & ~case.tokens(selection)
     keys = torch.arange(case.shape.kv_len)
     assert not (lost & ((case.positions - keys).abs() < config.window_size)).any()
@@ -164,7 +157,7 @@ def test_window_text_and_first_keys_are_kept_by_every_row(case):
 
 @given(cases())
 def test_sinks_are_the_first_keys_a_row_may_see(case):
-    lost = case.allowed & ~case.tokens(case.select(lazy_mode="local"))
+    lost = case.allowed & ~case.tokens(case.select())
     assert not (lost & (case.allowed.cumsum(-1) <= case.config.sink_size)).any()
 
 

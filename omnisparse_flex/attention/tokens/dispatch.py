@@ -91,8 +91,7 @@ def takes_kernels(query: Tensor, value: Tensor, site: Site) -> bool:
     dim = query.shape[3]
     fits = 16 <= dim <= 256 and dim & (dim - 1) == 0 and value.shape[3] == dim and query.dtype != torch.float64
     # Keys' gradients are summed in no fixed order.
-    ours = site.config.scorer == "one_pass" and not site.changes_scores
-    return query.is_cuda and fits and ours and not torch.are_deterministic_algorithms_enabled()
+    return query.is_cuda and fits and not site.changes_scores and not torch.are_deterministic_algorithms_enabled()
 
 
 def choose(
@@ -136,10 +135,7 @@ def attend_selected(
     assert site.config is not None
     chosen = (selection.rows.long(), selection.row_count, selection.chosen, selection.key_count)
     far, far_lse = attend_gathered(query, key, value, *chosen, columns(site.config, key.shape[2]), site)
-    out = merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
-    if site.config.lazy_mode == "skip":
-        out = out.masked_fill((selection.lazy & ~selection.active).unsqueeze(-1), 0.0)
-    return out
+    return merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
 
 
 def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | None = None) -> Tensor:

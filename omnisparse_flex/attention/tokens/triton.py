@@ -134,7 +134,7 @@ def gradients_quickly(
 
 @torch.no_grad()
 def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, out: Tensor) -> Attended:
-    """Both parts, the second from where the first ends; then the sinks, which have no value, and the skipped rows.
+    """Both parts, the second from where the first ends; then the sinks, which have no value.
 
     Query and ``out``, which is written, are those of the span.
     """
@@ -154,10 +154,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, o
     if sinks is not None:
         out.mul_(keys_share(lse, sinks).unsqueeze(-1))
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    if config.lazy_mode == "skip":
-        skipped = selection.lazy & ~selection.active
-        out.masked_fill_(skipped.unsqueeze(-1), 0.0)
-        lse.masked_fill_(skipped, -torch.inf)
     return Attended(span.heads, span.own, lse, near, selection)
 
 
