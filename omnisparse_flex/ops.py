@@ -1,10 +1,10 @@
 """The operators that carry our meaning through Dynamo and AOTAutograd.
 
-``attn`` marks an attention site in a captured graph; left alone it decomposes to dense
-SDPA. It takes the call's run-time state (``run_state.RunState``) as operands, for the passes to read; ``bind``
-carries the same into the graph of a module whose attention has no marker, or whose layers hand no keyword arguments on. ``realize`` is a copy that Inductor
-cannot fuse away. ``sort_rows`` is a sort that Inductor does not write itself: Triton takes
-up to a minute to compile a sort fused with what surrounds it.
+``attn`` marks an attention site in a captured graph; left alone it decomposes to dense SDPA. It takes the call's
+run-time state (``run_state.RunState``) as operands, for the passes to read. ``bind`` carries the same into the graph of
+a module whose attention has no marker, or whose layers hand no keyword arguments on. ``realize`` is a copy that
+Inductor cannot fuse away. ``sort_rows`` is a sort that Inductor does not write itself: Triton takes up to a minute to
+compile a sort fused with what surrounds it.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ from benchmarks.decode.bench_decode import (
 )
 from benchmarks.model import bench_compile
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
-from omnisparse_flex.cache_argument import as_cache_argument
+from omnisparse_flex.model.cache_argument import as_cache_argument
 from omnisparse_flex.model.compiled_module import entry_of
 
 RUNS, WARM = 40, 5

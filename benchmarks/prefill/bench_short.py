@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.model.bench_compile import build
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.attention import select_op
-from omnisparse_flex.cache_argument import as_cache_argument
 from omnisparse_flex.calibration.timing import milliseconds
+from omnisparse_flex.model.cache_argument import as_cache_argument
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "short.json"
 K = 1024

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_ops import Owner
-from omnisparse_flex.run_state import RunState, State
+from omnisparse_flex.model.run_state import RunState, State
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.
 DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
