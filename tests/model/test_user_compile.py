@@ -10,7 +10,7 @@ import torch
 from omnisparse_flex import ConfigError, apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.model.compiled_module import APART, REPLACED, entry_of
 from tests.helpers.tiny import build
-from tests.test_state_in_every_graph import PLANTED, error, oracle, outcome, prompt
+from tests.model.test_state_in_every_graph import PLANTED, error, oracle, outcome, prompt
 
 
 def compiled_by_call(model):
