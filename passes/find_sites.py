@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
 from torch.fx import GraphModule, Node
 
-import omnisparse_flex.ops  # noqa: F401  (defines the marker)
+import omnisparse_flex.attention.marker  # noqa: F401  (defines the marker)
 from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import omnisparse_flex.model.cache_ops  # noqa: F401  (defines operators that the attention function calls)
 from omnisparse_flex.attention.logit_sinks import check_sinks
+from omnisparse_flex.attention.marker import dense_attention
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.cache_argument import cache_in
 from omnisparse_flex.model.compiled_module import APART, Entry, VisualMask, check_visual
 from omnisparse_flex.model.run_state import RunState
-from omnisparse_flex.ops import dense_attention
 
 #: The attention implementation's name inside transformers.
 NAME = "omnisparse"
