@@ -14,11 +14,11 @@ if not all(importlib.util.find_spec(name) for name in ("transformers", "av", "sk
 
 import itertools
 
+from benchmarks.common.intervals import interval
 from benchmarks.video_needle import checkpoint, questions, scene, vocabulary
 from benchmarks.video_needle.controls import SCORERS, match_density, scoring
 from benchmarks.video_needle.data import IGNORE, batch_of, inputs, make_batch, position_ids
 from benchmarks.video_needle.evaluate import CHANCE, by_kind, evaluate
-from benchmarks.video_needle.intervals import interval
 from benchmarks.video_needle.losses import narration_loss
 from benchmarks.video_needle.model import count_parameters, make_config, make_model
 from benchmarks.video_needle.scene import CELLS, Distractor, Event, Scene, make_scene, scene_seed

@@ -16,6 +16,7 @@ import torch
 
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import ConfigError, OmniSparseCache, collect_stats, rewrite_report
+from omnisparse_flex.cache.step_reasons import reason_of_call
 from omnisparse_flex.cache.step_replay import Replay
 from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import entry_of
@@ -383,7 +384,7 @@ def test_an_argument_on_another_device_is_not_recorded(device):
     with torch.no_grad():
         model(**prompt(device, (90,), spans=SPAN), **cached(cache))
     call = SimpleNamespace(entry=entry_of(model), cache=cache, leaves=[torch.zeros(1, device="meta")])
-    assert cache.replay._reason(call, {}) == "an argument lies on another device"
+    assert reason_of_call(call, {}, cache.store.device) == "an argument lies on another device"
 
 
 def test_statistics_end_a_recorded_step(device):
