@@ -23,7 +23,6 @@ from benchmarks.video_needle.scene import CELLS, Distractor, Event, Scene, make_
 from benchmarks.video_needle.schedule import Schedule
 from omnisparse_flex.errors import ConfigError
 
-
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "vision_depth": 1}
 
 
