@@ -97,7 +97,7 @@ lock:
 
 clean:
 	rm -rf .venv .venv-latest .venv-oldest .venv-lock build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -rf benchmarks/scratch omnisparse_masks.png omnisparse_stats.json
+	rm -rf benchmarks/scratch omnisparse_masks.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and by its exact version: so pip takes a CPU wheel where its configuration offers one.

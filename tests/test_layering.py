@@ -10,16 +10,16 @@ ROOT = Path(__file__).parent.parent
 # A part is a module of omnisparse_flex/ or one of its folders, with the files of masks/ and its folders told apart; ""
 # is the public face, __init__.py. A part imports from its own floor and from those before it, lazily neither.
 FLOORS = (
-    {"errors", "types", "versions", "seams", "config", "report", "ops"},
+    {"errors", "types", "versions", "seams", "config", "config_schema", "report", "ops"},
     {"kernels", "compilation"},
     {"masks", "masks.expr"},
     {"masks.blocks"},
     {"masks.tokens"},
     {"masks.statistics"},
-    {"cost_model", "choice_cost"},
+    {"cost_model"},
     {"attention"},
     {"passes"},
-    {"backend"},
+    {"compile_or_restore", "backend"},
     {"model"},
     {"api", "stats", "warmup"},
     {"cache", "calibration"},
@@ -35,12 +35,8 @@ MAY_IMPORT_TRANSFORMERS = {"model", "cache", "cli"}
 BACK_ARROWS = {
     "omnisparse_flex/ops.py: omnisparse_flex.attention.logit_sinks.dense_with_sinks: against the arrow",
     "omnisparse_flex/ops.py: omnisparse_flex.attention.logit_sinks.softmax_with_sinks: against the arrow",
-    "omnisparse_flex/attention/lse_attention.py: omnisparse_flex.cache.kept_keys.KeptKeys: against the arrow",
-    "omnisparse_flex/kernels/decode_token.py: omnisparse_flex.cache.kept_keys.KeptKeys: against the arrow",
-    "omnisparse_flex/kernels/head_dims.py: omnisparse_flex.masks.tokens.head_dims.top_dims_of: against the arrow",
 }
 CIRCLES = {
-    frozenset({"attention.tokens.dispatch", "attention.tokens.tensor_code", "attention.tokens.triton"}),
     frozenset({"testing", "testing.strategies"}),
 }
 

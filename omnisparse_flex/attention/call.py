@@ -34,7 +34,7 @@ class Site:
         bias: Additive logits as an expression over ``bias_buffers``, applied last, or None.
         bias_buffers: Tensors that ``bias`` reads; they may require gradients.
         scale: Logit scale; None: 1 / sqrt(D).
-        visual: bool (B, S), tokens eligible for selection, or None.
+        visual: bool (B, S), visual tokens; None: every token is eligible. See ``text_blocks``.
         q_offset: Position of query 0 among the keys.
         sinks: (Hq,), logit of each head's virtual key without a value, or None; may require gradients. It takes
             its share of the mass after the selection. Our choice: recall is of the real tokens' mass, so what
@@ -44,10 +44,8 @@ class Site:
         static: Graphs are of one length each.
         kernel_options: Options for the flex kernel.
         layout: The part of the selection that layers of one mask share; None: made here.
-        choice: Another layer's choice of blocks, of this layout, to be used in place of an own one; or None.
         write: Called with what the selection left behind, to record statistics; or None.
         exact: ``write`` wants true recalls too.
-        whole: Without ``write``, too, all of the selection is wanted: the record of a layer that uses it tells of it.
         rules: Name under which the operators know this site's constants, where a graph is traced; or "".
     """
 
@@ -67,10 +65,8 @@ class Site:
     static: bool = False
     kernel_options: tuple[tuple[str, Any], ...] = ()
     layout: Layout | None = None
-    choice: BlockSelection | None = None
     write: Callable[[Measured], None] | None = None
     exact: bool = False
-    whole: bool = False
     rules: str = ""
 
     @property
@@ -83,13 +79,13 @@ class Site:
         return query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
-        """The record of a selection that this site made, or was given (``choice``)."""
+        """The record of a selection that this site made."""
         assert self.config is not None
         scale = self.scale_for(query)
         score = self.plain_score if self.changes_scores else None
         return measure(
             selection, query, key, self.mask, self.config,
-            scale=scale, score=score, exact=self.exact, chose=self.choice is None,
+            scale=scale, score=score, exact=self.exact,
         )  # fmt: skip
 
     def score(self, load: Loader, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *own: Tensor) -> Tensor:
@@ -132,7 +128,6 @@ def register(site: Site) -> str:
         q_offset=0,
         sinks=None,
         layout=None,
-        choice=None,
         write=None,
         exact=False,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisparse_flex.attention.lse_attention import attend_parts, takes_token, token_kernel
+from omnisparse_flex.cache.attend import TOKEN_KERNEL, attend_parts, takes_token
 from omnisparse_flex.cache.choose_keys import (
     PATTERN_QUERIES,
     Chooser,
@@ -23,6 +23,7 @@ from omnisparse_flex.cache.choose_keys import (
 from omnisparse_flex.cache.host_memory import Copies, HostCopy
 from omnisparse_flex.cache.kept_keys import KeptKeys, crop_kept, head_table, take_keys
 from omnisparse_flex.errors import PassError
+from omnisparse_flex.kernels.fallback import load
 
 #: Fewest and most tokens by which the memory for new tokens grows; in between it doubles. Our choice: a short answer
 #: wastes little memory, and a long one rarely moves the tensors that a recorded step reads.
@@ -193,12 +194,13 @@ class SlimLayer:
         Returns:
             (B, Hq, L, Dv) in query's dtype.
         """
-        if takes_token(query, value) and (kernel := token_kernel()) is not None:
+        if takes_token(query, value) and (kernel := load(*TOKEN_KERNEL)) is not None:
             token = (x.contiguous() for x in (query, key, value))
             sinks = None if sinks is None else sinks.contiguous()
             bits = None if padding is None else padding.contiguous().view(torch.uint8)
             tail = (*self._room(key, value), self._count(query.device), self.prefix)
-            out = kernel(*token, self.kept, *self._table(), *tail, bits, scale, sinks)
+            parts = [(part.keys, part.values) for part in self.kept]
+            out: Tensor | None = kernel(*token, parts, *self._table(), *tail, bits, scale, sinks)
             if out is not None:
                 self.tail += 1
                 return out

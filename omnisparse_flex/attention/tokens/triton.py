@@ -1,4 +1,4 @@
-"""Token attention on CUDA: the same three steps as ``token_attention``, in Triton kernels.
+"""Token attention on CUDA: the same three steps as ``tensor_code``, in Triton kernels.
 
 Beside its results it holds no more than the layer's keys and values take: queries attend a stretch after the other, a
 stretch's selection is made and attended to a few segments at a time, and is kept as bits.
@@ -24,10 +24,9 @@ from omnisparse_flex.attention.tokens.tensor_code import listed_gradients
 from omnisparse_flex.attention.tokens.triton_backward import gradients_by_heads
 from omnisparse_flex.kernels.attend_lists import KeyLists, attend_lists
 from omnisparse_flex.kernels.fallback import guarded
-from omnisparse_flex.kernels.head_dims import top_head_dims_triton
+from omnisparse_flex.kernels.head_dims import sums_of_squares
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.causal_padding import PlainMask
-from omnisparse_flex.masks.tokens.head_dims import top_head_dims
 from omnisparse_flex.masks.tokens.segments import SegmentLayout
 from omnisparse_flex.masks.tokens.select import TokenSelection
 from omnisparse_flex.masks.tokens.select_triton import select_quickly
@@ -134,7 +133,7 @@ def gradients_quickly(
 
 @torch.no_grad()
 def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, out: Tensor) -> Attended:
-    """Both parts, the second from where the first ends; then the sinks, which have no value, and the skipped rows.
+    """Both parts, the second from where the first ends; then the sinks, which have no value.
 
     Query and ``out``, which is written, are those of the span.
     """
@@ -154,18 +153,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, o
     if sinks is not None:
         out.mul_(keys_share(lse, sinks).unsqueeze(-1))
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    if config.lazy_mode == "skip":
-        skipped = selection.lazy & ~selection.active
-        out.masked_fill_(skipped.unsqueeze(-1), 0.0)
-        lse.masked_fill_(skipped, -torch.inf)
     return Attended(span.heads, span.own, lse, near, selection)
 
 
 #: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
 _attended = guarded(_attend, "the token kernels failed, token attention runs in tensor code")
-_top_head_dims = guarded(
-    top_head_dims_triton, "the kernel of the loudest coordinates failed, they are found in tensor code"
-)
+_squares = guarded(sums_of_squares, "the kernel of the top_head_dims coordinates failed, they are found in tensor code")
 _gradients = guarded(gradients_by_heads, "the token kernels failed, gradients of token attention run in tensor code")
 
 
@@ -206,10 +199,16 @@ def _spans(
     (heads, kv_heads), config, columns = (query.shape[1], key.shape[1]), site.config, None
     if config.scoring_dims is not None:
         # Of the whole call: a stretch's own would be others.
-        wanted = (query, key, config.choices(heads, kv_heads), config.scoring_dims)
-        columns = _top_head_dims(*wanted)
-        columns = top_head_dims(*wanted).int() if columns is None else columns
+        columns = _top_head_dims(query, key, config.choices(heads, kv_heads), config.scoring_dims)
     return spans(key, heads // kv_heads, config, plain, segments, text, columns)
+
+
+def _top_head_dims(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
+    """``top_head_dims`` in one launch for queries and one for keys, int32."""
+    of_query, of_key = _squares(query), _squares(key)
+    if of_query is None or of_key is None:
+        return top_head_dims(query, key, choices, dims).int()
+    return top_dims_of(of_query, of_key, choices, dims).int()
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:

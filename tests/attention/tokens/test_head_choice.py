@@ -21,7 +21,7 @@ from tests.model.test_transformers import bracket
 
 HEADS = dataclasses.replace(CONFIG, gqa_choice="head", lazy_threshold=0.4)
 NARROW = dataclasses.replace(HEADS, scoring_dims=16)
-CASES = [HEADS, NARROW, dataclasses.replace(HEADS, budget=40, lazy_mode="skip", scoring="column_mass")]
+CASES = [HEADS, NARROW, dataclasses.replace(HEADS, budget=40)]
 SHAPES = [AttentionShape(2, 2, 3, 300, 700, 32), AttentionShape(1, 1, 2, 520, 520, 32)]
 TOKENS = {"granularity": "token", "gqa_choice": "head", "segment_size": 128, "sink_size": 16, "window_size": 64}
 EVERYTHING = OmniSparseConfig(target_recall=0.999, budget=1 << 20, lazy_threshold=None, **TOKENS)

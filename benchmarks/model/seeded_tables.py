@@ -1,4 +1,4 @@
-"""The demo's figures as tables of text."""
+"""The seeded demo's figures as tables of text."""
 
 from __future__ import annotations
 

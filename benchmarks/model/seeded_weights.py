@@ -1,9 +1,8 @@
-"""Seeded weights for the demo's model: nothing is learnt, but attention is as uneven as a trained model's.
+"""Seeded weights for the seeded demo's model: nothing is learnt, but attention is as uneven as a trained model's.
 
 A freshly initialised transformer attends almost uniformly, and nothing can be left out of a
 uniform attention. So the queries here resemble the keys: every token attends to tokens that
-look like it (the same meadow in another frame), some heads sharply, some broadly. A trained
-model replaces these weights later.
+look like it (the same meadow in another frame), some heads sharply, some broadly.
 """
 
 from __future__ import annotations
