@@ -27,6 +27,7 @@ from omnisparse_flex.kernels.fallback import guarded
 from omnisparse_flex.kernels.head_dims import sums_of_squares
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.causal_padding import PlainMask
+from omnisparse_flex.masks.tokens.head_dims import top_dims_of, top_head_dims
 from omnisparse_flex.masks.tokens.segments import SegmentLayout
 from omnisparse_flex.masks.tokens.select import TokenSelection
 from omnisparse_flex.masks.tokens.select_triton import select_quickly
