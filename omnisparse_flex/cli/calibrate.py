@@ -110,8 +110,8 @@ def run_speed(model_dir: Path, rules: OmniSparseConfig) -> Costs:
     costs_of(name)  # a broken file should not cost the measurement
     costs = measure_costs(shape, device, progress)
     write(name, costs, user_file())
-    least = costs.break_even(shape, rules, name)
-    verdict = f"sparse from {least} queries on" if least < LAST else "sparse never pays with these rules"
+    shortest = costs.break_even(shape, rules, name)
+    verdict = f"sparse from {shortest} queries on" if shortest < LAST else "sparse never pays with these rules"
     print(f"\n{name}, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim}: {verdict}\ncosts: {user_file()}")
     return costs
 
