@@ -2,10 +2,10 @@
 
 The convention: every ```` ```python ```` block of README.md and of docs/ is run, those of one page in order and in one
 namespace. It begins with what a reader has by then: ``model``, a Qwen2.5-VL that ``apply_omnisparse`` changed;
-``inputs``, what its processor makes of a clip and a question; ``batch``, the same, its ``labels``, and ``batches`` with theirs; an
-``optimizer``; ``torch``, and the public names of the package. ``from_pretrained`` gives that model, and a processor whose only clip
-is the one of ``inputs``. So nothing is downloaded; a block that truly needs weights or files says so in a comment right
-above it, ``<!-- not run: why -->``, and is then only compiled.
+``inputs``, what its processor makes of a clip and a question; ``batch``, the same, its ``labels``, and ``batches`` with
+theirs; an ``optimizer``; ``torch``, and the public names of the package. ``from_pretrained`` gives that model, and a
+processor whose only clip is the one of ``inputs``. So nothing is downloaded; a block that truly needs weights or files
+says so in a comment right above it, ``<!-- not run: why -->``, and is then only compiled.
 """
 
 from __future__ import annotations
