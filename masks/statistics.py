@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.last_rows import BLOCKS
-from omnisparse_flex.masks.blocks.select import BLOCK, COSTS, BlockSelection
+from omnisparse_flex.masks.blocks.mean_pool import for_products
+from omnisparse_flex.masks.blocks.select import BLOCK, BlockSelection, scoring_cost
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.tokens.key_bits import blocks_of_bits
@@ -39,7 +41,7 @@ class Measured(NamedTuple):
 
     Attributes:
         stats: float32 (len(STATS),).
-        cells: uint8 (Hkv, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
+        cells: uint8 (Hq, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
         recalls: float32 (2, Hq), mean and minimum true recall; (2, 0) unless asked for.
     """
 
@@ -74,15 +76,15 @@ def measure(
 
     Returns:
         The record. ``kept_blocks`` and ``allowed_blocks`` are means over batch and the heads that choose of
-        the number of block pairs (a token pair counts 1 / BLOCK^2); ``selection_blocks`` is the
+        the number of block pairs, however wide (a token pair counts 1 / BLOCK^2); ``selection_blocks`` is the
         selection's own cost in the same unit; ``budget`` is the mean number of blocks beyond the
         always-kept ones of an active row (segment); ``discarded_share`` is that of the lazy rows;
         the recall is the estimator's own (uncalibrated).
     """
     rows = _sampled_rows(query)
     if isinstance(selection, BlockSelection):
-        values, cells = _block_stats(selection, config), _block_cells(selection)
-        kept = _kept_by_blocks(selection, rows, key.shape[2]) if exact else None
+        values, cells = _block_stats(selection, config), _block_cells(selection, config.split)
+        kept = _kept_by_blocks(selection, rows, key.shape[2], BLOCK // config.split) if exact else None
     else:
         values, cells = _token_stats(selection, config, key), _token_cells(selection, config)
         kept = kept_pairs(selection, rows, key.shape[2], config, BLOCK) if exact else None
@@ -99,11 +101,11 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[T
     lazy = selection.lazy & rows
     recall = (selection.mass * selection.keep).sum(-1)
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
-    cost = allowed * COSTS[config.scorer] + _last_rows(selection, config)
+    cost = allowed * scoring_cost(config) + _last_rows(selection, config)
     return (
         selection.keep.sum() / (batch * heads),
         allowed,
-        (selection.budget * active).sum() / active.sum().clamp(min=1),
+        (selection.budget * active).sum() / active.sum().clamp(min=1) / config.split,
         active.sum() / rows.sum().clamp(min=1),
         (lazy & ~selection.active).sum() / lazy.sum().clamp(min=1),
         (selection.needs * active).sum((0, 2)).argmax(),
@@ -148,9 +150,11 @@ def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tenso
     )
 
 
-def _block_cells(selection: BlockSelection) -> Tensor:
+def _block_cells(selection: BlockSelection, split: int) -> Tensor:
+    """Squares: a cell of narrow key blocks says the most that one of them has."""
     cells = selection.keep[0].to(torch.uint8) * SELECTED
-    return torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
+    cells = torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
+    return cells if split == 1 else F.pad(cells, (0, -cells.shape[-1] % split)).unflatten(-1, (-1, split)).amax(-1)
 
 
 def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
@@ -161,10 +165,10 @@ def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
     return torch.where(near, FORCED, cells).to(torch.uint8)
 
 
-def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int) -> Tensor:
+def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int, key_block: int) -> Tensor:
     # Realized in between: Inductor cannot bound an index into an index.
     kept = torch.ops.omnisparse.realize(selection.keep.index_select(2, rows // BLOCK))
-    keys: Tensor = kept.index_select(3, torch.arange(kv_len, device=kept.device) // BLOCK)
+    keys: Tensor = kept.index_select(3, torch.arange(kv_len, device=kept.device) // key_block)
     return keys
 
 
@@ -190,7 +194,7 @@ def true_recall(
     """Softmax mass that a selection really keeps, from exact rows.
 
     Args:
-        kept: bool (B, Hkv or Hq, P, S), what the rows keep, the model's own mask aside.
+        kept: bool (B, Hq, P, S), what the rows keep, the model's own mask aside.
         rows: int64 (P,), query indices.
         query: (B, Hq, L, D).
         key: (B, Hkv, S, D).
@@ -207,12 +211,12 @@ def true_recall(
     h = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
     q, kv = rows.view(1, 1, -1, 1), torch.arange(kv_len, device=query.device).view(1, 1, 1, -1)
     sampled = query.index_select(2, rows).unflatten(1, (-1, groups))
-    logits = (sampled @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scale
+    logits = (for_products(sampled) @ for_products(key).unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scale
     if score is not None:
         logits = score(logits, b, h, q, kv)
     allowed = mask.pairs(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)
     mass = torch.softmax(logits.masked_fill(~allowed, float("-inf")), -1).masked_fill(~allowed, 0.0)
-    recall = (mass * kept.repeat_interleave(heads // kept.shape[1], 1)).sum(-1)
+    recall = (mass * kept).sum(-1)
     sees = allowed.any(-1)
     mean = (recall * sees).sum((0, 2)) / sees.sum((0, 2)).clamp(min=1)
     return torch.stack([mean, torch.where(sees, recall, 1.0).amin((0, 2))])

@@ -64,7 +64,8 @@ def apply_omnisparse(
             machine). 0 switches every dense fallback off, decoding included.
         visual_mask: Which tokens may be dropped: bool (B, N), or a callable ``(args, kwargs)``
             of the module's inputs that returns one (or None: all). By default the model config's
-            image and video token ids; prompts without them: every token is eligible.
+            image and video token ids; prompts without them: every token is eligible. Of the other
+            tokens, runs of fewer than 128 between two that may be dropped (timestamps) may be dropped too.
         inner: What compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or
             a Dynamo backend of your own; ``"auto"``: Inductor, but aot_eager for CPU graphs that
             need gradients. Only Inductor's kernels skip blocks; elsewhere the mask carries them.

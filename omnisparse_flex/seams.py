@@ -110,6 +110,7 @@ def check_torch() -> None:
     Raises:
         ConfigError: In either case.
     """
+    importlib.import_module("torch")  # ``import omnisparse_flex`` may be a program's first import
     refuse_older("torch")
     require_seams("import")
 

@@ -31,7 +31,7 @@ class LayerStats:
         budget: Mean number of tokens beyond the always-kept ones of an active query block.
         active_share: Share of query blocks that are active.
         discarded_share: Share of the lazy query blocks that fetch nothing.
-        flattest_head: KV head with the largest need; with ``gqa_choice="head"`` the query head.
+        flattest_head: Query head with the largest need; of tokens the KV head, unless ``gqa_choice="head"``.
         estimated_recall: The estimator's own mean recall (uncalibrated).
         worst_estimated_recall: Its minimum over heads and query blocks.
         overflow_rows: Query blocks whose need exceeded ``max_kv_budget``.

@@ -12,14 +12,16 @@ from omnisparse_flex.attention.call import register
 from omnisparse_flex.attention.flex_options import Options, kernel_options
 from omnisparse_flex.attention.functional import autocast_dtype
 from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
+from omnisparse_flex.passes.nodes import shape_of, value_of
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.site_functions import (
     Constants,
     layer_function,
     layout_function,
+    listed_function,
 )
 from omnisparse_flex.passes.state import Leaf, Rewrite, Settings, Site
+from omnisparse_flex.passes.writes import mutations
 
 
 def lower(rewrite: Rewrite) -> None:
@@ -29,7 +31,7 @@ def lower(rewrite: Rewrite) -> None:
     as graph operands, so that the graph stays honest about what it reads.
     """
     layouts: dict[Hashable, Node] = {}
-    for site in rewrite.open_sites():
+    for site in rewrite.visit(rewrite.open_sites()):
         constants = _constants(site, rewrite.settings)
         operands = _operands(site, rewrite, layouts)
         with site.scope.graph_module.graph.inserting_before(site.node):
@@ -79,20 +81,30 @@ def _state_for(site: Site, rewrite: Rewrite) -> tuple[Node | None, ...]:
 def _leaf_operand(leaf: Leaf, scope: Scope) -> Node | None:
     if leaf.node is None:
         return None
-    return scope.carry(_before_mutation(leaf), leaf.home)
+    if leaf not in leaf.home.made:
+        leaf.home.made[leaf] = _made(leaf)
+    return scope.carry(leaf.home.made[leaf], leaf.home)
 
 
-def _before_mutation(leaf: Leaf) -> Node:
+def _made(leaf: Leaf) -> Node:
     """A leaf's value as the mask saw it: static caches advance their length tensor afterwards."""
-    node = leaf.node
+    node, graph = leaf.node, leaf.home.graph_module.graph
     assert node is not None
-    if not mutations(node):
+    if leaf.listed is not None:
+        made_of = (node, leaf.listed.indices, leaf.listed.kv_len)
+        with graph.inserting_after(max(x for x in made_of if isinstance(x, Node))):
+            return graph.call_function(listed_function(leaf.listed.block), made_of)
+    if mutations(node):
+        with graph.inserting_before(min(node.users)):
+            copy = graph.call_method("clone", (node,))
+        copy.meta = dict(node.meta)
+        node = copy
+    if not leaf.detached:
         return node
-    first_reader = min(node.users)
-    with leaf.home.graph_module.graph.inserting_before(first_reader):
-        copy = leaf.home.graph_module.graph.call_method("clone", (node,))
-    copy.meta = dict(node.meta)
-    return copy
+    with graph.inserting_after(node):
+        without = graph.call_method("detach", (node,))
+    without.meta = {**node.meta, "example_value": value_of(node).detach()}
+    return without
 
 
 def _constants(site: Site, settings: Settings) -> Constants:
@@ -125,5 +137,7 @@ def _kernel_options(site: Site, settings: Settings, dense: bool) -> tuple[Option
     query, key, value = (value_of(x) for x in (site.query, site.key, site.value))
     dtype = autocast_dtype(query.device.type) or query.dtype
     plain = site.mods is None and site.bias is None and site.softcap == 0
-    facts = {"plain_scores": plain, "captures": len(site.leaves) > 0, "sinks": site.sinks is not None}
+    narrow = settings.config.split > 1 and not dense
+    reads = len(site.leaves) > 0 or (narrow and settings.training)  # then the mask reads the map, see ``attend``
+    facts = {"plain_scores": plain, "captures": reads, "sinks": site.sinks is not None, "narrow": narrow}
     return kernel_options(settings.kernel, query, key, value, dtype, **facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 
 from torch.fx import GraphModule, Node
 
@@ -18,12 +19,14 @@ class Scope:
         parent: The scope that holds ``call``; None for the outermost graph.
         call: The higher-order call; its operands are ``call.args[1:]``.
         carried: Inputs that ``carry`` added, by the enclosing graph's node.
+        made: Nodes that ``lower`` made for what sites read, by what they are made of.
     """
 
     graph_module: GraphModule
     parent: Scope | None = None
     call: Node | None = None
     carried: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    made: dict[Hashable, Node] = dataclasses.field(default_factory=dict)
 
     def placeholders(self) -> list[Node]:
         """This graph's inputs, in order."""

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from omnisparse_flex.attention.call import Site as AttentionSite
 from omnisparse_flex.attention.functional import attend, autocast_dtype, scalar
-from omnisparse_flex.compilation.cache_names import importable
+from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.blocks.block_lists import map_of_lists
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout
 from omnisparse_flex.masks.blocks.select import grid_of
-from omnisparse_flex.masks.expr.expr import Const, Expr, Load
+from omnisparse_flex.masks.expr.expr import Expr, number_in
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.statistics import Measured
 from omnisparse_flex.passes.nodes import value_of
@@ -25,7 +26,7 @@ from omnisparse_flex.passes.state import Site
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Constants:
-    """What is constant about one site; its ``repr`` tells all of it, as ``importable`` asks.
+    """What is constant about one site; its ``repr`` tells all of it, as ``stable_name`` asks.
 
     Attributes:
         layer: Decoder layer.
@@ -83,10 +84,9 @@ def layout_function(site: Site, config: OmniSparseConfig) -> Callable[..., Layou
     def call(query: Tensor, key: Tensor, visual: Tensor | None, *leaves: Any) -> Layout:
         mask, q_offset = _mask(expr, offset, query, key, leaves)
         visual = None if visual is None else visual.to(query.device)
-        grid = grid_of(query, key)
-        return block_layout(mask, grid, int(key.shape[1]), config, visual=visual, q_offset=q_offset)
+        return block_layout(mask, grid_of(query, key, config.split), config, visual=visual, q_offset=q_offset)
 
-    return importable(_renamed(call, "omnisparse_layout"), None)
+    return stable_name(_renamed(call, "omnisparse_layout"), None)
 
 
 def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
@@ -98,11 +98,20 @@ def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
     return _named(call, f"omnisparse_layer_{site.layer}", site)
 
 
+def listed_function(block: int) -> Callable[..., Tensor]:
+    """``(counts, indices, keys)`` to the map of blocks of ``block`` keys that they list."""
+
+    def call(counts: Tensor, indices: Tensor, kv_len: int) -> Tensor:
+        return map_of_lists(counts, indices, (kv_len + block - 1) // block)
+
+    return stable_name(_renamed(call, "omnisparse_listed"), None)
+
+
 def _named(call: Callable[..., Any], name: str, site: Site) -> Callable[..., Any]:
     function = _renamed(call, name)
     if site.mods is not None:
         return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
-    return importable(function, autocast_dtype(value_of(site.query).device.type))
+    return stable_name(function, autocast_dtype(value_of(site.query).device.type))
 
 
 def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:
@@ -137,11 +146,8 @@ def _mask(
     expr: Expr, offset: Expr | None, query: Tensor, key: Tensor, leaves: Sequence[Any]
 ) -> tuple[MaskProgram, Tensor | int]:
     """The lifted mask over its leaves, and the position of query 0."""
-    buffers = _as_tensors(leaves, query, key)
-    if isinstance(offset, Const):
-        return MaskProgram(expr, buffers), int(offset.value)
-    assert isinstance(offset, Load) and not offset.at, f"offset {offset} is not a number or a scalar"
-    return MaskProgram(expr, buffers), buffers[offset.slot]
+    mask = MaskProgram(expr, _as_tensors(leaves, query, key))
+    return mask, 0 if offset is None else number_in(offset, mask.buffers, query.device)
 
 
 def _as_tensors(leaves: Sequence[Any], query: Tensor, key: Tensor) -> tuple[Tensor, ...]:

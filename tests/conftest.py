@@ -14,6 +14,8 @@ settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("dev", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+# What fails inside the backend is a failure here, not a site that stays dense; see errors.py.
+os.environ.setdefault("OMNISPARSE_RAISE_BUGS", "1")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import ConfigError, OmniSparseConfig
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.choice_cost import TENSOR_CODE, TOKENS_ON_A_GPU, choice_share, pair_cost
+from omnisparse_flex.calibration.fit import Sample, fit
 from omnisparse_flex.config import SCORINGS
 from omnisparse_flex.cost_model import (
     EXPECTED_SHARE,
@@ -20,12 +20,14 @@ from omnisparse_flex.cost_model import (
     LAST,
     PACKAGED,
     STEP,
+    TENSOR_CODE,
+    TOKENS_ON_A_GPU,
     Costs,
-    Sample,
     Shape,
+    choice_share,
     costs_of,
     expected_share,
-    fit,
+    pair_cost,
     user_file,
     write,
 )

@@ -16,10 +16,10 @@ FLOORS = (
     {"masks.blocks"},
     {"masks.tokens"},
     {"masks.statistics"},
-    {"cost_model", "choice_cost"},
+    {"cost_model"},
     {"attention"},
     {"passes"},
-    {"backend"},
+    {"compile_or_restore", "backend"},
     {"model"},
     {"api", "stats", "warmup"},
     {"cache", "calibration"},
@@ -35,12 +35,8 @@ MAY_IMPORT_TRANSFORMERS = {"model", "cache", "cli"}
 BACK_ARROWS = {
     "omnisparse_flex/ops.py: omnisparse_flex.attention.logit_sinks.dense_with_sinks: against the arrow",
     "omnisparse_flex/ops.py: omnisparse_flex.attention.logit_sinks.softmax_with_sinks: against the arrow",
-    "omnisparse_flex/attention/lse_attention.py: omnisparse_flex.cache.kept_keys.Rectangle: against the arrow",
-    "omnisparse_flex/kernels/decode_token.py: omnisparse_flex.cache.kept_keys.Rectangle: against the arrow",
-    "omnisparse_flex/kernels/head_dims.py: omnisparse_flex.masks.tokens.head_dims.loudest_of: against the arrow",
 }
 CIRCLES = {
-    frozenset({"attention.tokens.dispatch", "attention.tokens.tensor_code", "attention.tokens.triton"}),
     frozenset({"testing", "testing.strategies"}),
 }
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 # Found when asked for: parts of this folder are imported by what it would import.
 _HOMES = {
-    "sparse_attention": "omnisparse_flex.attention.functional.functional",
+    "sparse_attention": "omnisparse_flex.attention.functional",
 }
 __all__ = ["sparse_attention"]
 

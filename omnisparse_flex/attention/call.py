@@ -34,7 +34,7 @@ class Site:
         bias: Additive logits as an expression over ``bias_buffers``, applied last, or None.
         bias_buffers: Tensors that ``bias`` reads; they may require gradients.
         scale: Logit scale; None: 1 / sqrt(D).
-        visual: bool (B, S), tokens eligible for selection, or None.
+        visual: bool (B, S), visual tokens; None: every token is eligible. See ``text_blocks``.
         q_offset: Position of query 0 among the keys.
         sinks: (Hq,), logit of each head's virtual key without a value, or None; may require gradients. It takes
             its share of the mass after the selection. Our choice: recall is of the real tokens' mass, so what

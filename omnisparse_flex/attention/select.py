@@ -6,7 +6,7 @@ from torch import Tensor
 
 from omnisparse_flex.attention import select_op
 from omnisparse_flex.attention.call import Site
-from omnisparse_flex.masks.blocks.select import BlockSelection, at_centres, grid_of, select_blocks
+from omnisparse_flex.masks.blocks.select import BlockSelection, change_of_logits, grid_of, select_blocks
 
 
 def choose(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
@@ -28,6 +28,7 @@ def choose(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
 
 def _inline(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
     assert site.config is not None
+    grid = grid_of(query, key, site.config.split)
     return select_blocks(
         query,
         key,
@@ -37,6 +38,6 @@ def _inline(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         scale=site.scale_for(query),
         visual=site.visual,
         q_offset=site.q_offset,
-        adjust=at_centres(grid_of(query, key), site.plain_score) if site.changes_scores else None,
+        adjust=change_of_logits(grid, site.plain_score) if site.changes_scores else None,
         layout=site.layout,
     )

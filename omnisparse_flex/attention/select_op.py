@@ -11,6 +11,7 @@ import builtins
 import functools
 import hashlib
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from omnisparse_flex.attention.call import Site, registered
-from omnisparse_flex.compilation.cache_names import importable
+from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph
+from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of, select_blocks
 from omnisparse_flex.masks.expr.program import MaskProgram
@@ -39,6 +41,8 @@ RECOMPILE_LIMIT = 32
 KEPT = 64
 #: Graphs compiled so far in this process.
 graphs = 0
+#: Rules, with and without a record, whose compiled selection failed.
+failed: set[tuple[str, bool]] = set()
 #: What a graph of the selection calls; each has globals of its own, which hold its own.
 FUNCTION: Callable[..., tuple[Tensor, ...]]
 #: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
@@ -87,9 +91,28 @@ def _select(
     # Dynamo guards on grad mode, autocast and dispatch keys: one state for all. The inputs have followed autocast.
     below = torch._C._AutoDispatchBelowADInplaceOrView()  # where a first call is, and later ones are not
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False), below, limits:
-        made = run(query.detach(), key.detach(), target, *layout, *buffers)
+        made = _run_or_plain(run, rules, record, len(layout), (query.detach(), key.detach(), target, *layout, *buffers))
     blank = (query.new_empty(0, dtype=dtype) for _, dtype, _ in PARTS[len(made) :])
     return (*made, *blank)
+
+
+def _run_or_plain(
+    run: Callable[..., tuple[Tensor, ...]], rules: str, record: bool, maps: int, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The compiled selection; where it fails, the same in tensor code, from then on."""
+    if (rules, record) in failed:
+        return _plain(rules, record, maps)(*inputs)
+    try:
+        return run(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if raises_bugs() or capturing:
+            raise
+        failed.add((rules, record))
+        warnings.warn(f"omnisparse: {bug('the compiled selection', error)}; in tensor code there", stacklevel=2)
+        return _plain(rules, record, maps)(*inputs)
 
 
 def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -124,7 +147,7 @@ def compiled(rules: str, record: bool, maps: int, kind: tuple[Any, ...]) -> Call
     function = _plain(rules, record, maps)
     assert isinstance(function, types.FunctionType)
     # Dynamo takes it for one call, which AOTAutograd traces through: as in a model's graph.
-    function = torch.compiler.allow_in_graph(importable(function, rules))
+    function = torch.compiler.allow_in_graph(stable_name(function, rules))
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         return FUNCTION(*tensors)  # noqa: F821
@@ -147,8 +170,10 @@ def _fake(
     query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, buffers: Sequence[Tensor], rules: str,
     record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    wanted, grid = len(PARTS) if record else 1, grid_of(query, key)
-    shape = (query.shape[0], key.shape[1], grid.q_blocks, grid.kv_blocks)
+    config = registered(rules).config
+    assert config is not None
+    wanted, grid = len(PARTS) if record else 1, grid_of(query, key, config.split)
+    shape = (query.shape[0], query.shape[1], grid.q_blocks, grid.kv_blocks)
     return tuple(
         query.new_empty((shape if keys else shape[:3]) if i < wanted else (0,), dtype=dtype)
         for i, (_, dtype, keys) in enumerate(PARTS)

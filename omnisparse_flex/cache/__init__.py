@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 # Found when asked for: parts of this folder are imported by what it would import.
 _HOMES = {
-    "OmniSparseCache": "omnisparse_flex.cache.hf_cache.hf_cache",
+    "OmniSparseCache": "omnisparse_flex.cache.hf_cache",
 }
 __all__ = ["OmniSparseCache"]
 

@@ -21,7 +21,7 @@ LOGITS = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Choice:
+class HeadChoice:
     """What the KV heads of one layer fetch.
 
     Attributes:
@@ -40,7 +40,7 @@ class Choice:
 
 
 #: ``(mass (B, Hkv, n), layer) -> Choice``; the mass of a column that a row does not have is -1.
-Chooser = Callable[[Tensor, int], Choice]
+Chooser = Callable[[Tensor, int], HeadChoice]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def positions_of(mask: Tensor) -> tuple[Tensor, bool]:
     return found.contiguous(), min(counts) < max(counts)
 
 
-def column_mass(query: Tensor, key: Tensor, positions: Tensor, weights: Tensor, real: Tensor, scale: float) -> Tensor:
+def pattern_mass(query: Tensor, key: Tensor, positions: Tensor, weights: Tensor, real: Tensor, scale: float) -> Tensor:
     """Attention mass that each key gets from a few queries: exact softmax rows, averaged.
 
     Args:
@@ -186,7 +186,7 @@ def ranked(mass: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     return torch.where(mass < 0, mass, around).sort(dim=-1, descending=True).indices
 
 
-def choose(mass: Tensor, recall: float, most: int | None = None, neighbours: int = NEIGHBOURS) -> Choice:
+def choose_keys(mass: Tensor, recall: float, most: int | None = None, neighbours: int = NEIGHBOURS) -> HeadChoice:
     """Split the heads into lazy and fetching ones, and pick each fetching head's keys.
 
     Args:
@@ -213,13 +213,13 @@ def choose(mass: Tensor, recall: float, most: int | None = None, neighbours: int
     k = min(max(need), count if most is None else most)
     lazy = tuple(h for h in heads if need[h] == 0 or k == 0) if count else ()
     fetching = tuple(h for h in heads if h not in lazy)
-    return Choice(lazy, fetching, order[:, list(fetching), :k])
+    return HeadChoice(lazy, fetching, order[:, list(fetching), :k])
 
 
-def keep_all(plan: Plan, heads: int) -> Choice:
+def keep_all(plan: Plan, heads: int) -> HeadChoice:
     """Every head fetches every droppable key."""
     columns = torch.arange(plan.drop.shape[1], device=plan.drop.device)
-    return Choice((), tuple(range(heads)), columns.expand(plan.drop.shape[0], heads, -1))
+    return HeadChoice((), tuple(range(heads)), columns.expand(plan.drop.shape[0], heads, -1))
 
 
 def kept_positions(plan: Plan, picked: Tensor | None, heads: int) -> Tensor:

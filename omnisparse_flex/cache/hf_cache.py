@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnisparse_flex.cache.choose_keys import choose
+from omnisparse_flex.cache.choose_keys import choose_keys
 from omnisparse_flex.cache.cuda_graph import CudaGraphs
 from omnisparse_flex.cache.layer import SlimLayer
 from omnisparse_flex.cache.memory_report import MemoryReport, memory_report
@@ -86,7 +86,7 @@ class OmniSparseCache:
         layers = [SlimLayer(i) for i in range(_full_layers(entry.module))]
         super().__init__(layers=layers)  # type: ignore[call-arg]
         config = entry.backend.config
-        rule = functools.partial(choose, recall=visual_recall, most=config.max_kv_budget)
+        rule = functools.partial(choose_keys, recall=visual_recall, most=config.max_kv_budget)
         self.store = SlimStore(layers, lambda mass, layer: rule(mass), offload, config.sink_size, config.window_size)
         self.replay = Replay(self.store, CudaGraphs()) if cuda_graphs else None
         # What a call still has to do when its recorded step runs already; see ``Entry.prepare``.
@@ -133,8 +133,8 @@ class OmniSparseCache:
     def omnisparse_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the decoder within ``omnisparse_call``, or replay a recorded step of it."""
         store = self.store
-        if store.is_step and not store.padded and isinstance(kwargs.get("position_ids"), Tensor):
-            # All ones, or ``store.marks`` knows better: without it the decode graph knows no length.
+        if store.is_step and not store.tokens.padded and isinstance(kwargs.get("position_ids"), Tensor):
+            # All ones, or ``store.tokens.marks`` says otherwise: without it the decode graph knows no length.
             kwargs.update({"attention_mask": None} if "attention_mask" in kwargs else {})
         return entry.run(args, kwargs) if self.replay is None else self.replay.run(entry, self, args, kwargs)
 
@@ -181,7 +181,7 @@ class OmniSparseCache:
 
     def activate_past_recording(self) -> None:
         """Assisted decoding announces that it will crop."""
-        self.store.recording = True
+        self.store.is_assisted = True
 
     @property
     def _is_user_defined(self) -> bool:
@@ -190,7 +190,7 @@ class OmniSparseCache:
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         # ``generate`` sets this when it begins: what follows is a turn, not a draft to verify.
-        self.store.recording = self.store.cropped = False
+        self.store.is_assisted = self.store.cropped = False
         if self.replay is not None:
             self.replay.forget()  # another answer, in other circumstances
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(eq=False, slots=True, frozen=True)
-class Rectangle:
+class KeptKeys:
     """Kept keys of heads that keep equally many. Never changed: what changes a layer gives it other rectangles.
 
     Attributes:
@@ -50,13 +50,13 @@ class Rectangle:
         for full, own in ((key, self.keys), (value, self.values)):
             full[rows, columns, slots] = own if allowed is None else torch.where(allowed[..., None], own, own[:, :, :1])
 
-    def selected(self, rows: Tensor) -> Rectangle:
+    def selected(self, rows: Tensor) -> KeptKeys:
         """The rectangle of a batch that consists of ``rows``, int64 (B',)."""
         # A lazy rectangle's heads share their positions' memory, and shall go on sharing it.
         shared = self.positions.stride(1) == 0
         positions = (self.positions[:, :1] if shared else self.positions)[rows].expand(-1, len(self.heads), -1)
         counts = None if self.counts is None else self.counts[rows]
-        return Rectangle(self.heads, self.keys[rows], self.values[rows], positions, counts)
+        return KeptKeys(self.heads, self.keys[rows], self.values[rows], positions, counts)
 
     @property
     def bytes(self) -> int:
@@ -65,7 +65,9 @@ class Rectangle:
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
-def cut(key: Tensor, value: Tensor, heads: tuple[int, ...], positions: Tensor, length: int, ragged: bool) -> Rectangle:
+def take_keys(
+    key: Tensor, value: Tensor, heads: tuple[int, ...], positions: Tensor, length: int, ragged: bool
+) -> KeptKeys:
     """A rectangle of kept keys, copied out of full tensors.
 
     Args:
@@ -83,10 +85,10 @@ def cut(key: Tensor, value: Tensor, heads: tuple[int, ...], positions: Tensor, l
     # Lazy heads share one row of positions; converting it expanded would make a copy for each head.
     shared = positions.stride(1) == 0
     narrow = (positions[:, :1] if shared else positions).int().expand_as(positions)
-    return Rectangle(heads, key[rows, columns, slots], value[rows, columns, slots], narrow, counts)
+    return KeptKeys(heads, key[rows, columns, slots], value[rows, columns, slots], narrow, counts)
 
 
-def cropped(part: Rectangle, length: int) -> Rectangle:
+def crop_kept(part: KeptKeys, length: int) -> KeptKeys:
     """The rectangle without tokens from position ``length`` on; waits for the device."""
     counts = ((part.positions < length) & (True if part.allowed is None else part.allowed)).sum(-1)
     most = int(counts.max())
@@ -94,4 +96,4 @@ def cropped(part: Rectangle, length: int) -> Rectangle:
     # Cloned: a view would keep the memory of what was cropped.
     keys, values = part.keys[:, :, :most].clone(), part.values[:, :, :most].clone()
     positions = part.positions[:, :, :most].clamp(max=length)
-    return Rectangle(part.heads, keys, values, positions, counts if ragged else None)
+    return KeptKeys(part.heads, keys, values, positions, counts if ragged else None)

@@ -21,13 +21,13 @@ FLAT = frozenset((Tensor, bool, int, float, str, type(None), torch.dtype))
 Around = Callable[[int, list[Any], Callable[[], Any]], Any]
 
 
-class Call:
+class DecoderCall:
     """One call of the decoder, as a flat list.
 
     Attributes:
         leaves: Arguments, tensors and others.
         form: Their structure: names, or a pytree's.
-        facts: What must be equal in a call that replays this one: all but the tensors' contents.
+        signature: What must be equal in a call that replays this one: all but the tensors' contents.
     """
 
     def __init__(self, entry: Entry, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ class Call:
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         # The entry's number: who applies OmniSparse anew has other graphs.
         modes = entry.owner.number, entry.module.training, torch.is_inference_mode_enabled(), autocast
-        self.facts: tuple[Any, ...] = (modes, self.form, *own)
+        self.signature: tuple[Any, ...] = (modes, self.form, *own)
 
     def run(self, around: Around) -> Any:
         """Run the decoder on the leaves, with ``around`` in the place of each compiled graph."""
@@ -68,17 +68,17 @@ class Call:
             log.around = None
 
     def read(self, inputs: list[Any]) -> list[Any]:
-        """What to compare a graph's inputs by; see ``remembered``."""
+        """What to compare a graph's inputs by; see ``identity``."""
         numbers = {id(x): number for number, x in enumerate(self.leaves)}
-        return [remembered(x, numbers) for x in inputs]
+        return [identity(x, numbers) for x in inputs]
 
 
-def place(x: Tensor) -> tuple[int, ...]:
+def storage_key(x: Tensor) -> tuple[int, ...]:
     """A tensor's address and sizes: whoever owns the memory, a kernel launched with them finds it."""
     return x.data_ptr(), *x.shape
 
 
-def remembered(x: Any, numbers: dict[int, int]) -> Any:
+def identity(x: Any, numbers: dict[int, int]) -> Any:
     """What to compare an input of a graph by: the number of an argument, an object's identity, or a value."""
     if not isinstance(x, Tensor):
         return x
@@ -88,12 +88,12 @@ def remembered(x: Any, numbers: dict[int, int]) -> Any:
     return ("number", x.item()) if x.dim() == 0 and x.device.type == "cpu" else weakref.ref(x)
 
 
-def alike(before: list[Any], now: list[Any]) -> bool:
+def same_inputs(before: list[Any], now: list[Any]) -> bool:
     """Whether the graphs of two steps read the same: arguments, the same tensors, equal numbers."""
     return len(before) == len(now) and all(_same(a, b) for a, b in zip(before, now, strict=True))
 
 
-def others(inputs: list[Any]) -> list[weakref.ref[Tensor]]:
+def weights_of(inputs: list[Any]) -> list[weakref.ref[Tensor]]:
     """The tensors among a graph's inputs that are no arguments: above all weights."""
     return [x for x in inputs if isinstance(x, weakref.ref)]
 

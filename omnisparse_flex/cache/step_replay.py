@@ -11,8 +11,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from omnisparse_flex.cache.recorded_step import Memory, Places, Recorded, Recorder
-from omnisparse_flex.cache.step_inputs import Call, alike, others, place
+from omnisparse_flex.cache.recorded_step import RecordedStep, Recorder, StorageWatch, TensorAddresses
+from omnisparse_flex.cache.step_inputs import DecoderCall, same_inputs, storage_key, weights_of
 
 if TYPE_CHECKING:
     from omnisparse_flex.cache.store import SlimStore
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Arguments that a recorded step may hold as they are.
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
 #: Steps in a row that could not be recorded, after which the report says why.
-PATIENCE = 8
+MAX_UNLIKE_STEPS = 8
 
 
 class Replay:
@@ -54,7 +54,7 @@ class Replay:
 
     def forget(self) -> None:
         """Drop the recorded step; its memory serves the next one."""
-        self.recorded: Recorded | None = None
+        self.recorded: RecordedStep | None = None
         self._buffers: list[Tensor | None] = []
         self._fits: tuple[Any, ...] | None = None
         self._before: tuple[tuple[Any, ...], int, list[Any]] | None = None
@@ -85,15 +85,15 @@ class Replay:
         store, device = self.store, self.store.device
         if not (entry.records and store.is_step and device and self.recorder.serves(device)):
             self.forget()
-            if store.recording and store.cropped and device and self.recorder.serves(device):
+            if store.is_assisted and store.cropped and device and self.recorder.serves(device):
                 self._note(entry, "drafts of several tokens are verified at once")
             return entry.run(args, kwargs)
-        call = Call(entry, cache, args, kwargs)
+        call = DecoderCall(entry, cache, args, kwargs)
         if reason := self._reason(call, kwargs):
             self.forget()
             self._note(entry, reason)
             return entry.run(args, kwargs)
-        self._feed(call)
+        self._copy_to_static_inputs(call)
         key: tuple[Any, ...] | None = self._key(call)
         known = self.recorded
         if known is not None and not (known.key == key and known.is_safe()):
@@ -101,12 +101,12 @@ class Replay:
         if known is None and not self.recorder.takes(store.layers):
             key = None
         if key is None or store.changes:
-            return self._watch(call, key)
+            return self._run_and_compare(call, key)
         if known is not None:
             return self._replay(call, known)
-        return self._watch(call, key, record=self._steady)
+        return self._run_and_compare(call, key, record=self._steady)
 
-    def _reason(self, call: Call, kwargs: dict[str, Any]) -> str:
+    def _reason(self, call: DecoderCall, kwargs: dict[str, Any]) -> str:
         """Why no step like this one is ever recorded, or ""."""
         state = call.entry.state
         if any(x is not None for x in (state.stats, state.maps, state.recalls)):
@@ -122,14 +122,14 @@ class Replay:
     def _note(self, entry: Entry, reason: str) -> None:
         entry.backend.log.notes[f"decode steps are not recorded as CUDA graphs: {reason}"] = None
 
-    def _feed(self, call: Call) -> None:
+    def _copy_to_static_inputs(self, call: DecoderCall) -> None:
         """Copy the call's tensors to where recorded steps read them.
 
         Steps that run read them there too: so compiled code meets the same tensors in every step, however the
         caller made them (slices at growing offsets), and has nothing left to compile while a step is recorded.
         """
-        if self._fits != call.facts:
-            self._fits = call.facts
+        if self._fits != call.signature:
+            self._fits = call.signature
             self._buffers = [
                 torch.empty_like(x, memory_format=torch.contiguous_format) if isinstance(x, Tensor) else None
                 for x in call.leaves
@@ -139,13 +139,13 @@ class Replay:
                 buffer.copy_(leaf)
         call.leaves = [x if buffer is None else buffer for x, buffer in zip(call.leaves, self._buffers, strict=True)]
 
-    def _key(self, call: Call) -> tuple[Any, ...]:
+    def _key(self, call: DecoderCall) -> tuple[Any, ...]:
         """All that a recorded step has baked in and that may differ at the next one."""
         store = self.store
-        marks = None if store.marks is None else place(store.marks)
-        return (call.facts, marks, *[layer.version for layer in store.layers])
+        marks = None if store.tokens.marks is None else storage_key(store.tokens.marks)
+        return (call.signature, marks, *[layer.version for layer in store.layers])
 
-    def _replay(self, call: Call, known: Recorded) -> Any:
+    def _replay(self, call: DecoderCall, known: RecordedStep) -> Any:
         """Replay a step, if its graph is what the decoder runs now."""
         known.step.replay()
         self.store.ahead = True
@@ -153,7 +153,7 @@ class Replay:
 
         def around(number: int, inputs: list[Any], go: Callable[[], Any]) -> Any:
             nonlocal replayed
-            same = number == known.number and known.weights.hold() and alike(known.inputs, call.read(inputs))
+            same = number == known.number and known.weights.hold() and same_inputs(known.inputs, call.read(inputs))
             if self.store.ahead and same:
                 replayed = True
                 return self._outputs(known)
@@ -164,11 +164,11 @@ class Replay:
             self.recorded = self._before = None
         return result
 
-    def _outputs(self, known: Recorded) -> list[Any]:
+    def _outputs(self, known: RecordedStep) -> list[Any]:
         self.store.replayed(known.queries)
         return [x.clone() if isinstance(x, Tensor) else x for x in known.outputs]
 
-    def _watch(self, call: Call, key: tuple[Any, ...] | None, record: bool = False) -> Any:
+    def _run_and_compare(self, call: DecoderCall, key: tuple[Any, ...] | None, record: bool = False) -> Any:
         """Run the step, and see whether it is like the one before; or record and replay it, if it still is."""
         before, self._before, self._steady = self._before, None, False
         log, ran = call.entry.backend.log, list[tuple[int, list[Any]]]()
@@ -192,7 +192,7 @@ class Replay:
                 reason = self._changes(before[2], ran[0][1])
                 self._steady = not reason
         self._unlike = 0 if self._steady else self._unlike + 1
-        if self._unlike == PATIENCE:
+        if self._unlike == MAX_UNLIKE_STEPS:
             self._note(call.entry, reason or self._why(one))
         return pytree.tree_map_only(Tensor, self._own, result)
 
@@ -206,8 +206,8 @@ class Replay:
 
     def _changes(self, before: list[Any], now: list[Any]) -> str:
         """Why a graph that read this in two steps must not be recorded, or ""."""
-        tensors = [x for ref in others(now) if (x := ref()) is not None]
-        if not alike(before, now):
+        tensors = [x for ref in weights_of(now) if (x := ref()) is not None]
+        if not same_inputs(before, now):
             return "the graph computes with a number or tensor that changes"
         if any(is_traceable_wrapper_subclass(x) for x in tensors):
             return "a weight is a tensor subclass, whose parts could move unseen"
@@ -224,20 +224,20 @@ class Replay:
         return "what it reads lies elsewhere with every token (beam search, changing shapes)"
 
     def _record(
-        self, call: Call, go: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
-    ) -> Recorded | None:
+        self, call: DecoderCall, go: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
+    ) -> RecordedStep | None:
         """Record the graph without running it; None, and everything as it was, if that fails."""
         store = self.store
         assert store.device is not None
         tails = [layer.tail for layer in store.layers]
-        store.recorded = {}
+        store.captured_queries = {}
         reason = ""
         try:
             step, outputs = self.recorder.record(go, store.device)
         except Exception as error:  # whatever it is, the step can run without
             reason = f"{type(error).__name__}: {error}"
         finally:
-            queries, store.recorded = store.recorded, None
+            queries, store.captured_queries = store.captured_queries, None
             for layer, tail in zip(store.layers, tails, strict=True):
                 layer.tail = tail  # its kernels did not run yet
         if not reason and self._key(call) != key:
@@ -249,12 +249,20 @@ class Replay:
             self.recorder.free()
             return None
         self.count += 1
-        weights = [x for ref in others(inputs) if (x := ref()) is not None]
+        weights = [x for ref in weights_of(inputs) if (x := ref()) is not None]
         written = [x for own in store.layers for x in (own.tail_keys, own.tail_values, own.counter) if x is not None]
-        return Recorded(
-            key, number, inputs, step, list(outputs), queries, Places(weights), Memory(weights), Places(written)
+        return RecordedStep(
+            key,
+            number,
+            inputs,
+            step,
+            list(outputs),
+            queries,
+            TensorAddresses(weights),
+            StorageWatch(weights),
+            TensorAddresses(written),
         )
 
 
 def _same(before: tuple[Any, int, list[Any]], now: tuple[Any, int, list[Any]]) -> bool:
-    return before[:2] == now[:2] and alike(before[2], now[2])
+    return before[:2] == now[:2] and same_inputs(before[2], now[2])

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 # Found when asked for: parts of this folder are imported by what it would import.
 _HOMES = {
-    "calibrate": "omnisparse_flex.calibration.search.search",
-    "run_calibration": "omnisparse_flex.calibration.search.search",
+    "calibrate": "omnisparse_flex.calibration.search",
+    "run_calibration": "omnisparse_flex.calibration.search",
 }
 __all__ = ["calibrate", "run_calibration"]
 

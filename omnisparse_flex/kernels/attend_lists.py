@@ -17,7 +17,7 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 
 
-class Lists(NamedTuple):
+class KeyLists(NamedTuple):
     """Who attends to whom, by segment of queries.
 
     Attributes:
@@ -42,7 +42,7 @@ class Lists(NamedTuple):
     real: Tensor | None = None
     first: int = 0
 
-    def of(self, rows: slice, heads: slice) -> Lists:
+    def of(self, rows: slice, heads: slice) -> KeyLists:
         """Those of some batch rows and KV heads: of one row, or of all heads, so that what is contiguous stays so."""
         return self._replace(
             rows=None if self.rows is None else self.rows[rows, heads],
@@ -165,7 +165,7 @@ def _attend(
 
 
 def attend_lists(
-    query: Tensor, key: Tensor, value: Tensor | None, out: Tensor | None, lse: Tensor, lists: Lists, scale: float,
+    query: Tensor, key: Tensor, value: Tensor | None, out: Tensor | None, lse: Tensor, lists: KeyLists, scale: float,
     *, goes_on: bool = False,
 ) -> None:  # fmt: skip
     """Attention of the listed rows over the listed keys, into ``out`` and ``lse``; the other rows are left alone.
@@ -194,7 +194,7 @@ def attend_lists(
     )  # fmt: skip
 
 
-def constants(query: Tensor, key: Tensor, lists: Lists) -> dict[str, Any]:
+def constants(query: Tensor, key: Tensor, lists: KeyLists) -> dict[str, Any]:
     """What a kernel over ``lists`` is compiled for, tiles aside."""
     return {
         "KV_HEADS": int(key.shape[1]),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnisparse_flex.kernels.attend_lists import VARYING, Lists, constants, listed_keys, listed_rows
+from omnisparse_flex.kernels.attend_lists import VARYING, KeyLists, constants, listed_keys, listed_rows
 
 
 def tiles(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
@@ -157,7 +157,7 @@ def _of_keys(
 
 def gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, delta: Tensor,
-    grad_query: Tensor, parts: Iterable[Lists], scale: float,
+    grad_query: Tensor, parts: Iterable[KeyLists], scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients of one softmax over the union of several parts' keys.
 

@@ -33,7 +33,7 @@ class State:
     """Tensors that the compiled graph reads at run time, replaced between calls.
 
     Attributes:
-        visual: bool (B, S), tokens eligible for selection, or None: all.
+        visual: bool (B, S), visual tokens, or None: all tokens are eligible.
         recall: float32 (layers,), target recall of each layer.
         stats: float32 (layers, len(STATS)) to be written, or None.
         maps: uint8 (layers, H, rows, columns) to be painted, or None.

@@ -14,7 +14,7 @@ from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks import causal, intersect, padding
-from omnisparse_flex.masks.blocks.select import BLOCK, at_centres, select_blocks
+from omnisparse_flex.masks.blocks.select import BLOCK, change_of_logits, select_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, Apply, Const, H, Load, Q, causal_offset
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
@@ -52,7 +52,7 @@ def selected(shape, query, key, mask, config, *, offset=None, visual=None, targe
         q_offset=shape.kv_len - shape.q_len if offset is None else offset,
         adjust=adjust,
     )
-    kept = expand_block_map(selection.keep, shape.q_len, shape.kv_len, BLOCK).repeat_interleave(shape.group, 1)
+    kept = expand_block_map(selection.keep, shape.q_len, shape.kv_len, (BLOCK, config.key_block))
     own = materialize_mask(mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, query.device)
     return kept & own
 
@@ -201,7 +201,7 @@ def test_changed_logits(name, device):
     program = MaskProgram(causal_expr())
     site = Site(config=SPARSE, target=0.6, mask=program, **fields)
     tensors = inputs(shape, device)
-    adjust = at_centres(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
+    adjust = change_of_logits(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
     mask = selected(shape, *tensors[:2], program, SPARSE, target=0.6, adjust=adjust)
     out = attend(*tensors, site)
     check(out, tensors, mask, **{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in oracle.items()})

@@ -41,7 +41,7 @@ def site_of(config, lengths, *, padded=False, seed=0, write=None):
         real = torch.ones(2, lengths[1], dtype=torch.bool)
         real[1, :200] = False
         mask = MaskProgram(Apply("and", (causal(Const(offset)), Load(0, (B, KV)))), (real,))
-    layout = block_layout(mask, grid_of(query, key), 2, config, q_offset=offset)
+    layout = block_layout(mask, grid_of(query, key), config, q_offset=offset)
     site = Site(config, mask, target=torch.tensor(0.7), q_offset=offset, lists=True, layout=layout, write=write)
     return dataclasses.replace(site, rules=register(site)), query, key
 

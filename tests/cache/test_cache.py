@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
-from omnisparse_flex.cache.choose_keys import Choice
+from omnisparse_flex.cache.choose_keys import HeadChoice
 from tests.helpers.slim_oracle import kept, masked_like
 from tests.helpers.tiny import MODELS, VIDEO, build, cached
 from tests.model.test_transformers import bracket
@@ -72,7 +72,7 @@ def half_lazy(mass, layer):
     lazy = tuple(h for h in range(heads) if h % 2 == layer % 2)
     fetching = tuple(h for h in range(heads) if h not in lazy)
     order = mass.sort(-1, descending=True).indices
-    return Choice(lazy, fetching, order[:, list(fetching), : count // 3])
+    return HeadChoice(lazy, fetching, order[:, list(fetching), : count // 3])
 
 
 def generate(model, inputs, cache=None, *, new=10, seed=0, **mode):

@@ -43,9 +43,9 @@ class Again:
     def quietly(self):
         """Run; on the device only, as a graph would: Python's books stay as they were."""
         tails = [layer.tail for layer in self.store.layers]
-        kept, self.store.recorded = self.store.recorded, {}
+        kept, self.store.captured_queries = self.store.captured_queries, {}
         result = self.step()
-        queries, self.store.recorded = self.store.recorded, kept
+        queries, self.store.captured_queries = self.store.captured_queries, kept
         if kept is not None:
             kept.update(queries)
         for layer, tail in zip(self.store.layers, tails, strict=True):
@@ -313,7 +313,7 @@ def test_a_mask_that_forbids_a_decoded_token(replays, device):
             for i in range(30):
                 own = {"attention_mask": mask[:, : 91 + i], "input_ids": ids[:, i : i + 1]}
                 at = torch.full((2, 1), 90 + i, device=device)
-                cache.store.padded = extra.get("padded", cache.store.padded)
+                cache.store.tokens.padded = extra.get("padded", cache.store.tokens.padded)
                 out.append(model(**own, position_ids=at, **cached(cache)).logits)
         return torch.cat(out, 1)
 
@@ -328,15 +328,15 @@ def test_a_mask_that_forbids_a_decoded_token(replays, device):
 
 
 def test_marks_of_inference_mode_are_written_outside_of_it(device):
-    store = plain(changed("llama", device)).store
+    tokens = plain(changed("llama", device)).store.tokens
     mask = torch.ones(1, 8, dtype=torch.long, device=device)
     mask[0, 5] = 0
-    store.batch, store.device = 1, device
+    tokens.batch, tokens.device = 1, device
     for length, mode in ((5, torch.inference_mode()), (6, torch.no_grad())):
-        store.length = length
+        tokens.length = length
         with mode:
-            store._mark(1, mask)
-    assert store.marks[0, :8].tolist() == [True] * 5 + [False] + [True] * 2
+            tokens.mark(1, mask)
+    assert tokens.marks[0, :8].tolist() == [True] * 5 + [False] + [True] * 2
 
 
 def filled(model, ids):
@@ -456,7 +456,7 @@ def test_a_dropped_cache_is_freed_at_once(device):
     generate(model, inputs, cache, new=12, do_sample=False)
     assert cache.replay.recorded is not None
     recorder.store = recorder.made = cache.replay.recorded.step = None  # the stand-in's own references
-    keys = weakref.ref(cache.layers[0].rectangles[0].keys)
+    keys = weakref.ref(cache.layers[0].kept[0].keys)
     gc.disable()
     try:
         del cache, recorder

@@ -24,8 +24,8 @@ def situation(query, key, seed=0):
     """Arguments of an estimator under plain causality, a random half of the queries active."""
     offset = key.shape[2] - query.shape[2]
     mask = MaskProgram(causal(Const(offset)))
-    layout = block_layout(mask, grid_of(query, key), key.shape[1], CONFIG, q_offset=offset)
-    segments = segment_layout(layout, CONFIG.segment_size // BLOCK)
+    layout = block_layout(mask, grid_of(query, key), CONFIG, q_offset=offset)
+    segments = segment_layout(layout, CONFIG.segment_size // BLOCK, key.shape[1])
     active = torch.rand(query.shape[:3], generator=torch.Generator().manual_seed(seed)) < 0.5
     logits = dense_logits(query, key)
     places = torch.arange(query.shape[2])

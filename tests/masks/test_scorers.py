@@ -13,7 +13,7 @@ from omnisparse_flex import config as rules
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks import tile_pool
-from omnisparse_flex.masks.blocks.select import SCORERS, at_centres, select_blocks
+from omnisparse_flex.masks.blocks.select import SCORERS, change_of_logits, select_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
 from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
@@ -29,13 +29,12 @@ SIDE = 8
 ROUNDING = 1024 * torch.finfo(torch.float32).eps
 
 
-def score(name, query, key, mask, *, block=BLOCK, adjust=None, scale=None):
-    grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], block, query.device)
+def score(name, query, key, mask, *, block=BLOCK, split=1, adjust=None, scale=None):
+    grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], block, query.device, split)
     some = mask.bounds(grid)[1]
-    groups = query.shape[1] // key.shape[1]
-    some = some if some.shape[1] == 1 else some.unflatten(1, (-1, groups)).any(2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return SCORERS[name](query, key, some, scale=scale, block=block, adjust=adjust, allowed=mask.pairs), some
+    sides = {"scale": scale, "block": block, "key_block": grid.kv_block}
+    return SCORERS[name](query, key, some, adjust=adjust, allowed=mask.pairs, **sides), some
 
 
 def test_every_scoring_has_a_scorer():
@@ -59,13 +58,13 @@ def sites(draw):
 
 
 @pytest.mark.parametrize("name", SCORINGS)
-@given(sites(), st.sampled_from((16, 32, 48)), st.integers(0, 2**16))
-def test_rows_sum_to_one_and_forbidden_blocks_get_nothing(name, site, block, seed):
+@given(sites(), st.sampled_from((16, 32, 48)), st.sampled_from((1, 2)), st.integers(0, 2**16))
+def test_rows_sum_to_one_and_forbidden_blocks_get_nothing(name, site, block, split, seed):
     shape, mask = site
     query, key, _ = shape.inputs(seed=seed)
-    mass, some = score(name, 3 * query, key, mask, block=block)
+    mass, some = score(name, 3 * query, key, mask, block=block, split=split)
     assert mass.dtype == torch.float32
-    assert mass.shape == (shape.batch, shape.kv_heads, -(-shape.q_len // block), -(-shape.kv_len // block))
+    assert mass.shape == (shape.batch, shape.heads, -(-shape.q_len // block), -(-shape.kv_len * split // block))
     assert not (mass * ~some).any() and (mass >= 0).all()
     assert ((mass.sum(-1) - some.any(-1).float()).abs() <= ROUNDING).all()
 
@@ -75,12 +74,24 @@ def test_a_planted_heavy_block_is_ranked_first(name):
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 256, 16, generator=generator), torch.randn(1, 2, 256, 16, generator=generator)
     heavy = torch.ones(16)
-    query, places = query + heavy, {0: 2, 1: 5}
-    for head, block in places.items():
-        key[:, head, block * BLOCK : (block + 1) * BLOCK] += heavy
+    # Heads 0 and 1 share a KV head and look at opposite directions; heads 2 and 3 at the same.
+    query += heavy * torch.tensor([1.0, -1.0, 1.0, 1.0]).view(-1, 1, 1)
+    for head, block, sign in ((0, 2, 1.0), (0, 4, -1.0), (1, 5, 1.0)):
+        key[:, head, block * BLOCK : (block + 1) * BLOCK] += sign * heavy
     mass, _ = score(name, query, key, NO_MASK)
-    for head, block in places.items():
+    for head, block in enumerate((2, 4, 5, 5)):
         assert (mass[0, head].argmax(-1) == block).all()
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+def test_narrow_key_blocks_share_the_mass_of_wide_ones(name):
+    if name == "mean_pool":
+        pytest.skip("means of fewer keys are other means")
+    query, key, _ = AttentionShape(1, 2, 2, 200, 200, 8).inputs()
+    wide, _ = score(name, 3 * query, key, NO_MASK, block=64)
+    narrow, _ = score(name, 3 * query, key, NO_MASK, block=64, split=2)
+    pairs = torch.nn.functional.pad(narrow, (0, -narrow.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1)
+    assert torch.allclose(wide, pairs, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", SCORINGS)
@@ -103,12 +114,12 @@ def test_logits_are_changed_as_the_model_does(name):
     query, key, _ = shape.inputs()
     grid = Grid(1, 4, 200, 200, BLOCK, CPU)
     plain = score(name, query, key, NO_MASK)[0]
-    same = score(name, query, key, NO_MASK, adjust=at_centres(grid, lambda x, b, h, q, kv: x + 7.0))[0]
+    same = score(name, query, key, NO_MASK, adjust=change_of_logits(grid, lambda x, b, h, q, kv: x + 7.0))[0]
     assert torch.allclose(plain, same, atol=ROUNDING)
-    far = at_centres(grid, lambda x, b, h, q, kv: x - (q - kv).abs() * (h + 1.0))
+    far = change_of_logits(grid, lambda x, b, h, q, kv: x - (q - kv).abs() * (h + 1.0))
     biased = score(name, query, key, NO_MASK, adjust=far)[0]
     assert (biased[0].argmax(-1) == torch.arange(7)).all(), "the nearest block outweighs all others"
-    capped = score(name, 100 * query, key, NO_MASK, adjust=at_centres(grid, lambda x, *_: torch.tanh(x) * 0.0))[0]
+    capped = score(name, 100 * query, key, NO_MASK, adjust=change_of_logits(grid, lambda x, *_: torch.tanh(x) * 0.0))[0]
     assert torch.allclose(capped, score(name, 0 * query, key, NO_MASK)[0], atol=ROUNDING)
 
 
@@ -123,8 +134,7 @@ def test_tiles_of_one_token_give_the_true_block_mass(site, seed):
     exact = torch.softmax(exact.masked_fill(~allowed, float("-inf")), -1).nan_to_num(0.0)
     for row, column in itertools.product(range(mass.shape[2]), range(mass.shape[3])):
         rows, columns = (slice(i * SIDE, (i + 1) * SIDE) for i in (row, column))
-        block = exact[:, :, rows, columns].sum((2, 3)).unflatten(1, (-1, shape.group)).sum(2)
-        total = exact[:, :, rows].sum((2, 3)).unflatten(1, (-1, shape.group)).sum(2)
+        block, total = exact[:, :, rows, columns].sum((2, 3)), exact[:, :, rows].sum((2, 3))
         known = total > 0
         assert torch.allclose(mass[:, :, row, column][known].double(), (block / total)[known], atol=ROUNDING)
 

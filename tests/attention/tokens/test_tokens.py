@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omnisparse_flex.attention.call import Site
 from omnisparse_flex.attention.functional import attend, sparse_attention
 from omnisparse_flex.attention.tokens import dispatch as token_attention
-from omnisparse_flex.attention.tokens.dispatch import merge
+from omnisparse_flex.attention.tokens.tensor_code import merge
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import BUDGETS, GQA_CHOICES, OmniSparseConfig
 from omnisparse_flex.masks.blocks.select import BLOCK
