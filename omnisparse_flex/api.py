@@ -159,7 +159,7 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
     report = entry.backend.log.report()
     report = report if report.compiled else explain(entry)
     libraries = ["torch", *(["transformers"] if integration.is_transformers_model(model) else [])]
-    return dataclasses.replace(report, notes=(*report.notes, *newer_than_tested(*libraries)))
+    return dataclasses.replace(report, notes=(*newer_than_tested(*libraries), *report.notes))
 
 
 @contextlib.contextmanager

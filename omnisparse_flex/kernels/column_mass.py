@@ -30,21 +30,21 @@ def _pack(
     part = row * segments + m
     if first >= tl.load(row_count + part):
         return
-    member, place, mine = listed_rows(rows, row_count, part, first, m, q_len, ROWS, GROUP * SEGMENT, SEGMENT, True)
-    own, dims = head * GROUP + member, tl.arange(0, DIM)
+    member, place, is_row = listed_rows(rows, row_count, part, first, m, q_len, ROWS, GROUP * SEGMENT, SEGMENT, True)
+    q_head, dims = head * GROUP + member, tl.arange(0, DIM)
     at = dims
     if NARROW:
         at = tl.load(columns + row * DIM + dims)
     q = tl.load(
-        query + batch.to(tl.int64) * q_b + own.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + at,
-        mask=mine[:, None], other=0.0,
+        query + batch.to(tl.int64) * q_b + q_head.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + at,
+        mask=is_row[:, None], other=0.0,
     ).to(tl.float32)  # fmt: skip
     normal = tl.load(
-        guess + (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place, mask=mine, other=float("inf")
+        guess + (batch * KV_HEADS * GROUP + q_head).to(tl.int64) * q_len + place, mask=is_row, other=float("inf")
     )
     # What is not finite has no say in the choice; where it is not in these coordinates, the guess is not finite either.
     broken = tl.max(tl.where(tl.abs(q) < float("inf"), 0, 1), 1) > 0
-    says = mine & (broken == 0) & (tl.abs(normal) < float("inf"))
+    says = is_row & (broken == 0) & (tl.abs(normal) < float("inf"))
     q = tl.where(says[:, None], q, 0.0)
     peak = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
     stored = (row * tl.num_programs(1) + chunk_m).to(tl.int64) * GROUP * SEGMENT + first + tl.arange(0, ROWS)
@@ -69,9 +69,9 @@ def _mass(
     chunk_part = (row * tl.num_programs(1) + chunk_m).to(tl.int64)
     places, dims = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
     target = mass + (row * masses + first_mass + chunk_m).to(tl.int64) * tl.num_programs(0) * KEYS + places
-    own = places // BLOCK
+    block = places // BLOCK
     flags = eligible + batch.to(tl.int64) * e_b + head.to(tl.int64) * e_h + m.to(tl.int64) * e_m
-    may = tl.load(flags + own, mask=own < blocks, other=0)
+    may = tl.load(flags + block, mask=block < blocks, other=0)
     if tl.max(may, 0) == 0:
         tl.store(target, tl.full((KEYS,), -1.0, tl.float32))
     else:
