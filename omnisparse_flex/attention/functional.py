@@ -11,11 +11,10 @@ from torch import Tensor
 from omnisparse_flex.attention import sink_copies
 from omnisparse_flex.attention.call import AttentionCall, SparseCall
 from omnisparse_flex.attention.flex import call_flex
-from omnisparse_flex.attention.logit_sinks import check_sinks, discount
+from omnisparse_flex.attention.logit_sinks import check_sinks, discount, with_sink_block
 from omnisparse_flex.attention.scalar_graph import UntraceableError
 from omnisparse_flex.attention.score_captures import with_captures
 from omnisparse_flex.attention.select import choose
-from omnisparse_flex.attention.sink_block import with_sink_block
 from omnisparse_flex.attention.sink_copies import original, spread
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.attention.tokens.op import call_token_op
@@ -81,8 +80,8 @@ def sparse_attention(
     if sinks is not None:
         check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]
+    order = causal_program(kv_len - q_len, query.device) if is_causal else NO_MASK
     offset: Tensor | int = kv_len - q_len if is_causal else 0
-    order = causal_program(offset, query.device) if is_causal else NO_MASK
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
     if score_mod is not None and isinstance(mask, MaskProgram) and not torch.compiler.is_dynamo_compiling():
         mask = mask.joined(trace_forbidden(score_mod, query.dtype, query.device))

@@ -81,7 +81,7 @@ def compiled_attention(
         ``(query, key, value) -> output``, (B, H, N, D) each.
     """
     backend = Backend(config, min_seq_len=0, inner="inductor", kernel=kernel)
-    backend.log.on_graph = progress.on_graph("sparse attention") if progress else None
+    backend.compile_hook = progress.on_graph("sparse attention") if progress else None
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _attention(query, key, value)

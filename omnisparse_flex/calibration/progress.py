@@ -62,7 +62,7 @@ class Progress:
         self(f"{text}: {time.perf_counter() - begun:.1f} s")
 
     def on_graph(self, what: str) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-        """A hook for ``Log.on_graph``: one step around each compile.
+        """A hook for ``Backend.compile_hook``: one step around each compile.
 
         Args:
             what: What is being compiled, e.g. ``"sparse"``.
