@@ -104,7 +104,7 @@ class OmniSparseCache(CacheAnswers):
         tokens = _tokens(kwargs)
         if not isinstance(tokens, Tensor):
             raise ConfigError(f"input_ids or inputs_embeds must be a tensor, got {type(tokens).__name__}")
-        busy = entry.owner.cache is not None
+        busy = self.mode is not None or entry.owner.cache is not None
         require(not busy, "model", "run one call with a cache at a time", "a call in progress (in another thread?)")
         self.store.begin(tokens, kwargs.get("attention_mask"), self._omnisparse_visual)
         self.mode, self.owner, entry.owner.cache = self.store.mode, entry.owner.number, self.store

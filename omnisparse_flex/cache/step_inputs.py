@@ -60,12 +60,12 @@ class DecoderCall:
             args, kwargs = tuple(self.leaves[:count]), dict(zip(names, self.leaves[count:], strict=True))
         else:
             args, kwargs = pytree.tree_unflatten(self.leaves, self.form)
-        log = self.entry.backend.log
-        log.around = around
+        here = self.entry.backend.log.here
+        here.around = around
         try:
             return self.entry.run(args, kwargs)
         finally:
-            log.around = None
+            here.around = None
 
     def read(self, inputs: list[Any]) -> list[Any]:
         """The identity of each of a graph's inputs; see ``identity``."""

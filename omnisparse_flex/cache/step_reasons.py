@@ -34,8 +34,7 @@ def reason_of_call(call: DecoderCall, kwargs: dict[str, Any], device: torch.devi
         kwargs: The decoder's keyword arguments.
         device: Where the cache lies.
     """
-    state = call.entry.state
-    if any(x is not None for x in (state.stats, state.maps, state.recalls)):
+    if call.entry.state.collects:
         return "statistics are collected"
     if kwargs.get("attention_mask") is not None:
         return "a mask is needed: the prompt has padding, or position_ids were not given"
