@@ -12,7 +12,8 @@ from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.kernels.attend_lists import KeyLists, attend_lists
-from omnisparse_flex.kernels.column_mass import KEYS, classify, column_masses
+from omnisparse_flex.kernels.classify_queries import classify
+from omnisparse_flex.kernels.column_mass import KEYS, column_masses
 from omnisparse_flex.kernels.pack_keys import ReadyKeys, packed_type, ready_keys
 from omnisparse_flex.kernels.top_keys import masses_needed, pick
 from omnisparse_flex.masks.blocks.block_lists import block_lists

@@ -21,7 +21,7 @@ from omnisparse_flex.cache.choose_keys import (
     pattern_mass,
 )
 from omnisparse_flex.cache.host_memory import Copies, HostCopy
-from omnisparse_flex.cache.kept_keys import KeptKeys, crop_kept, take_keys
+from omnisparse_flex.cache.kept_keys import KeptKeys, crop_kept, head_table, take_keys
 from omnisparse_flex.errors import PassError
 from omnisparse_flex.kernels.fallback import load
 
@@ -144,14 +144,7 @@ class SlimLayer:
         return True
 
     def restore(self, length: int, key: Tensor, value: Tensor, copies: Copies | None) -> tuple[Tensor, Tensor]:
-        """The full keys and values (B, Hkv, length, D or Dv), with zeros for padding and for positions beyond.
-
-        Args:
-            length: Tokens that the full tensors hold.
-            key: Any (B, Hkv, *, D) of the layer's dtype and device.
-            value: Any (B, Hkv, *, Dv).
-            copies: Streams; None where nothing was offloaded.
-        """
+        """Full keys and values (B, Hkv, length, D or Dv), zeros where there is no token; see ``HostCopy``."""
         if self.lossy:
             raise PassError(f"layer {self.index} cannot restore what it dropped")
         full_key, full_value = self.host.fetched_tensors(length, key, value, copies)
@@ -202,12 +195,12 @@ class SlimLayer:
             (B, Hq, L, Dv) in query's dtype.
         """
         if takes_token(query, value) and (kernel := load(*TOKEN_KERNEL)) is not None:
-            own = (x.contiguous() for x in (query, key, value))
+            token = (x.contiguous() for x in (query, key, value))
+            sinks = None if sinks is None else sinks.contiguous()
             bits = None if padding is None else padding.contiguous().view(torch.uint8)
-            own_sinks = None if sinks is None else sinks.contiguous()
             tail = (*self._room(key, value), self._count(query.device), self.prefix)
             parts = [(part.keys, part.values) for part in self.kept]
-            out: Tensor | None = kernel(*own, parts, *self._table(), *tail, bits, scale, own_sinks)
+            out: Tensor | None = kernel(*token, parts, *self._table(), *tail, bits, scale, sinks)
             if out is not None:
                 self.tail += 1
                 return out
@@ -221,12 +214,9 @@ class SlimLayer:
         return self.counter
 
     def _table(self) -> tuple[Tensor, Tensor]:
-        """Each KV head's place among the heads of ``kept``, int32 (Hkv,), and its number of keys, int32 (B, Hkv)."""
+        """``head_table`` of the kept keys, made once."""
         if self.table is None:
-            heads = [head for part in self.kept for head in part.heads]
-            counts = [part.counts_or_all() for part in self.kept]
-            order = torch.tensor(heads, device=counts[0].device).argsort()
-            self.table = order.int(), torch.cat(counts, 1)[:, order].int()
+            self.table = head_table(self.kept)
         return self.table
 
     def _attend_parts(self, query: Tensor, padding: Tensor | None, scale: float, sinks: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a slim cache really occupies."""
+"""The memory that a slim cache occupies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerMemory:
         heads: Device bytes of each KV head's keys and values, room for new tokens included.
         tokens: Tokens that each KV head holds on the device (of the longest row).
         device: Device bytes, positions included.
-        host: Host bytes of the tensors; torch's pinned allocator may round each up.
+        host: Host bytes of the tensors; torch's pinned allocator may round each size up.
         full: Bytes that the keys and values of a full cache need.
     """
 

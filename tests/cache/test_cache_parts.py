@@ -22,7 +22,7 @@ from omnisparse_flex.cache.choose_keys import (
 )
 from omnisparse_flex.cache.host_memory import Copies, send
 from omnisparse_flex.cache.layer import MIN_TAIL_STEP, SlimLayer
-from tests.cache.test_cache import changed, generate, half_lazy, prompt
+from tests.helpers.slim import changed, generate, half_lazy, prompt
 
 
 @st.composite

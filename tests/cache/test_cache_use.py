@@ -14,7 +14,7 @@ from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, appl
 from omnisparse_flex.api import dense
 from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
-from tests.cache.test_cache import changed, generate, half_lazy, is_visual, longer, prompt, steps
+from tests.helpers.slim import changed, generate, half_lazy, is_visual, longer, prompt, steps
 from tests.helpers.slim_oracle import kept
 from tests.helpers.tiny import build, cached
 

@@ -11,8 +11,8 @@ import torch
 from omnisparse_flex.cache.layer import SlimLayer
 from omnisparse_flex.cache.recorded_step import StorageWatch, TensorAddresses
 from omnisparse_flex.cache.step_inputs import DecoderCall
-from tests.cache.test_cache import changed, longer, prompt
-from tests.cache.test_replay import SPAN, feed, plain, recording
+from tests.helpers.slim import changed, longer, prompt
+from tests.helpers.stand_in import SPAN, feed, plain, recording
 from tests.helpers.tiny import VIDEO, cached
 
 
