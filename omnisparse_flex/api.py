@@ -14,17 +14,10 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import shape_of_config
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model import hf
-from omnisparse_flex.model.compiled_module import (
-    REPLACED,
-    Entry,
-    check_visual,
-    entry_of,
-    own_call,
-    refuse_compiled,
-    was_replaced,
-)
+from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
+from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
 from omnisparse_flex.report import RewriteReport
 from omnisparse_flex.seams import check_transformers
 from omnisparse_flex.versions import TESTED, newer_than_tested

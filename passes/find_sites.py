@@ -142,8 +142,14 @@ def _marker(scope: Scope, node: Node) -> Site:
         softcap=number_of(softcap) or 0.0,
         sinks=sinks[0] if sinks else node.kwargs.get("sinks"),  # type: ignore[arg-type]
         state=state if any(state) else (),
-        layer=layer,  # type: ignore[arg-type]
+        layer=_layer_number(layer),
     )
+
+
+def _layer_number(layer: Any) -> int:
+    """The layer of a marker. Of modules that FSDP2 shards, Dynamo makes it an input of the graph: a guard fixes it."""
+    number = number_of(layer)
+    return -1 if number is None else int(number)
 
 
 def _leaves(operands: Iterable[Any], scope: Scope) -> tuple[Leaf | None, ...]:

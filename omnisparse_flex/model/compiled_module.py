@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
-from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.errors import require
 from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_ops import Owner
 from omnisparse_flex.model.run_state import RunState, State
@@ -31,9 +31,6 @@ RECOMPILE_LIMIT = 64
 
 #: Said by the report, and by Dynamo if the user asked for one graph.
 APART = "inside another torch.compile OmniSparse's decoder is a graph of its own: fullgraph=True cannot be had"
-#: Said once to who compiles the changed module itself.
-REPLACED = "module.compile() took the place of OmniSparse: attention is dense (remove, compile the whole model instead)"
-
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 
@@ -212,30 +209,6 @@ class Entry:
             warnings.warn(f"omnisparse: {note}", stacklevel=4)
 
 
-def own_call(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook of every changed module, without effect but two.
-
-    Dynamo calls a module without hooks by its ``forward`` and never sees the entry. And who compiles the module
-    itself, by ``module.compile()``, is told that this takes the entry's place.
-    """
-    if _is_replaced(module):
-        _warn_replaced()
-
-
-def was_replaced(model: nn.Module) -> bool:
-    """Whether a part of a changed model was compiled by its own ``compile()`` afterwards."""
-    return any(own_call in module._forward_pre_hooks.values() and _is_replaced(module) for module in model.modules())
-
-
-def _is_replaced(module: nn.Module) -> bool:
-    compiled = module._compiled_call_impl
-    return compiled is not None and not isinstance(compiled, Entry)
-
-
-def _warn_replaced() -> None:
-    warnings.warn(f"omnisparse: {REPLACED}", stacklevel=2)
-
-
 def is_disabled() -> bool:
     """Whether ``OMNISPARSE_DISABLE`` asks for dense attention everywhere."""
     return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
@@ -247,20 +220,6 @@ def entry_of(model: nn.Module) -> Entry | None:
         if isinstance(module._compiled_call_impl, Entry):
             return module._compiled_call_impl
     return None
-
-
-def refuse_compiled(model: nn.Module) -> None:
-    """Refuse models that the user compiled: their graph would swallow ours.
-
-    Raises:
-        ConfigError: If ``model`` or a part of it is compiled by somebody else.
-    """
-    if hasattr(model, "_orig_mod"):
-        raise ConfigError(f"model must not be compiled yet, got {type(model).__name__}: apply before torch.compile")
-    for name, module in model.named_modules():
-        compiled = module._compiled_call_impl
-        if (compiled is not None and not isinstance(compiled, Entry)) or hasattr(module, "_orig_mod"):
-            raise ConfigError(f"model must not be compiled yet, got a compiled part {name or 'model'!r}")
 
 
 def check_visual(mask: Any, batch: int | None, length: int | None) -> Tensor | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from omnisparse_flex.model.compiled_module import Entry, own_call
+from omnisparse_flex.model.compiled_module import Entry
 from omnisparse_flex.model.hf import NAME, attention_configs, register
+from omnisparse_flex.model.user_compile import own_call
 from omnisparse_flex.model.visual_mask import VisualMaskHook, as_entry_mask, receiver_of
 
 VisualMaskArgument = Tensor | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None

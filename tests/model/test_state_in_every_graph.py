@@ -13,6 +13,7 @@ import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
 from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.passes.find_sites import STATE_LOST
 from omnisparse_flex.testing import dense_oracle
 from tests.helpers.tiny import IMAGE, build, with_images
 
@@ -138,3 +139,24 @@ def test_lengths_share_one_graph(device):
         inputs = with_images((20, 130, tail), (32, 32), device=device)
         outcome(model, inputs, False)
     assert entry_of(model).backend.log.graphs <= 2
+
+
+def test_a_plain_module_in_pieces_is_dense_where_its_state_is_lost(device):
+    from tests.test_api import GPT
+
+    class Pieces(GPT):
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                torch._dynamo.graph_break()
+            return x
+
+    torch.manual_seed(0)
+    module, x = Pieces().eval().to(device), torch.randn(1, 300, 32, device=device)
+    with torch.no_grad():
+        expected = module(x)
+        apply_omnisparse(module, PLANTED, min_seq_len=0, inner="eager")
+        with pytest.warns(UserWarning, match="does not reach this graph"):
+            torch.testing.assert_close(module(x), expected)
+    report = rewrite_report(module)
+    assert not report.rewritten and {site.reason for site in report.skipped} == {STATE_LOST}

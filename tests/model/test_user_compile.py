@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from omnisparse_flex import ConfigError, apply_omnisparse, remove_omnisparse, rewrite_report
-from omnisparse_flex.model.compiled_module import APART, REPLACED, entry_of
+from omnisparse_flex.model.compiled_module import APART, entry_of
+from omnisparse_flex.model.user_compile import REPLACED
 from tests.helpers.tiny import build
 from tests.model.test_state_in_every_graph import PLANTED, error, oracle, outcome, prompt
 
