@@ -173,10 +173,10 @@ def _stride(index: Expr) -> int | None:
 
 def _strided_places(axis: Expr, stride: int, grid: Grid) -> list[Tensor]:
     """Elements of a table that each block's positions read: int64 tensors (blocks,), enough of them to name all."""
-    length, count = (grid.q_len, grid.q_blocks) if axis == Index("q") else (grid.kv_len, grid.kv_blocks)
-    first = torch.arange(count, device=grid.device) * grid.block
-    last = (first + grid.block - 1).clamp(max=length - 1) // stride
-    found = [torch.minimum(first // stride + step, last) for step in range((grid.block + stride - 2) // stride + 1)]
+    length, count, block = _of_axis("q" if axis == Index("q") else "kv", grid)
+    first = torch.arange(count, device=grid.device) * block
+    last = (first + block - 1).clamp(max=length - 1) // stride
+    found = [torch.minimum(first // stride + step, last) for step in range((block + stride - 2) // stride + 1)]
     # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.
     return [torch.ops.omnisparse.realize(x) for x in found]
 

@@ -30,8 +30,8 @@ def mask_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Tens
         return block_bounds(expr, buffers, grid)
     full, some = block_bounds(others, buffers, grid)
     allowed = keys_allowed(of_keys, buffers, grid.batch, grid.heads, grid.kv_len, grid.device).unsqueeze(2)
-    whole = all_in_blocks(allowed, 3, grid.kv_blocks, grid.block)
-    return full & whole, some & any_in_blocks(allowed, 3, grid.kv_blocks, grid.block)
+    whole = all_in_blocks(allowed, 3, grid.kv_blocks, grid.kv_block)
+    return full & whole, some & any_in_blocks(allowed, 3, grid.kv_blocks, grid.kv_block)
 
 
 def split_terms(expr: Expr, coordinates: tuple[str, ...]) -> tuple[Expr, Expr]:
