@@ -1,4 +1,28 @@
-"""Pass 1: find every attention site, in the graph and in its checkpointed sub-graphs."""
+"""Pass 1: find every attention site, in the graph and in its checkpointed sub-graphs.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+
+After::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=keys, value=values, mask=mask
+"""
 
 from __future__ import annotations
 
