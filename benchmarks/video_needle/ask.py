@@ -62,8 +62,8 @@ def run(weights: Path, *, quick: bool = False, rounds: int = 2, picture: Path | 
     progress(f"right: dense {count(dense)}, sparse {count(sparse)} of {len(truth)}, at density {stats.density:.3f}")
     if picture is not None:
         title = f"OmniSparse block masks\n{length} visual tokens of a generated clip · density {stats.density:.2f}"
-        kv_heads = model.config.get_text_config().num_key_value_heads
-        save_masks(stats, batch.answers.shape[1], kv_heads, picture, title=title)
+        heads = model.config.get_text_config().num_attention_heads
+        save_masks(stats, batch.answers.shape[1], heads, picture, title=title)
         progress(f"saved {picture}")
     told = {"questions": [question.text for question in asked], "truth": truth, "dense": dense, "sparse": sparse}
     return told | {"density": stats.density, "tokens": length}

@@ -58,9 +58,10 @@ def save_masks(stats: Stats, tokens: int, heads: int, path: Path, *, title: str,
         return
     # The width never falls under the legend's.
     width = max(2.6 * len(layers) + 1.1, 8.5)
-    figure = Figure(figsize=(width, 2.9 * heads + 0.35 * len(layers) + 2.4), dpi=130, layout="constrained")
-    ratios = [2.9] * heads + [0.35 * len(layers) + 0.9]
-    grid = figure.add_gridspec(heads + 1, len(layers), height_ratios=ratios)
+    recalls = any(layer.true_recall for layer in layers)  # none were asked for: no empty space for them
+    ratios = [2.9] * heads + ([0.35 * len(layers) + 0.9] if recalls else [])
+    figure = Figure(figsize=(width, sum(ratios) + 1.5), dpi=130, layout="constrained")
+    grid = figure.add_gridspec(len(ratios), len(layers), height_ratios=ratios)
     size = min((tokens + block - 1) // block, 256)
     for (column, layer), head in itertools.product(enumerate(layers), range(heads)):
         axes = figure.add_subplot(grid[head, column])
@@ -73,7 +74,8 @@ def save_masks(stats: Stats, tokens: int, heads: int, path: Path, *, title: str,
             axes.set_ylabel("query (tokens)", fontsize=8)
         if head == heads - 1:
             axes.set_xlabel("key (tokens)", fontsize=8)
-    _draw_recall(figure, figure.add_subplot(grid[heads, :]), stats)
+    if recalls:
+        _draw_recall(figure, figure.add_subplot(grid[heads, :]), stats)
     figure.suptitle(title, fontsize=12)
     _legend(figure)
     figure.savefig(path)
