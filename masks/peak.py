@@ -182,7 +182,7 @@ def _row_shares(logs: Tensor, own: Tensor, pooled: Tensor, total: Tensor) -> Ten
 
 def _base_threshold(site: _Site) -> Tensor:
     """The least of ``min_peak`` and what the number of seen key blocks allows: float32 (B or 1, Hq or 1, NQ)."""
-    kappa = KAPPA * site.keys.block / 64
+    kappa = KAPPA
     seen = site.layout.some.sum(-1).clamp(min=1)
     return torch.minimum(kappa / seen, torch.as_tensor(site.rule.min_peak, dtype=torch.float32, device=seen.device))
 

@@ -1,0 +1,430 @@
+"""The peak rule in one Triton kernel: candidates by block means, their exact rows, thresholds, and the chosen blocks.
+
+A program takes one query block of the query heads that share keys, so that each key is loaded once for all of them. It
+walks the block means twice (normaliser, candidates), then the candidates' keys, and keeps one number per row and
+candidate in memory of its own. Importing this module needs Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+#: Block means of a step, candidates of a step of the thresholds.
+MEANS, SLOTS = 128, 64
+#: Keys of a split of the witness rows.
+SPLIT = 4096
+#: Numbers that change with every prompt: none of them may start a compile.
+VARYING = [
+    "q_b", "q_h", "k_b", "k_h", "full_b", "some_b", "forced_b", "places_b", "count_b", "base_b", "q_blocks",
+    "kv_blocks", "kv_len", "tiles", "further", "last", "capacity", "scale",
+]  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """Sizes of a program: ``heads`` of a group, ``rows`` of all of them, ``keys`` of a step."""
+
+    heads: int
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_of(group: int, dim: int, dtype: torch.dtype, key_block: int) -> Tile:
+    """The sizes for ``group`` query heads over one KV head; fixed, because tuning would cost more than it gains."""
+    heads = max(h for h in range(1, 9) if group % h == 0)
+    rows = 16 * triton.next_power_of_2(heads)
+    if dtype == torch.float32:
+        return Tile(heads, rows, key_block, 4, 1)
+    keys = max(128 if dim <= 128 else 64, key_block)
+    return Tile(heads, rows, keys, 8 if rows == 128 else 4, 2)
+
+
+@triton.jit
+def _positions(places, count, block, first_block, head, index, phase, SIZE: tl.constexpr):
+    """The query of each row, and whether there is one; ``peak_rows.row_of``."""
+    live = tl.load(count + block).to(tl.int32)
+    shift = (5 * (block + first_block) + 3 * head + phase) % 8
+    at = (index * 8 + shift) * live // SIZE
+    return tl.load(places + block * SIZE + at).to(tl.int32), live > 0
+
+
+@triton.jit
+def _append(entries, wanted, lists, number):
+    """Append the wanted entries to a list that holds ``number``; the new number."""
+    slots = number + tl.cumsum(wanted, 0) - 1
+    tl.store(lists + slots, entries, mask=wanted > 0)
+    return number + tl.sum(wanted, 0)
+
+
+@triton.jit
+def _logs(q, keys, places, seen, mask_rows, scale, M: tl.constexpr, E: tl.constexpr, KB: tl.constexpr,
+          MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Log-sum-exp to the base 2 of rows over ``E`` blocks of keys (D, E * KB)."""
+    logits = tl.dot(q, keys, input_precision=PRECISION) * scale
+    if MASKED:
+        logits = tl.where(seen[None, :] & (places[None, :] <= mask_rows[:, None]), logits, float("-inf"))
+    logits = tl.reshape(logits, (M, E, KB))
+    top = tl.max(logits, 2)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(logits - safe[:, :, None]), 2)
+    return tl.where(total == 0, float("-inf"), safe + tl.log2(total))
+
+
+@triton.jit
+def _grown(top, total, logs):
+    """A running log-sum-exp with another (M, E) of logs."""
+    new = tl.maximum(top, tl.max(logs, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    return new, total * tl.exp2(top - safe) + tl.sum(tl.exp2(logs - safe[:, None]), 1)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _find_peaks(
+    query, key, means, full, some, forced, places, count, base, floor, real, offset, witness, keep, recall, lists,
+    logs, q_b, q_h, k_b, k_h, full_b, some_b, forced_b, places_b, count_b, base_b, q_n, k_n, q_blocks, kv_blocks,
+    kv_len, tiles, further, last, capacity, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SIZE: tl.constexpr, KB: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr, STEPS: tl.constexpr, RATIO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every ``num_programs``-th query block, from the last one on, which sees most."""
+    E: tl.constexpr = BN // KB
+    WIDE: tl.constexpr = M // 16
+    SLICES: tl.constexpr = GROUP // HEADS
+    lists += tl.program_id(0).to(tl.int64) * capacity
+    logs += tl.program_id(0).to(tl.int64) * capacity * M
+    rows, dims, n = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, BN)
+    member, index, e = rows // 16, rows % 16, tl.arange(0, E)
+    start = tl.load(offset).to(tl.int32)
+    floor_share = tl.load(floor)
+    parts = tiles // (q_blocks + further)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        unit, part = q_blocks + further - 1 - tile // parts, tile % parts
+        batch, head = part // (KV_HEADS * SLICES), part % (KV_HEADS * SLICES)
+        kv_head, own_head = head // SLICES, (head // SLICES) * GROUP + (head % SLICES) * HEADS + member
+        more = tl.where(unit >= q_blocks, 1 + (unit - q_blocks) // last, 0)
+        block = tl.where(unit >= q_blocks, q_blocks - 1 - (unit - q_blocks) % last, unit)
+        phase = ((more & 1) << 2) | (more & 2) | ((more >> 2) & 1)
+        mine = member < HEADS
+        place, live = _positions(
+            places + batch.to(tl.int64) * places_b, count + batch.to(tl.int64) * count_b, block, start // SIZE,
+            own_head, index, phase, SIZE,
+        )  # fmt: skip
+        q = tl.load(
+            query + batch.to(tl.int64) * q_b + own_head.to(tl.int64)[:, None] * q_h
+            + place.to(tl.int64)[:, None] * q_n + dims, mask=mine[:, None] & (dims < DIM), other=0.0,
+        )  # fmt: skip
+        seen_to = place + start
+        limit = kv_blocks
+        if ORDERED:
+            limit = tl.minimum(kv_blocks, tl.maximum((block + 1) * SIZE + start + KB - 1, 0) // KB)
+        least = tl.load(base + batch.to(tl.int64) * base_b + block)
+        full_row = full + batch.to(tl.int64) * full_b + block.to(tl.int64) * kv_blocks
+        some_row = some + batch.to(tl.int64) * some_b + block.to(tl.int64) * kv_blocks
+        forced_row = forced + batch.to(tl.int64) * forced_b + block.to(tl.int64) * kv_blocks
+        own_means = means + (batch * KV_HEADS + kv_head).to(tl.int64) * kv_blocks * DIM
+
+        # 1. The softmax between block means, over the blocks that are seen wholly.
+        top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+        for c in range(0, limit, CHUNK):
+            at = c + tl.arange(0, CHUNK)
+            whole = tl.load(full_row + at, mask=at < limit, other=0) != 0
+            m = tl.load(own_means + at[None, :] * DIM + dims[:, None], mask=(at[None, :] < limit) & (dims[:, None] < DIM), other=0.0)
+            z = tl.where(whole[None, :], tl.dot(q, m, input_precision=PRECISION) * scale, float("-inf"))
+            top, total = _grown(top, total, z)
+        pooled = tl.where(total == 0, 0.0, top + tl.log2(total))  # of means: a block's tokens come in later
+
+        # 2. Candidates: what the means of one of a head's rows do not rule out.
+        number, others = 0, tl.zeros((M,), tl.float32)
+        bar = tl.where(least > 0, tl.log2(tl.maximum(least * CANDIDATE, 1e-30)), float("-inf"))
+        for c in range(0, limit, CHUNK):
+            at = c + tl.arange(0, CHUNK)
+            inside = at < limit
+            whole = tl.load(full_row + at, mask=inside, other=0) != 0
+            must = tl.load(forced_row + at, mask=inside, other=0) != 0
+            m = tl.load(own_means + at[None, :] * DIM + dims[:, None], mask=(at[None, :] < limit) & (dims[:, None] < DIM), other=0.0)
+            z = tl.where(whole[None, :], tl.dot(q, m, input_precision=PRECISION) * scale, float("-inf")) - pooled[:, None]
+            hit = (whole[None, :] & mine[:, None] & (z >= bar)).to(tl.int32)
+            by_head = tl.max(tl.reshape(hit, (WIDE, 16, CHUNK)), 1)
+            bits = tl.sum(by_head << tl.arange(0, WIDE)[:, None], 0)
+            bits = tl.where(must, 255, bits)
+            taken = tl.reshape(tl.broadcast_to(tl.expand_dims(by_head, 1), (WIDE, 16, CHUNK)), (M, CHUNK)) > 0
+            others += tl.sum(tl.where(whole[None, :] & ~must[None, :] & ~taken, tl.exp2(z), 0.0), 1)
+            entry = at | (bits << 20) | (must.to(tl.int32) << 28)
+            number = _append(entry, (whole & (bits > 0) & live).to(tl.int32), lists, number)
+        begin = tl.cdiv(number, E) * E
+        ragged = begin
+        for c in range(0, limit, CHUNK):
+            at = c + tl.arange(0, CHUNK)
+            inside = at < limit
+            whole = tl.load(full_row + at, mask=inside, other=0) != 0
+            must = tl.load(forced_row + at, mask=inside, other=0) != 0
+            touched = tl.load(some_row + at, mask=inside, other=0) != 0
+            entry = at | (255 << 20) | (must.to(tl.int32) << 28)
+            ragged = _append(entry, (touched & ~whole & live).to(tl.int32), lists, ragged)
+        tl.debug_barrier()
+
+        # 3. Exact rows over the candidates, then over the blocks that are seen in part.
+        own_key = key + batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
+        top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+        for i in range(0, number, E):
+            entry = tl.load(lists + i + n // KB, mask=i + n // KB < number, other=0) & 0xFFFFF
+            k_at = (entry * KB + n % KB).to(tl.int64)
+            k = tl.load(own_key + k_at[None, :] * k_n + dims[:, None], mask=dims[:, None] < DIM, other=0.0)
+            y = _logs(q, k, n, n, rows, scale, M, E, KB, False, PRECISION)
+            slot = tl.load(lists + i + e, mask=i + e < number, other=0)
+            y = tl.where(((slot[None, :] >> (20 + member[:, None])) & 1) > 0, y, float("-inf"))
+            top, total = _grown(top, total, y)
+            tl.store(logs + (i + e)[None, :] * M + rows[:, None], (y - pooled[:, None]).to(logs.dtype.element_ty))
+        for i in range(begin, ragged, E):
+            entry = tl.load(lists + i + n // KB, mask=i + n // KB < ragged, other=0) & 0xFFFFF
+            k_at = entry * KB + n % KB
+            there = (k_at < kv_len) & (i + n // KB < ragged)
+            k = tl.load(
+                own_key + k_at.to(tl.int64)[None, :] * k_n + dims[:, None], mask=there[None, :] & (dims[:, None] < DIM),
+                other=0.0,
+            )  # fmt: skip
+            if PADDED:
+                there = there & (tl.load(real + batch.to(tl.int64) * kv_len + k_at, mask=there, other=0) != 0)
+            stop = seen_to
+            if not ORDERED:
+                stop = tl.full((M,), 2147483647, tl.int32)
+            y = _logs(q, k, k_at, there, stop, scale, M, E, KB, True, PRECISION)
+            top, total = _grown(top, total, y)
+            tl.store(logs + (i + e)[None, :] * M + rows[:, None], (y - pooled[:, None]).to(logs.dtype.element_ty))
+        tl.debug_barrier()
+
+        # 4. The threshold of each row: lower where it would not leave the row its floor.
+        exactly = tl.where(total == 0, float("-inf"), top + tl.log2(total)) - pooled
+        rest = tl.log2(others * KB)
+        high = tl.maximum(tl.maximum(exactly, rest), -1e30)
+        normal = tl.exp2(exactly - high) + tl.exp2(rest - high)
+        normal = tl.where(normal == 0, 0.0, high + tl.log2(normal))
+        always, far = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+        for s in range(0, ragged, SLOTS):
+            slots = s + tl.arange(0, SLOTS)
+            valid = (slots < number) | ((slots >= begin) & (slots < ragged))
+            must = ((tl.load(lists + slots, mask=valid, other=0) >> 28) & 1) > 0
+            y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
+            share = tl.exp2(y - normal[None, :])
+            always += tl.sum(tl.where(must[:, None], share, 0.0), 0)
+            far += tl.sum(tl.where(~must[:, None] & (share >= least), share, 0.0), 0)
+        threshold = tl.where(always + far >= floor_share, least, 0.0)
+        short = tl.max(tl.where(mine & (always + far < floor_share), 1, 0), 0)
+        if short > 0:
+            steps = tl.arange(0, 16)
+            reached = tl.zeros((M, 16), tl.float32)
+            for s in range(0, ragged, SLOTS):
+                slots = s + tl.arange(0, SLOTS)
+                valid = (slots < number) | ((slots >= begin) & (slots < ragged))
+                must = ((tl.load(lists + slots, mask=valid, other=0) >> 28) & 1) > 0
+                y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
+                share = tl.where(must[:, None], 0.0, tl.exp2(y - normal[None, :]))
+                tried = least
+                for step in tl.static_range(STEPS):
+                    part_sum = tl.sum(tl.where(share >= tried, share, 0.0), 0)
+                    reached += tl.where(steps[None, :] == step, part_sum[:, None], 0.0)
+                    tried = tried * RATIO
+            enough = (always[:, None] + reached >= floor_share) & (steps[None, :] < STEPS)
+            first = tl.min(tl.where(enough, steps[None, :], 99), 1)
+            lower = least * tl.exp2(first.to(tl.float32) * tl.log2(tl.full((M,), RATIO, tl.float32)))
+            threshold = tl.where(first < 99, lower, 0.0)
+
+        # 5. Blocks that one of a head's rows has a peak in, and what the witness row keeps with them.
+        line = keep + ((batch * KV_HEADS * GROUP).to(tl.int64) * q_blocks + block) * kv_blocks
+        heads = tl.arange(0, WIDE)
+        real_head = kv_head * GROUP + (head % SLICES) * HEADS + heads
+        exact = tl.load(witness + (batch * KV_HEADS * GROUP + own_head).to(tl.int64) * q_blocks + block, mask=mine, other=0.0)
+        kept = tl.zeros((M,), tl.float32)
+        for s in range(0, ragged, SLOTS):
+            slots = s + tl.arange(0, SLOTS)
+            valid = (slots < number) | ((slots >= begin) & (slots < ragged))
+            entry = tl.load(lists + slots, mask=valid, other=0)
+            y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
+            hit = (tl.exp2(y - normal[None, :]) >= threshold[None, :]).to(tl.int32)
+            by_head = tl.max(tl.reshape(hit, (SLOTS, WIDE, 16)), 2)
+            by_head = by_head & (entry[:, None] >> (20 + heads[None, :])) & 1
+            ours = valid[:, None] & (heads[None, :] < HEADS)
+            to = line + real_head.to(tl.int64)[None, :] * q_blocks * kv_blocks + (entry & 0xFFFFF)[:, None]
+            tl.store(to, (by_head > 0).to(tl.uint8), mask=ours & (by_head > 0) & (((entry >> 28) & 1) == 0)[:, None])
+            stays = by_head | ((entry >> 28) & 1)[:, None]
+            stays = tl.reshape(tl.broadcast_to(tl.expand_dims(stays, 2), (SLOTS, WIDE, 16)), (SLOTS, M)) > 0
+            kept += tl.sum(tl.where(stays, tl.exp2(y + pooled[None, :] - exact[None, :]), 0.0), 0)
+        kept = tl.where(live & (exact > float("-inf")), kept, 1.0)
+        told = recall + (batch * KV_HEADS * GROUP + own_head).to(tl.int64) * q_blocks + block
+        tl.store(told, kept, mask=mine & (index == 15) & (unit < q_blocks))
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["q_b", "q_h", "k_b", "k_h", "places_b", "count_b", "q_blocks", "kv_len", "scale"])
+def _witness(
+    query, key, places, count, real, offset, out, q_b, q_h, k_b, k_h, places_b, count_b, q_n, k_n, q_blocks, kv_len,
+    scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SIZE: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr, ORDERED: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of the witness rows of some query blocks over one split of the keys."""
+    SLICES: tl.constexpr = GROUP // HEADS
+    EACH: tl.constexpr = M // HEADS
+    batch, head = tl.program_id(2) // (KV_HEADS * SLICES), tl.program_id(2) % (KV_HEADS * SLICES)
+    kv_head = head // SLICES
+    rows, dims, n = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, BN)
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) * EACH + rows // HEADS
+    mine = (rows < EACH * HEADS) & (block < q_blocks)
+    block = tl.minimum(block, q_blocks - 1)
+    own_head = kv_head * GROUP + (head % SLICES) * HEADS + rows % HEADS
+    start = tl.load(offset).to(tl.int32)
+    live = tl.load(count + batch.to(tl.int64) * count_b + block).to(tl.int32)
+    shift = (5 * (block + start // SIZE) + 3 * own_head) % 8
+    at = (15 * 8 + shift) * live // SIZE
+    place = tl.load(places + batch.to(tl.int64) * places_b + block * SIZE + at).to(tl.int32)
+    q = tl.load(
+        query + batch.to(tl.int64) * q_b + own_head.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n
+        + dims, mask=mine[:, None] & (dims < DIM), other=0.0,
+    )  # fmt: skip
+    stop = tl.where(mine, place + start, -1)
+    if not ORDERED:
+        stop = tl.where(mine, 2147483647, -1)
+    first = tl.program_id(1) * SPLIT
+    end = tl.minimum(tl.minimum(first + SPLIT, kv_len), tl.max(stop, 0) + 1)
+    own_key = key + batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
+    top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+    for i in range(first, end, BN):
+        k_at = i + n
+        there = k_at < kv_len
+        k = tl.load(
+            own_key + k_at.to(tl.int64)[None, :] * k_n + dims[:, None], mask=there[None, :] & (dims[:, None] < DIM),
+            other=0.0,
+        )  # fmt: skip
+        if PADDED:
+            there = there & (tl.load(real + batch.to(tl.int64) * kv_len + k_at, mask=there, other=0) != 0)
+        logits = tl.dot(q, k, input_precision=PRECISION) * scale
+        logits = tl.where(there[None, :] & (k_at[None, :] <= stop[:, None]), logits, float("-inf"))
+        top, total = _grown(top, total, logits)
+    log = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+    line = (batch * KV_HEADS * GROUP + own_head).to(tl.int64) * q_blocks + block
+    tl.store(out + line * tl.num_programs(1) + tl.program_id(1), log, mask=mine)
+
+
+@functools.cache
+def _lanes(device: int) -> int:
+    """Programs at a time: two on every multiprocessor."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Inputs(NamedTuple):
+    """What the kernels read; the maps have no head axis.
+
+    Attributes:
+        query: (B, Hq, L, D), last dimension contiguous.
+        key: (B, Hkv, S, D), last dimension contiguous.
+        means: (B, Hkv, NK, D) contiguous, means over key blocks.
+        full: bool (B or 1, 1, NQ, NK) contiguous, likewise ``some`` and ``forced``; see ``Layout``.
+        places: int32 (B or 1, 1, NQ, 128) contiguous, see ``LiveRows``.
+        count: int32 (B or 1, 1, NQ) contiguous.
+        base: float32 (B or 1, 1, NQ) contiguous, the highest threshold.
+        floor: float32, 0-d.
+        real: bool (B, S) contiguous, keys that exist; None: all.
+        offset: int64, one element: position of query 0; None: no order, every real key is seen.
+    """
+
+    query: Tensor
+    key: Tensor
+    means: Tensor
+    full: Tensor
+    some: Tensor
+    forced: Tensor
+    places: Tensor
+    count: Tensor
+    base: Tensor
+    floor: Tensor
+    real: Tensor | None
+    offset: Tensor | None
+
+
+def peaks_in_one(
+    query: Tensor, given: Inputs, scale: float, key_block: int, phases: int, numbers: tuple[float, int, float]
+) -> tuple[Tensor, Tensor]:
+    """``peak.find_peaks`` for a plain mask and logits that are products alone.
+
+    Args:
+        query: ``given.query``, by whose device the kernels are launched.
+        given: The tensors.
+        scale: Logit scale.
+        key_block: Tokens of a key block, 64 or 128.
+        phases: Further sets of rows of the last two blocks.
+        numbers: ``CANDIDATE``, ``FLOOR_STEPS`` and ``FLOOR_RATIO`` of the rule.
+
+    Returns:
+        The chosen blocks, bool (B, Hq, NQ, NK), and the witness rows' recall, float32 (B, Hq, NQ). Besides them,
+        the kernels hold a number of 2 bytes per row of a program and key block: 138 MB at 128K tokens on an H100.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads, kv_len = given.key.shape[1:3]
+    q_blocks, kv_blocks = given.full.shape[2:]
+    tile = tile_of(heads // kv_heads, dim, query.dtype, key_block)
+    parts = batch * kv_heads * (heads // kv_heads // tile.heads)
+    last = min(2, q_blocks)
+    tiles = parts * (q_blocks + last * phases)
+    lanes = min(_lanes(query.device.index) if query.is_cuda else 3, tiles)
+    capacity = kv_blocks + 2 * (tile.keys // key_block) + SLOTS
+    device = query.device
+    keep = torch.zeros((batch, heads, q_blocks, kv_blocks), dtype=torch.uint8, device=device)
+    recall = torch.ones((batch, heads, q_blocks), dtype=torch.float32, device=device)
+    lists = torch.empty((lanes, capacity), dtype=torch.int32, device=device)
+    logs = torch.empty((lanes, capacity, tile.rows), dtype=torch.float16, device=device)
+    shapes = {
+        "KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "HEADS": tile.heads, "DIM": dim,
+        "WIDTH": max(16, triton.next_power_of_2(dim)), "SIZE": given.places.shape[3],
+        "ORDERED": given.offset is not None, "PADDED": given.real is not None,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    offset = torch.zeros((1,), dtype=torch.int64, device=device) if given.offset is None else given.offset
+    real = given.full if given.real is None else given.real
+    strides = (*query.stride()[:2], *given.key.stride()[:2])
+    witness = _witness_logs(given, offset, real, strides, scale, shapes)
+    _find_peaks[(lanes,)](
+        query, given.key, given.means, *(x.view(torch.uint8) for x in (given.full, given.some, given.forced)),
+        given.places, given.count, given.base, given.floor, real.view(torch.uint8), offset, witness, keep, recall,
+        lists, logs, *strides, *(_batch_stride(x) for x in given[3:9]), query.stride(2), given.key.stride(2),
+        q_blocks, kv_blocks, kv_len, tiles, last * phases, last, capacity, scale * LOG2_E,
+        KB=key_block, BN=tile.keys, M=tile.rows, CHUNK=MEANS if dim <= 128 else 64, SLOTS=SLOTS, CANDIDATE=numbers[0],
+        STEPS=numbers[1], RATIO=numbers[2], **shapes,
+    )  # fmt: skip
+    return keep.view(torch.bool), recall
+
+
+def _batch_stride(x: Tensor) -> int:
+    return x.stride(0) if x.shape[0] > 1 else 0
+
+
+def _witness_logs(
+    given: Inputs, offset: Tensor, real: Tensor, strides: tuple[int, ...], scale: float, shapes: dict[str, object]
+) -> Tensor:
+    """Log-sum-exp to the base 2 of one row of each block over all keys: float32 (B, Hq, NQ)."""
+    batch, heads, _, _ = given.query.shape
+    q_blocks, kv_len, kv_heads = given.full.shape[2], given.key.shape[2], given.key.shape[1]
+    own = int(shapes["HEADS"])  # type: ignore[call-overload]
+    rows = 64 if own <= 8 else 128
+    splits = triton.cdiv(kv_len, SPLIT)
+    out = torch.full((batch, heads, q_blocks, splits), float("-inf"), dtype=torch.float32, device=given.query.device)
+    grid = (triton.cdiv(q_blocks, rows // own), splits, batch * kv_heads * (heads // kv_heads // own))
+    _witness[grid](
+        given.query, given.key, given.places, given.count, real.view(torch.uint8), offset, out, *strides,
+        _batch_stride(given.places), _batch_stride(given.count), given.query.stride(2), given.key.stride(2),
+        q_blocks, kv_len, scale * LOG2_E,
+        BN=64 if given.query.dtype == torch.float32 else 128, M=rows, SPLIT=SPLIT, **(shapes | {"num_warps": 4}),
+    )  # fmt: skip
+    total = torch.logsumexp(out * 0.6931471805599453, -1) * LOG2_E
+    return total.contiguous()
