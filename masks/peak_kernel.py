@@ -8,6 +8,7 @@ candidate in memory of its own. Importing this module needs Triton.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,28 +24,25 @@ SPLIT = 4096
 #: Numbers that change with every prompt: none of them may start a compile.
 VARYING = [
     "q_b", "q_h", "k_b", "k_h", "full_b", "some_b", "forced_b", "places_b", "count_b", "base_b", "q_blocks",
-    "kv_blocks", "kv_len", "tiles", "further", "last", "capacity", "scale",
+    "kv_blocks", "kv_len", "tiles", "further", "last", "scale",
 ]  # fmt: skip
 
 
 class Tile(NamedTuple):
-    """Sizes of a program: ``heads`` of a group, ``rows`` of all of them, ``keys`` of a step."""
+    """Sizes of a program: ``heads`` of a group, ``rows`` of all of them."""
 
     heads: int
     rows: int
-    keys: int
     warps: int
     stages: int
 
 
-def tile_of(group: int, dim: int, dtype: torch.dtype, key_block: int) -> Tile:
+def tile_of(group: int, dim: int, dtype: torch.dtype) -> Tile:
     """The sizes for ``group`` query heads over one KV head; fixed, because tuning would cost more than it gains."""
-    heads = max(h for h in range(1, 9) if group % h == 0)
+    most = 4 if dtype == torch.float32 or dim > 128 else 8
+    heads = max(h for h in range(1, most + 1) if group % h == 0)
     rows = 16 * triton.next_power_of_2(heads)
-    if dtype == torch.float32:
-        return Tile(heads, rows, key_block, 4, 1)
-    keys = max(128 if dim <= 128 else 64, key_block)
-    return Tile(heads, rows, keys, 8 if rows == 128 else 4, 2)
+    return Tile(heads, rows, 4, 1 if dtype == torch.float32 else 2)
 
 
 @triton.jit
@@ -65,22 +63,25 @@ def _append(entries, wanted, lists, number):
 
 
 @triton.jit
-def _logs(q, keys, places, seen, mask_rows, scale, M: tl.constexpr, E: tl.constexpr, KB: tl.constexpr,
-          MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Log-sum-exp to the base 2 of rows over ``E`` blocks of keys (D, E * KB)."""
-    logits = tl.dot(q, keys, input_precision=PRECISION) * scale
-    if MASKED:
-        logits = tl.where(seen[None, :] & (places[None, :] <= mask_rows[:, None]), logits, float("-inf"))
-    logits = tl.reshape(logits, (M, E, KB))
-    top = tl.max(logits, 2)
+def _log_sum(logits):
+    """Log-sum-exp to the base 2 of each row."""
+    top = tl.max(logits, 1)
     safe = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(logits - safe[:, :, None]), 2)
+    total = tl.sum(tl.exp2(logits - safe[:, None]), 1)
     return tl.where(total == 0, float("-inf"), safe + tl.log2(total))
 
 
 @triton.jit
+def _joined(top, total, log):
+    """A running log-sum-exp with one more log of each row."""
+    new = tl.maximum(top, log)
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    return new, total * tl.exp2(top - safe) + tl.exp2(log - safe)
+
+
+@triton.jit
 def _grown(top, total, logs):
-    """A running log-sum-exp with another (M, E) of logs."""
+    """A running log-sum-exp with a tile of logits."""
     new = tl.maximum(top, tl.max(logs, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
     return new, total * tl.exp2(top - safe) + tl.sum(tl.exp2(logs - safe[:, None]), 1)
@@ -90,20 +91,20 @@ def _grown(top, total, logs):
 def _find_peaks(
     query, key, means, full, some, forced, places, count, base, floor, real, offset, witness, keep, recall, lists,
     logs, q_b, q_h, k_b, k_h, full_b, some_b, forced_b, places_b, count_b, base_b, q_n, k_n, q_blocks, kv_blocks,
-    kv_len, tiles, further, last, capacity, scale,
+    kv_len, tiles, further, last, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SIZE: tl.constexpr, KB: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    SIZE: tl.constexpr, KB: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
     ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr, STEPS: tl.constexpr, RATIO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th query block, from the last one on, which sees most."""
-    E: tl.constexpr = BN // KB
     WIDE: tl.constexpr = M // 16
     SLICES: tl.constexpr = GROUP // HEADS
-    lists += tl.program_id(0).to(tl.int64) * capacity
-    logs += tl.program_id(0).to(tl.int64) * capacity * M
-    rows, dims, n = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, BN)
-    member, index, e = rows // 16, rows % 16, tl.arange(0, E)
+    lists += tl.program_id(0).to(tl.int64) * kv_blocks
+    logs += tl.program_id(0).to(tl.int64) * kv_blocks * M
+    rows, dims, n = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, KB)
+    member, index = rows // 16, rows % 16
+    q_b, q_h, k_b, k_h = q_b * ALIGN, q_h * ALIGN, k_b * ALIGN, k_h * ALIGN
     start = tl.load(offset).to(tl.int32)
     floor_share = tl.load(floor)
     parts = tiles // (q_blocks + further)
@@ -161,8 +162,7 @@ def _find_peaks(
             others += tl.sum(tl.where(whole[None, :] & ~must[None, :] & ~taken, tl.exp2(z), 0.0), 1)
             entry = at | (bits << 20) | (must.to(tl.int32) << 28)
             number = _append(entry, (whole & (bits > 0) & live).to(tl.int32), lists, number)
-        begin = tl.cdiv(number, E) * E
-        ragged = begin
+        ragged = number
         for c in range(0, limit, CHUNK):
             at = c + tl.arange(0, CHUNK)
             inside = at < limit
@@ -175,32 +175,30 @@ def _find_peaks(
 
         # 3. Exact rows over the candidates, then over the blocks that are seen in part.
         own_key = key + batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
+        own_keys = own_key + n[None, :] * k_n + dims[:, None]
         top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
-        for i in range(0, number, E):
-            entry = tl.load(lists + i + n // KB, mask=i + n // KB < number, other=0) & 0xFFFFF
-            k_at = (entry * KB + n % KB).to(tl.int64)
-            k = tl.load(own_key + k_at[None, :] * k_n + dims[:, None], mask=dims[:, None] < DIM, other=0.0)
-            y = _logs(q, k, n, n, rows, scale, M, E, KB, False, PRECISION)
-            slot = tl.load(lists + i + e, mask=i + e < number, other=0)
-            y = tl.where(((slot[None, :] >> (20 + member[:, None])) & 1) > 0, y, float("-inf"))
-            top, total = _grown(top, total, y)
-            tl.store(logs + (i + e)[None, :] * M + rows[:, None], (y - pooled[:, None]).to(logs.dtype.element_ty))
-        for i in range(begin, ragged, E):
-            entry = tl.load(lists + i + n // KB, mask=i + n // KB < ragged, other=0) & 0xFFFFF
-            k_at = entry * KB + n % KB
-            there = (k_at < kv_len) & (i + n // KB < ragged)
+        for i in range(0, number):
+            entry = tl.load(lists + i)
+            at = (entry & 0xFFFFF) * KB
+            k = tl.load(own_keys + at.to(tl.int64) * k_n, mask=dims[:, None] < DIM, other=0.0)
+            y = _log_sum(tl.dot(q, k, input_precision=PRECISION) * scale)
+            y = tl.where(((entry >> (20 + member)) & 1) > 0, y, float("-inf"))
+            top, total = _joined(top, total, y)
+            tl.store(logs + i * M + rows, (y - pooled).to(logs.dtype.element_ty))
+        for i in range(number, ragged):
+            at = (tl.load(lists + i) & 0xFFFFF) * KB
+            there = at + n < kv_len
             k = tl.load(
-                own_key + k_at.to(tl.int64)[None, :] * k_n + dims[:, None], mask=there[None, :] & (dims[:, None] < DIM),
-                other=0.0,
+                own_keys + at.to(tl.int64) * k_n, mask=there[None, :] & (dims[:, None] < DIM), other=0.0,
             )  # fmt: skip
             if PADDED:
-                there = there & (tl.load(real + batch.to(tl.int64) * kv_len + k_at, mask=there, other=0) != 0)
-            stop = seen_to
-            if not ORDERED:
-                stop = tl.full((M,), 2147483647, tl.int32)
-            y = _logs(q, k, k_at, there, stop, scale, M, E, KB, True, PRECISION)
-            top, total = _grown(top, total, y)
-            tl.store(logs + (i + e)[None, :] * M + rows[:, None], (y - pooled[:, None]).to(logs.dtype.element_ty))
+                there = there & (tl.load(real + batch.to(tl.int64) * kv_len + at + n, mask=there, other=0) != 0)
+            z = tl.dot(q, k, input_precision=PRECISION) * scale
+            if ORDERED:
+                z = tl.where(at + n[None, :] <= seen_to[:, None], z, float("-inf"))
+            y = _log_sum(tl.where(there[None, :], z, float("-inf")))
+            top, total = _joined(top, total, y)
+            tl.store(logs + i * M + rows, (y - pooled).to(logs.dtype.element_ty))
         tl.debug_barrier()
 
         # 4. The threshold of each row: lower where it would not leave the row its floor.
@@ -212,7 +210,7 @@ def _find_peaks(
         always, far = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
         for s in range(0, ragged, SLOTS):
             slots = s + tl.arange(0, SLOTS)
-            valid = (slots < number) | ((slots >= begin) & (slots < ragged))
+            valid = slots < ragged
             must = ((tl.load(lists + slots, mask=valid, other=0) >> 28) & 1) > 0
             y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
             share = tl.exp2(y - normal[None, :])
@@ -225,7 +223,7 @@ def _find_peaks(
             reached = tl.zeros((M, 16), tl.float32)
             for s in range(0, ragged, SLOTS):
                 slots = s + tl.arange(0, SLOTS)
-                valid = (slots < number) | ((slots >= begin) & (slots < ragged))
+                valid = slots < ragged
                 must = ((tl.load(lists + slots, mask=valid, other=0) >> 28) & 1) > 0
                 y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
                 share = tl.where(must[:, None], 0.0, tl.exp2(y - normal[None, :]))
@@ -247,7 +245,7 @@ def _find_peaks(
         kept = tl.zeros((M,), tl.float32)
         for s in range(0, ragged, SLOTS):
             slots = s + tl.arange(0, SLOTS)
-            valid = (slots < number) | ((slots >= begin) & (slots < ragged))
+            valid = slots < ragged
             entry = tl.load(lists + slots, mask=valid, other=0)
             y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
             hit = (tl.exp2(y - normal[None, :]) >= threshold[None, :]).to(tl.int32)
@@ -270,7 +268,7 @@ def _witness(
     query, key, places, count, real, offset, out, q_b, q_h, k_b, k_h, places_b, count_b, q_n, k_n, q_blocks, kv_len,
     scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SIZE: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr, ORDERED: tl.constexpr,
+    SIZE: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr, ORDERED: tl.constexpr,
     PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of the witness rows of some query blocks over one split of the keys."""
@@ -279,6 +277,7 @@ def _witness(
     batch, head = tl.program_id(2) // (KV_HEADS * SLICES), tl.program_id(2) % (KV_HEADS * SLICES)
     kv_head = head // SLICES
     rows, dims, n = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, BN)
+    q_b, q_h, k_b, k_h = q_b * ALIGN, q_h * ALIGN, k_b * ALIGN, k_h * ALIGN
     block = (tl.num_programs(0) - 1 - tl.program_id(0)) * EACH + rows // HEADS
     mine = (rows < EACH * HEADS) & (block < q_blocks)
     block = tl.minimum(block, q_blocks - 1)
@@ -297,15 +296,13 @@ def _witness(
         stop = tl.where(mine, 2147483647, -1)
     first = tl.program_id(1) * SPLIT
     end = tl.minimum(tl.minimum(first + SPLIT, kv_len), tl.max(stop, 0) + 1)
-    own_key = key + batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
+    own_keys = key + batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h + n[None, :] * k_n + dims[:, None]
     top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
-    for i in range(first, end, BN):
+    for step in range(0, tl.cdiv(tl.maximum(end - first, 0), BN)):
+        i = first + step * BN
         k_at = i + n
         there = k_at < kv_len
-        k = tl.load(
-            own_key + k_at.to(tl.int64)[None, :] * k_n + dims[:, None], mask=there[None, :] & (dims[:, None] < DIM),
-            other=0.0,
-        )  # fmt: skip
+        k = tl.load(own_keys + i.to(tl.int64) * k_n, mask=there[None, :] & (dims[:, None] < DIM), other=0.0)
         if PADDED:
             there = there & (tl.load(real + batch.to(tl.int64) * kv_len + k_at, mask=there, other=0) != 0)
         logits = tl.dot(q, k, input_precision=PRECISION) * scale
@@ -372,17 +369,16 @@ def peaks_in_one(
     batch, heads, _, dim = query.shape
     kv_heads, kv_len = given.key.shape[1:3]
     q_blocks, kv_blocks = given.full.shape[2:]
-    tile = tile_of(heads // kv_heads, dim, query.dtype, key_block)
+    tile = tile_of(heads // kv_heads, dim, query.dtype)
     parts = batch * kv_heads * (heads // kv_heads // tile.heads)
     last = min(2, q_blocks)
     tiles = parts * (q_blocks + last * phases)
     lanes = min(_lanes(query.device.index) if query.is_cuda else 3, tiles)
-    capacity = kv_blocks + 2 * (tile.keys // key_block) + SLOTS
     device = query.device
     keep = torch.zeros((batch, heads, q_blocks, kv_blocks), dtype=torch.uint8, device=device)
     recall = torch.ones((batch, heads, q_blocks), dtype=torch.float32, device=device)
-    lists = torch.empty((lanes, capacity), dtype=torch.int32, device=device)
-    logs = torch.empty((lanes, capacity, tile.rows), dtype=torch.float16, device=device)
+    lists = torch.empty((lanes, kv_blocks), dtype=torch.int32, device=device)
+    logs = torch.empty((lanes, kv_blocks, tile.rows), dtype=torch.float16, device=device)
     shapes = {
         "KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "HEADS": tile.heads, "DIM": dim,
         "WIDTH": max(16, triton.next_power_of_2(dim)), "SIZE": given.places.shape[3],
@@ -393,13 +389,15 @@ def peaks_in_one(
     offset = torch.zeros((1,), dtype=torch.int64, device=device) if given.offset is None else given.offset
     real = given.full if given.real is None else given.real
     strides = (*query.stride()[:2], *given.key.stride()[:2])
+    shapes["ALIGN"] = align = math.gcd(16, *strides)
+    strides = tuple(x // align for x in strides)
     witness = _witness_logs(given, offset, real, strides, scale, shapes)
     _find_peaks[(lanes,)](
         query, given.key, given.means, *(x.view(torch.uint8) for x in (given.full, given.some, given.forced)),
         given.places, given.count, given.base, given.floor, real.view(torch.uint8), offset, witness, keep, recall,
         lists, logs, *strides, *(_batch_stride(x) for x in given[3:9]), query.stride(2), given.key.stride(2),
-        q_blocks, kv_blocks, kv_len, tiles, last * phases, last, capacity, scale * LOG2_E,
-        KB=key_block, BN=tile.keys, M=tile.rows, CHUNK=MEANS if dim <= 128 else 64, SLOTS=SLOTS, CANDIDATE=numbers[0],
+        q_blocks, kv_blocks, kv_len, tiles, last * phases, last, scale * LOG2_E,
+        KB=key_block, M=tile.rows, CHUNK=MEANS if dim <= 128 else 64, SLOTS=SLOTS, CANDIDATE=numbers[0],
         STEPS=numbers[1], RATIO=numbers[2], **shapes,
     )  # fmt: skip
     return keep.view(torch.bool), recall
