@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-#: Block means of a step, candidates of a step of the thresholds.
-MEANS, SLOTS = 128, 64
+#: Keys of a step, block means of a step, candidates of a step of the thresholds.
+KEYS, MEANS, SLOTS = 64, 64, 64
 #: Keys of a split of the witness rows.
 SPLIT = 4096
 #: Numbers that change with every prompt: none of them may start a compile.
@@ -42,7 +42,7 @@ def tile_of(group: int, dim: int, dtype: torch.dtype) -> Tile:
     most = 4 if dtype == torch.float32 or dim > 128 else 8
     heads = max(h for h in range(1, most + 1) if group % h == 0)
     rows = 16 * triton.next_power_of_2(heads)
-    return Tile(heads, rows, 4, 1 if dtype == torch.float32 else 2)
+    return Tile(heads, rows, 4, 1 if dtype == torch.float32 else 3)
 
 
 @triton.jit
@@ -63,11 +63,11 @@ def _append(entries, wanted, lists, number):
 
 
 @triton.jit
-def _log_sum(logits):
-    """Log-sum-exp to the base 2 of each row."""
-    top = tl.max(logits, 1)
+def _log_sum(products, scale):
+    """Log-sum-exp to the base 2 of each row of products, each times ``scale``, a positive number."""
+    top = tl.max(products, 1) * scale
     safe = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(logits - safe[:, None]), 1)
+    total = tl.sum(tl.exp2(products * scale - safe[:, None]), 1)
     return tl.where(total == 0, float("-inf"), safe + tl.log2(total))
 
 
@@ -77,6 +77,14 @@ def _joined(top, total, log):
     new = tl.maximum(top, log)
     safe = tl.where(new == float("-inf"), 0.0, new)
     return new, total * tl.exp2(top - safe) + tl.exp2(log - safe)
+
+
+@triton.jit
+def _with_last(last, log, further):
+    """A block's log-sum-exp from that of its tiles so far and one more; the first tile has none before it."""
+    high = tl.maximum(last, log)
+    safe = tl.where(high == float("-inf"), 0.0, high)
+    return tl.where(further > 0, safe + tl.log2(tl.exp2(last - safe) + tl.exp2(log - safe)), log)
 
 
 @triton.jit
@@ -93,22 +101,26 @@ def _find_peaks(
     logs, q_b, q_h, k_b, k_h, full_b, some_b, forced_b, places_b, count_b, base_b, q_n, k_n, q_blocks, kv_blocks,
     kv_len, tiles, further, last, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SIZE: tl.constexpr, KB: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    SIZE: tl.constexpr, KB: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
     ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr, STEPS: tl.constexpr, RATIO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th query block, from the last one on, which sees most."""
     WIDE: tl.constexpr = M // 16
+    TILES: tl.constexpr = KB // KEYS
     SLICES: tl.constexpr = GROUP // HEADS
     lists += tl.program_id(0).to(tl.int64) * kv_blocks
     logs += tl.program_id(0).to(tl.int64) * kv_blocks * M
-    rows, dims, n = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, KB)
+    rows, dims, n = tl.arange(0, M), tl.arange(0, WIDTH), tl.arange(0, KEYS)
     member, index = rows // 16, rows % 16
     q_b, q_h, k_b, k_h = q_b * ALIGN, q_h * ALIGN, k_b * ALIGN, k_h * ALIGN
     start = tl.load(offset).to(tl.int32)
     floor_share = tl.load(floor)
-    parts = tiles // (q_blocks + further)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    parts, lanes = tiles // (q_blocks + further), tl.num_programs(0)
+    for turn in range(0, tl.cdiv(tiles - tl.program_id(0), lanes)):
+        # Every second turn in the other direction, so that no program gets the longest of every turn.
+        back = tl.where(turn % 2 == 1, lanes - 1 - tl.program_id(0), tl.program_id(0))
+        tile = turn * lanes + tl.where((turn + 1) * lanes <= tiles, back, tl.program_id(0))
         unit, part = q_blocks + further - 1 - tile // parts, tile % parts
         batch, head = part // (KV_HEADS * SLICES), part % (KV_HEADS * SLICES)
         kv_head, own_head = head // SLICES, (head // SLICES) * GROUP + (head % SLICES) * HEADS + member
@@ -176,29 +188,32 @@ def _find_peaks(
         # 3. Exact rows over the candidates, then over the blocks that are seen in part.
         own_key = key + batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
         own_keys = own_key + n[None, :] * k_n + dims[:, None]
-        top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
-        for i in range(0, number):
-            entry = tl.load(lists + i)
-            at = (entry & 0xFFFFF) * KB
-            k = tl.load(own_keys + at.to(tl.int64) * k_n, mask=dims[:, None] < DIM, other=0.0)
-            y = _log_sum(tl.dot(q, k, input_precision=PRECISION) * scale)
-            y = tl.where(((entry >> (20 + member)) & 1) > 0, y, float("-inf"))
-            top, total = _joined(top, total, y)
-            tl.store(logs + i * M + rows, (y - pooled).to(logs.dtype.element_ty))
-        for i in range(number, ragged):
-            at = (tl.load(lists + i) & 0xFFFFF) * KB
+        top, total, log = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+        for group in range(0, number, 32):
+            # A group's entries lie in registers: an address that hangs on a load would not be fetched ahead.
+            entries = tl.load(lists + group + tl.arange(0, 32), mask=group + tl.arange(0, 32) < number, other=0)
+            for i in range(group * TILES, tl.minimum(group + 32, number) * TILES):
+                entry = tl.sum(tl.where(tl.arange(0, 32) == i // TILES - group, entries, 0), 0)
+                at = (entry & 0xFFFFF) * KB + i % TILES * KEYS
+                k = tl.load(own_keys + at.to(tl.int64) * k_n, mask=dims[:, None] < DIM, other=0.0)
+                z = _log_sum(tl.dot(q, k, input_precision=PRECISION), scale)
+                z = tl.where(((entry >> (20 + member)) & 1) > 0, z, float("-inf"))
+                top, total = _joined(top, total, z)
+                log = _with_last(log, z, i % TILES)
+                tl.store(logs + i // TILES * M + rows, (log - pooled).to(logs.dtype.element_ty))
+        for i in range(number * TILES, ragged * TILES):
+            at = (tl.load(lists + i // TILES) & 0xFFFFF) * KB + i % TILES * KEYS
             there = at + n < kv_len
-            k = tl.load(
-                own_keys + at.to(tl.int64) * k_n, mask=there[None, :] & (dims[:, None] < DIM), other=0.0,
-            )  # fmt: skip
+            k = tl.load(own_keys + at.to(tl.int64) * k_n, mask=there[None, :] & (dims[:, None] < DIM), other=0.0)
             if PADDED:
                 there = there & (tl.load(real + batch.to(tl.int64) * kv_len + at + n, mask=there, other=0) != 0)
-            z = tl.dot(q, k, input_precision=PRECISION) * scale
+            products = tl.dot(q, k, input_precision=PRECISION)
             if ORDERED:
-                z = tl.where(at + n[None, :] <= seen_to[:, None], z, float("-inf"))
-            y = _log_sum(tl.where(there[None, :], z, float("-inf")))
-            top, total = _joined(top, total, y)
-            tl.store(logs + i * M + rows, (y - pooled).to(logs.dtype.element_ty))
+                products = tl.where(at + n[None, :] <= seen_to[:, None], products, float("-inf"))
+            z = _log_sum(tl.where(there[None, :], products, float("-inf")), scale)
+            top, total = _joined(top, total, z)
+            log = _with_last(log, z, i % TILES)
+            tl.store(logs + i // TILES * M + rows, (log - pooled).to(logs.dtype.element_ty))
         tl.debug_barrier()
 
         # 4. The threshold of each row: lower where it would not leave the row its floor.
@@ -397,7 +412,7 @@ def peaks_in_one(
         given.places, given.count, given.base, given.floor, real.view(torch.uint8), offset, witness, keep, recall,
         lists, logs, *strides, *(_batch_stride(x) for x in given[3:9]), query.stride(2), given.key.stride(2),
         q_blocks, kv_blocks, kv_len, tiles, last * phases, last, scale * LOG2_E,
-        KB=key_block, M=tile.rows, CHUNK=MEANS if dim <= 128 else 64, SLOTS=SLOTS, CANDIDATE=numbers[0],
+        KB=key_block, KEYS=KEYS, M=tile.rows, CHUNK=MEANS, SLOTS=SLOTS, CANDIDATE=numbers[0],
         STEPS=numbers[1], RATIO=numbers[2], **shapes,
     )  # fmt: skip
     return keep.view(torch.bool), recall
@@ -414,7 +429,7 @@ def _witness_logs(
     batch, heads, _, _ = given.query.shape
     q_blocks, kv_len, kv_heads = given.full.shape[2], given.key.shape[2], given.key.shape[1]
     own = int(shapes["HEADS"])  # type: ignore[call-overload]
-    rows = 64 if own <= 8 else 128
+    rows = 128
     splits = triton.cdiv(kv_len, SPLIT)
     out = torch.full((batch, heads, q_blocks, splits), float("-inf"), dtype=torch.float32, device=given.query.device)
     grid = (triton.cdiv(q_blocks, rows // own), splits, batch * kv_heads * (heads // kv_heads // own))
@@ -422,7 +437,7 @@ def _witness_logs(
         given.query, given.key, given.places, given.count, real.view(torch.uint8), offset, out, *strides,
         _batch_stride(given.places), _batch_stride(given.count), given.query.stride(2), given.key.stride(2),
         q_blocks, kv_len, scale * LOG2_E,
-        BN=64 if given.query.dtype == torch.float32 else 128, M=rows, SPLIT=SPLIT, **(shapes | {"num_warps": 4}),
+        BN=KEYS, M=rows, SPLIT=SPLIT, **(shapes | {"num_warps": 4}),
     )  # fmt: skip
     total = torch.logsumexp(out * 0.6931471805599453, -1) * LOG2_E
     return total.contiguous()
