@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-#: Keys of a step, block means of a step, candidates of a step of the thresholds.
-KEYS, MEANS, SLOTS = 64, 64, 64
+#: Block means of a step, candidates of a step of the thresholds, keys of a step of the witness rows.
+MEANS, SLOTS, KEYS = 64, 64, 64
 #: Keys of a split of the witness rows.
 SPLIT = 4096
 #: Numbers that change with every prompt: none of them may start a compile.
@@ -29,12 +29,14 @@ VARYING = [
 
 
 class Tile(NamedTuple):
-    """Sizes of a program: ``heads`` of a group, ``rows`` of all of them."""
+    """Sizes of a program: ``heads`` of a group, ``rows`` of all of them, ``keys`` of a step."""
 
     heads: int
     rows: int
+    keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def tile_of(group: int, dim: int, dtype: torch.dtype) -> Tile:
@@ -42,7 +44,7 @@ def tile_of(group: int, dim: int, dtype: torch.dtype) -> Tile:
     most = 4 if dtype == torch.float32 or dim > 128 else 8
     heads = max(h for h in range(1, most + 1) if group % h == 0)
     rows = 16 * triton.next_power_of_2(heads)
-    return Tile(heads, rows, 4, 1 if dtype == torch.float32 else 3)
+    return Tile(heads, rows, 64, 4, 1 if dtype == torch.float32 else 3)
 
 
 @triton.jit
@@ -63,28 +65,9 @@ def _append(entries, wanted, lists, number):
 
 
 @triton.jit
-def _log_sum(products, scale):
-    """Log-sum-exp to the base 2 of each row of products, each times ``scale``, a positive number."""
-    top = tl.max(products, 1) * scale
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(products * scale - safe[:, None]), 1)
-    return tl.where(total == 0, float("-inf"), safe + tl.log2(total))
-
-
-@triton.jit
-def _joined(top, total, log):
-    """A running log-sum-exp with one more log of each row."""
-    new = tl.maximum(top, log)
-    safe = tl.where(new == float("-inf"), 0.0, new)
-    return new, total * tl.exp2(top - safe) + tl.exp2(log - safe)
-
-
-@triton.jit
-def _with_last(last, log, further):
-    """A block's log-sum-exp from that of its tiles so far and one more; the first tile has none before it."""
-    high = tl.maximum(last, log)
-    safe = tl.where(high == float("-inf"), 0.0, high)
-    return tl.where(further > 0, safe + tl.log2(tl.exp2(last - safe) + tl.exp2(log - safe)), log)
+def _stored(total):
+    """A row's mass in a block, as a logarithm that half precision holds."""
+    return tl.minimum(tl.log2(total), 30000.0).to(tl.float16)
 
 
 @triton.jit
@@ -154,7 +137,8 @@ def _find_peaks(
             m = tl.load(own_means + at[None, :] * DIM + dims[:, None], mask=(at[None, :] < limit) & (dims[:, None] < DIM), other=0.0)
             z = tl.where(whole[None, :], tl.dot(q, m, input_precision=PRECISION) * scale, float("-inf"))
             top, total = _grown(top, total, z)
-        pooled = tl.where(total == 0, 0.0, top + tl.log2(total))  # of means: a block's tokens come in later
+        unseen = total == 0
+        pooled = tl.where(unseen, 0.0, top + tl.log2(total))  # of means: a block's tokens come in later
 
         # 2. Candidates: what the means of one of a head's rows do not rule out.
         number, others = 0, tl.zeros((M,), tl.float32)
@@ -188,7 +172,8 @@ def _find_peaks(
         # 3. Exact rows over the candidates, then over the blocks that are seen in part.
         own_key = key + batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
         own_keys = own_key + n[None, :] * k_n + dims[:, None]
-        top, total, log = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+        # Mass is counted in units of what the means give all blocks, which no exact mass falls much short of.
+        total, mass = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
         for group in range(0, number, 32):
             # A group's entries lie in registers: an address that hangs on a load would not be fetched ahead.
             entries = tl.load(lists + group + tl.arange(0, 32), mask=group + tl.arange(0, 32) < number, other=0)
@@ -196,32 +181,38 @@ def _find_peaks(
                 entry = tl.sum(tl.where(tl.arange(0, 32) == i // TILES - group, entries, 0), 0)
                 at = (entry & 0xFFFFF) * KB + i % TILES * KEYS
                 k = tl.load(own_keys + at.to(tl.int64) * k_n, mask=dims[:, None] < DIM, other=0.0)
-                z = _log_sum(tl.dot(q, k, input_precision=PRECISION), scale)
-                z = tl.where(((entry >> (20 + member)) & 1) > 0, z, float("-inf"))
-                top, total = _joined(top, total, z)
-                log = _with_last(log, z, i % TILES)
-                tl.store(logs + i // TILES * M + rows, (log - pooled).to(logs.dtype.element_ty))
+                products = tl.dot(q, k, input_precision=PRECISION)
+                own = tl.sum(tl.exp2(products * scale - pooled[:, None]), 1)
+                own = tl.where(((entry >> (20 + member)) & 1) > 0, own, 0.0)
+                total += own
+                if TILES > 1:
+                    own += tl.where(i % TILES > 0, mass, 0.0)
+                    mass = own
+                tl.store(logs + i // TILES * M + rows, _stored(own))
         for i in range(number * TILES, ragged * TILES):
             at = (tl.load(lists + i // TILES) & 0xFFFFF) * KB + i % TILES * KEYS
             there = at + n < kv_len
             k = tl.load(own_keys + at.to(tl.int64) * k_n, mask=there[None, :] & (dims[:, None] < DIM), other=0.0)
             if PADDED:
                 there = there & (tl.load(real + batch.to(tl.int64) * kv_len + at + n, mask=there, other=0) != 0)
-            products = tl.dot(q, k, input_precision=PRECISION)
+            z = tl.dot(q, k, input_precision=PRECISION) * scale
             if ORDERED:
-                products = tl.where(at + n[None, :] <= seen_to[:, None], products, float("-inf"))
-            z = _log_sum(tl.where(there[None, :], products, float("-inf")), scale)
-            top, total = _joined(top, total, z)
-            log = _with_last(log, z, i % TILES)
-            tl.store(logs + i // TILES * M + rows, (log - pooled).to(logs.dtype.element_ty))
+                z = tl.where(at + n[None, :] <= seen_to[:, None], z, float("-inf"))
+            z = tl.where(there[None, :], z, float("-inf"))
+            # A row that sees no block wholly has no such unit.
+            first = tl.max(z, 1)
+            pooled = tl.where(unseen & (i == 0) & (first > float("-inf")), first, pooled)
+            own = tl.sum(tl.exp2(z - pooled[:, None]), 1)
+            total += own
+            if TILES > 1:
+                own += tl.where(i % TILES > 0, mass, 0.0)
+                mass = own
+            tl.store(logs + i // TILES * M + rows, _stored(own))
         tl.debug_barrier()
 
         # 4. The threshold of each row: lower where it would not leave the row its floor.
-        exactly = tl.where(total == 0, float("-inf"), top + tl.log2(total)) - pooled
-        rest = tl.log2(others * KB)
-        high = tl.maximum(tl.maximum(exactly, rest), -1e30)
-        normal = tl.exp2(exactly - high) + tl.exp2(rest - high)
-        normal = tl.where(normal == 0, 0.0, high + tl.log2(normal))
+        total += others * KB
+        normal = tl.where(total > 0, tl.minimum(tl.log2(total), 30000.0), 0.0)
         always, far = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
         for s in range(0, ragged, SLOTS):
             slots = s + tl.arange(0, SLOTS)
@@ -274,7 +265,7 @@ def _find_peaks(
             kept += tl.sum(tl.where(stays, tl.exp2(y + pooled[None, :] - exact[None, :]), 0.0), 0)
         kept = tl.where(live & (exact > float("-inf")), kept, 1.0)
         told = recall + (batch * KV_HEADS * GROUP + own_head).to(tl.int64) * q_blocks + block
-        tl.store(told, kept, mask=mine & (index == 15) & (unit < q_blocks))
+        tl.store(told, tl.minimum(kept, 1.0), mask=mine & (index == 15) & (unit < q_blocks))
         tl.debug_barrier()
 
 
@@ -412,8 +403,8 @@ def peaks_in_one(
         given.places, given.count, given.base, given.floor, real.view(torch.uint8), offset, witness, keep, recall,
         lists, logs, *strides, *(_batch_stride(x) for x in given[3:9]), query.stride(2), given.key.stride(2),
         q_blocks, kv_blocks, kv_len, tiles, last * phases, last, scale * LOG2_E,
-        KB=key_block, KEYS=KEYS, M=tile.rows, CHUNK=MEANS, SLOTS=SLOTS, CANDIDATE=numbers[0],
-        STEPS=numbers[1], RATIO=numbers[2], **shapes,
+        KB=key_block, KEYS=min(tile.keys, key_block), M=tile.rows, CHUNK=MEANS, SLOTS=SLOTS, CANDIDATE=numbers[0],
+        STEPS=numbers[1], RATIO=numbers[2], maxnreg=tile.registers, **shapes,
     )  # fmt: skip
     return keep.view(torch.bool), recall
 
