@@ -119,7 +119,8 @@ def scoring(name: str, query: Tensor, key: Tensor) -> Callable[[], Any]:
     some = block_layout(mask, grid_of(query, key), OmniSparseConfig()).some
 
     def score(query: Tensor, key: Tensor, some: Tensor) -> Tensor:
-        mass = SCORERS[name](query, key, some, scale=SCALE, block=BLOCK, adjust=None, allowed=mask.pairs)
+        sides: dict[str, Any] = {"scale": SCALE, "block": BLOCK, "key_block": BLOCK, "adjust": None}
+        mass = SCORERS[name](query, key, some, allowed=mask.pairs, **sides)
         realized: Tensor = torch.ops.omnisparse.realize(mass)
         return realized
 

@@ -20,6 +20,7 @@ def antidiagonal(
     *,
     scale: float,
     block: int,
+    key_block: int,
     adjust: Callable[[Tensor], Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
@@ -33,8 +34,8 @@ def antidiagonal(
     Source: PAPER "Scores"; XAttention, arXiv 2503.16428. Our choice: one row of tiles per
     query block at a time, so that no tensor holds all (N / STRIDE)^2 of them.
     """
-    stride = math.gcd(block, STRIDE)
-    units = key_units(key, block, stride)
+    stride = math.gcd(key_block, STRIDE)
+    units = key_units(key, key_block, stride)
     # Scaled first: a sum of STRIDE unscaled dot products may leave the range of float16.
     tiles = (whole_blocks(query, block) * (scale / stride)).unflatten(2, (some.shape[-2], block // stride, stride))
     tiles, length = tiles.flip(4).flatten(4), query.shape[2]

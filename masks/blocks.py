@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -31,8 +32,34 @@ def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     return keep.sum(-1, dtype=torch.int32), lists.scatter(-1, place, columns)[..., :count]
 
 
+def wider(keep: Tensor, full: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    """Maps of key blocks ``split`` times as wide.
+
+    Args:
+        keep: bool (B, H, NQ, NK), kept blocks.
+        full: bool, broadcastable to ``keep``: blocks that run without a mask.
+        split: Blocks that become one.
+
+    Returns:
+        ``(keep, full)``, both bool (B, H, NQ, NK / ``split``): a block is kept if a part of it is, and full if all
+        of it is kept and full. In the others a mask has to tell which part is kept.
+    """
+    short = -keep.shape[-1] % split
+    # In numbers: Inductor's C++ code for padded bool reductions does not compile.
+    kept, whole = (x.expand_as(keep).to(torch.uint8) for x in (keep, keep & full))
+    parts = [F.pad(x, (0, short)).unflatten(-1, (-1, split)) for x in (kept, whole)]
+    return parts[0].amax(-1) > 0, parts[1].amin(-1) > 0
+
+
 def block_mask_from_maps(
-    keep: Tensor, full: Tensor, mask_mod: MaskMod, lengths: tuple[int, int], block: int, *, transposed: bool
+    keep: Tensor,
+    full: Tensor,
+    mask_mod: MaskMod,
+    lengths: tuple[int, int],
+    block: int,
+    *,
+    transposed: bool,
+    key_block: int | None = None,
 ) -> BlockMask:
     """A ``BlockMask`` from a map of kept blocks; never an N x N tensor.
 
@@ -43,6 +70,7 @@ def block_mask_from_maps(
         lengths: Numbers of queries and keys.
         block: Block side.
         transposed: Build the key-to-query lists too, which the backward needs.
+        key_block: Side of a key block, if it is another; the backward then does not run on every GPU.
 
     Returns:
         A ``BlockMask`` with full and partial blocks in separate lists.
@@ -63,7 +91,7 @@ def block_mask_from_maps(
         q_indices=q_idx,
         full_q_num_blocks=full_q_num,
         full_q_indices=full_q_idx,
-        BLOCK_SIZE=(block, block),
+        BLOCK_SIZE=(block, key_block or block),
         mask_mod=mask_mod,
     )
 

@@ -26,8 +26,9 @@ class Grid:
         heads: Number of query heads.
         q_len: Number of queries.
         kv_len: Number of keys.
-        block: Block side, in tokens.
+        block: Side of a query block, in tokens.
         device: Where bounds are computed.
+        split: Key blocks beside each other in the width of a query block; it divides ``block``.
     """
 
     batch: int
@@ -36,6 +37,12 @@ class Grid:
     kv_len: int
     block: int
     device: torch.device
+    split: int = 1
+
+    @property
+    def kv_block(self) -> int:
+        """Side of a key block, in tokens."""
+        return self.block // self.split
 
     @property
     def q_blocks(self) -> int:
@@ -45,7 +52,7 @@ class Grid:
     @property
     def kv_blocks(self) -> int:
         """Number of key blocks, the last one possibly ragged."""
-        return (self.kv_len + self.block - 1) // self.block
+        return (self.kv_len + self.kv_block - 1) // self.kv_block
 
 
 #: (lowest, highest) value in each block, broadcastable to (B, H, NQ, NK). None: nothing is known.
@@ -58,7 +65,7 @@ def block_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Ten
     Args:
         expr: A boolean expression.
         buffers: The captured tensors that its loads refer to.
-        grid: Lengths and block size.
+        grid: Lengths and block sizes.
 
     Returns:
         ``(full, some)``: bool tensors (B or 1, H or 1, NQ, NK). ``full`` implies that
@@ -72,7 +79,7 @@ def block_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Ten
         return full, ~full
     low, high = (torch.broadcast_to(x.to(torch.bool), torch.broadcast_shapes(x.shape, shape)) for x in bounds)
     kv = torch.arange(grid.kv_blocks, device=grid.device)
-    return low & ((kv + 1) * grid.block <= grid.kv_len), high
+    return low & ((kv + 1) * grid.kv_block <= grid.kv_len), high
 
 
 def _bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> Bounds:
@@ -102,12 +109,18 @@ def _axis_bounds(axis: str, grid: Grid) -> tuple[Tensor, Tensor]:
     if axis == "h":
         exact = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
         return exact, exact
-    length, count, shape = (
-        (grid.q_len, grid.q_blocks, (1, 1, -1, 1)) if axis == "q" else (grid.kv_len, grid.kv_blocks, (1, 1, 1, -1))
-    )
-    first = torch.arange(count, device=grid.device) * grid.block
-    last = (first + grid.block - 1).clamp(max=length - 1)
+    length, count, block = _of_axis(axis, grid)
+    shape = (1, 1, -1, 1) if axis == "q" else (1, 1, 1, -1)
+    first = torch.arange(count, device=grid.device) * block
+    last = (first + block - 1).clamp(max=length - 1)
     return first.view(shape), last.view(shape)
+
+
+def _of_axis(axis: str, grid: Grid) -> tuple[int, int, int]:
+    """Tokens, blocks and a block's side of queries (``"q"``) or keys."""
+    if axis == "q":
+        return grid.q_len, grid.q_blocks, grid.block
+    return grid.kv_len, grid.kv_blocks, grid.kv_block
 
 
 def _load_bounds(buffer: Tensor, at: tuple[Expr, ...], buffers: Sequence[Tensor], grid: Grid) -> Bounds:
@@ -121,12 +134,11 @@ def _load_bounds(buffer: Tensor, at: tuple[Expr, ...], buffers: Sequence[Tensor]
     pooled: list[Expr] = []
     for dim, index in reversed(list(enumerate(at))):
         if isinstance(index, Index) and index.axis in ("q", "kv"):
-            if index in pooled or buffer.shape[dim] < (grid.q_len if index.axis == "q" else grid.kv_len):
+            length, count, block = _of_axis(index.axis, grid)
+            if index in pooled or buffer.shape[dim] < length:
                 return None
-            count = grid.q_blocks if index.axis == "q" else grid.kv_blocks
-            length = grid.q_len if index.axis == "q" else grid.kv_len
-            low = _pool(low.narrow(dim, 0, length), dim, count, grid.block, highest=False)
-            high = _pool(high.narrow(dim, 0, length), dim, count, grid.block, highest=True)
+            low = _pool(low.narrow(dim, 0, length), dim, count, block, highest=False)
+            high = _pool(high.narrow(dim, 0, length), dim, count, block, highest=True)
             pooled.append(index)
         elif not axes(index) <= {"b", "h"}:
             low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)

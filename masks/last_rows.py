@@ -27,6 +27,7 @@ def with_last_rows(
     *,
     scale: float,
     block: int,
+    key_block: int,
     adjust: Callable[..., Tensor] | None,
     mask: MaskProgram | OpaqueMask,
 ) -> Tensor:
@@ -39,7 +40,8 @@ def with_last_rows(
         some: bool (B or 1, Hq or 1, NQ, NK); blocks with no allowed pair have zero mass.
         count: Rows in all, a multiple of ``BLOCKS``, evenly spaced within what each block holds.
         scale: Logit scale.
-        block: Tokens per block.
+        block: Tokens per query block.
+        key_block: Tokens per key block.
         adjust: The model's own change of the logits at block centres, ``(logits, blocks=slice)``
             over the query blocks that the slice names; or None.
         mask: The model's own mask.
@@ -58,11 +60,11 @@ def with_last_rows(
     vectors = query.index_select(2, rows.flatten())
     plain = plain_mask(mask, query.shape[0], key.shape[2], query.device) if adjust is None else None
     if plain is None:
-        lse = _lse_by_pairs(vectors, key, rows, slice(blocks - last, None), scale, block, adjust, mask.pairs)
+        lse = _lse_by_pairs(vectors, key, rows, slice(blocks - last, None), scale, key_block, adjust, mask.pairs)
     else:
         everything = torch.full_like(rows, key.shape[2] - 1)
         seen_to = everything if plain.offset is None else rows + plain.offset
-        lse = block_lse(vectors, key, seen_to.flatten(), plain.real, scale, block).unflatten(2, rows.shape)
+        lse = block_lse(vectors, key, seen_to.flatten(), plain.real, scale, key_block).unflatten(2, rows.shape)
 
     below = some[:, :, blocks - last :]
     lse = lse.masked_fill(~(below.unsqueeze(2) & new.unsqueeze(-1)), float("-inf"))

@@ -80,7 +80,7 @@ def sink_blocks(mask: MaskProgram | OpaqueMask, config: OmniSparseConfig, grid: 
     """
     if config.sink_size == 0:
         return 0
-    blocks = (config.sink_size + grid.block - 1) // grid.block
+    blocks = (config.sink_size + grid.kv_block - 1) // grid.kv_block
     return blocks + 1 if mask.starts_anywhere else blocks
 
 
@@ -91,9 +91,9 @@ def _first_blocks(some: Tensor, count: int) -> Tensor:
 def _window_blocks(grid: Grid, q_offset: Tensor | int, window: int) -> Tensor:
     """Blocks within ``window`` tokens of a query, on both sides; (NQ, NK)."""
     first_q = torch.arange(grid.q_blocks, device=grid.device)[:, None] * grid.block + q_offset
-    first_k = torch.arange(grid.kv_blocks, device=grid.device) * grid.block
+    first_k = torch.arange(grid.kv_blocks, device=grid.device) * grid.kv_block
     # Queries past the last key (cross attention) count as sitting at it, as in _own_positions.
-    reaches_back = first_k + grid.block > first_q.clamp(max=grid.kv_len - 1) - window + 1
+    reaches_back = first_k + grid.kv_block > first_q.clamp(max=grid.kv_len - 1) - window + 1
     return reaches_back & (first_k < first_q + grid.block + window - 1)
 
 

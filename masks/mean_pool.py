@@ -16,6 +16,7 @@ def mean_pool(
     *,
     scale: float,
     block: int,
+    key_block: int,
     adjust: Callable[[Tensor], Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
@@ -27,7 +28,7 @@ def mean_pool(
     """
     kv_heads = key.shape[1]
     pooled_q = block_mean(query, block).unflatten(1, (kv_heads, query.shape[1] // kv_heads))
-    pooled_k = block_mean(key, block).unsqueeze(2)
+    pooled_k = block_mean(key, key_block).unsqueeze(2)
     logits = (pooled_q @ pooled_k.transpose(-1, -2)).float().flatten(1, 2) * scale
     if adjust is not None:
         logits = adjust(logits)

@@ -20,6 +20,7 @@ def probe(
     *,
     scale: float,
     block: int,
+    key_block: int,
     adjust: Callable[[Tensor], Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
@@ -32,7 +33,7 @@ def probe(
     one included; one sampled query of every block at a time.
     """
     length = query.shape[2]
-    units = key_units(key, block, 1)
+    units = key_units(key, key_block, 1)
     held = (length - torch.arange(some.shape[-2], device=query.device) * block).clamp(max=block)
     exist = (held > 0).unsqueeze(1)
     count = min(PROBES, block)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
@@ -14,7 +15,7 @@ from omnisparse_flex.masks.last_rows import BLOCKS
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.segments import tokens_of_blocks
-from omnisparse_flex.masks.select import BLOCK, COSTS, BlockSelection
+from omnisparse_flex.masks.select import BLOCK, BlockSelection, scoring_cost
 from omnisparse_flex.masks.tokens import TokenSelection, kept_pairs
 
 #: Columns of the statistics tensor, in order; shares are 0-1.
@@ -77,15 +78,15 @@ def measure(
 
     Returns:
         The record. ``kept_blocks`` and ``allowed_blocks`` are means over batch and the heads that choose of
-        the number of block pairs (a token pair counts 1 / BLOCK^2); ``selection_blocks`` is the
+        the number of block pairs, however wide (a token pair counts 1 / BLOCK^2); ``selection_blocks`` is the
         selection's own cost in the same unit; ``budget`` is the mean number of blocks beyond the
         always-kept ones of an active row (segment); ``discarded_share`` is that of the lazy rows;
         the recall is the estimator's own (uncalibrated).
     """
     rows = _sampled_rows(query)
     if isinstance(selection, BlockSelection):
-        values, cells = _block_stats(selection, config, chose), _block_cells(selection)
-        kept = _kept_by_blocks(selection, rows, key.shape[2]) if exact else None
+        values, cells = _block_stats(selection, config, chose), _block_cells(selection, config.split)
+        kept = _kept_by_blocks(selection, rows, key.shape[2], BLOCK // config.split) if exact else None
     else:
         values, cells = _token_stats(selection, config, key), _token_cells(selection, config)
         kept = kept_pairs(selection, rows, key.shape[2], config, BLOCK) if exact else None
@@ -102,11 +103,11 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig, chose: boo
     lazy = selection.lazy & rows
     recall = (selection.mass * selection.keep).sum(-1)
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
-    cost = allowed * COSTS[config.scorer] + _last_rows(selection, config) if chose else torch.zeros_like(allowed)
+    cost = allowed * scoring_cost(config) + _last_rows(selection, config) if chose else torch.zeros_like(allowed)
     return (
         selection.keep.sum() / (batch * heads),
         allowed,
-        (selection.budget * active).sum() / active.sum().clamp(min=1),
+        (selection.budget * active).sum() / active.sum().clamp(min=1) / config.split,
         active.sum() / rows.sum().clamp(min=1),
         (lazy & ~selection.active).sum() / lazy.sum().clamp(min=1),
         (selection.needs * active).sum((0, 2)).argmax(),
@@ -151,9 +152,11 @@ def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tenso
     )
 
 
-def _block_cells(selection: BlockSelection) -> Tensor:
+def _block_cells(selection: BlockSelection, split: int) -> Tensor:
+    """Squares: a cell of narrow key blocks says the most that one of them has."""
     cells = selection.keep[0].to(torch.uint8) * SELECTED
-    return torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
+    cells = torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
+    return cells if split == 1 else F.pad(cells, (0, -cells.shape[-1] % split)).unflatten(-1, (-1, split)).amax(-1)
 
 
 def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
@@ -164,10 +167,10 @@ def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
     return torch.where(near, FORCED, cells).to(torch.uint8)
 
 
-def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int) -> Tensor:
+def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int, key_block: int) -> Tensor:
     # Realized in between: Inductor cannot bound an index into an index.
     kept = torch.ops.omnisparse.realize(selection.keep.index_select(2, rows // BLOCK))
-    keys: Tensor = kept.index_select(3, torch.arange(kv_len, device=kept.device) // BLOCK)
+    keys: Tensor = kept.index_select(3, torch.arange(kv_len, device=kept.device) // key_block)
     return keys
 
 

@@ -19,6 +19,7 @@ class Scorer(Protocol):
         *,
         scale: float,
         block: int,
+        key_block: int,
         adjust: Callable[[Tensor], Tensor] | None,
         allowed: Callable[..., Tensor],
     ) -> Tensor:
@@ -29,7 +30,8 @@ class Scorer(Protocol):
             key: (B, Hkv, S, D).
             some: bool (B or 1, Hq or 1, NQ, NK); blocks with no allowed pair get zero mass.
             scale: Logit scale.
-            block: Tokens per block.
+            block: Tokens per query block.
+            key_block: Tokens per key block.
             adjust: The model's own change of the logits (bias, soft cap) at block centres,
                 (..., B, Hq, NQ, NK) -> the same shape, or None.
             allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from omnisparse_flex.masks.queries import active_rows
 from omnisparse_flex.masks.scorer import Scorer
 from omnisparse_flex.masks.tile_pool import TILE, tile_pool
 
-#: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
+#: Side of a block, in tokens: of queries, and of keys unless ``config.key_block`` is less. The sm90 backward takes no
+#: other (DESIGN, FACTS).
 BLOCK = 128
 
 SCORERS: dict[str, Scorer] = {
@@ -99,23 +101,21 @@ def select_blocks(
 
     Source: PAPER "KV selection" and "Query selection" at block granularity.
     """
+    grid = grid_of(query, key, config.split)
     if layout is None:
-        layout = block_layout(mask, grid_of(query, key), config, visual=visual, q_offset=q_offset)
+        layout = block_layout(mask, grid, config, visual=visual, q_offset=q_offset)
 
-    score = SCORERS[config.scorer]
-    mass = score(query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs)
+    sides: dict[str, Any] = {"scale": scale, "block": BLOCK, "key_block": grid.kv_block, "adjust": adjust}
+    mass = SCORERS[config.scorer](query, key, layout.some, allowed=mask.pairs, **sides)
     if config.last_rows > 0:
-        mass = with_last_rows(
-            mass, query, key, layout.some, config.last_rows,
-            scale=scale, block=BLOCK, adjust=adjust, mask=mask,
-        )  # fmt: skip
+        mass = with_last_rows(mass, query, key, layout.some, config.last_rows, mask=mask, **sides)
     local_mass = (mass * layout.near).sum(-1)
     active, lazy = active_rows(block_mean(query, BLOCK), local_mass, layout.text_rows, config.lazy_below)
 
     sorted_mass, order = rank(mass, layout.eligible)
     needs = need(sorted_mass, (mass * layout.forced).sum(-1), layout.eligible.sum(-1), target)
-    needs, overflow = _capped(needs, config.max_kv_budget)
-    budget = shared_budget(needs, active, _blocks_of(config.budget))
+    needs, overflow = _capped(needs, config.max_kv_budget, grid.kv_block)
+    budget = shared_budget(needs, active, _blocks_of(config.budget, grid.kv_block))
     keep = layout.forced | keep_top(order, layout.eligible, budget)
     if config.lazy_mode == "skip":
         keep = keep & (active | ~lazy).unsqueeze(-1)
@@ -129,20 +129,25 @@ def dense_selection(query: Tensor, key: Tensor, mask: MaskProgram | OpaqueMask) 
     return some, full
 
 
-def grid_of(query: Tensor, key: Tensor) -> Grid:
-    """The blocks of (B, Hq, L, D) queries over (B, Hkv, S, D) keys."""
-    return Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], BLOCK, query.device)
+def grid_of(query: Tensor, key: Tensor, split: int = 1) -> Grid:
+    """The blocks of (B, Hq, L, D) queries over (B, Hkv, S, D) keys, ``split`` key blocks to ``BLOCK`` tokens."""
+    return Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], BLOCK, query.device, split)
 
 
-def _blocks_of(budget: str | int) -> str | int:
-    """A token budget in blocks, rounded up; rule names pass through."""
-    return budget if isinstance(budget, str) else (budget + BLOCK - 1) // BLOCK
+def scoring_cost(config: OmniSparseConfig) -> float:
+    """``COSTS`` of the config's scorer: a mean of fewer keys stands for fewer pairs."""
+    return COSTS[config.scorer] * (config.split if config.scorer == "mean_pool" else 1)
 
 
-def _capped(needs: Tensor, max_kv_budget: int | None) -> tuple[Tensor, Tensor]:
+def _blocks_of(budget: str | int, block: int) -> str | int:
+    """A token budget in key blocks, rounded up; rule names pass through."""
+    return budget if isinstance(budget, str) else (budget + block - 1) // block
+
+
+def _capped(needs: Tensor, max_kv_budget: int | None, block: int) -> tuple[Tensor, Tensor]:
     if max_kv_budget is None:
         return needs, torch.zeros_like(needs, dtype=torch.bool)
-    limit = (max_kv_budget + BLOCK - 1) // BLOCK
+    limit = (max_kv_budget + block - 1) // block
     return needs.clamp(max=limit), needs > limit
 
 
@@ -161,7 +166,7 @@ def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[..., Tensor
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
     q = torch.arange(grid.q_blocks, device=grid.device).view(1, 1, -1, 1) * grid.block + grid.block // 2
-    kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.block + grid.block // 2
+    kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.kv_block + grid.kv_block // 2
     q, kv = q.clamp(max=grid.q_len - 1), kv.clamp(max=grid.kv_len - 1)
 
     def adjusted(logits: Tensor, blocks: slice = slice(None)) -> Tensor:

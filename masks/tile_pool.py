@@ -21,6 +21,7 @@ def tile_pool(
     *,
     scale: float,
     block: int,
+    key_block: int,
     adjust: Callable[[Tensor], Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
@@ -34,9 +35,8 @@ def tile_pool(
     Source: Our choice, between block means and the tiles of XAttention, arXiv 2503.16428. One
     tile of every query block at a time: B * Hq * NQ * (S / ``TILE``) products are in memory.
     """
-    tile = math.gcd(block, TILE)
-    per_block = block // tile
-    units = Units(whole_blocks(block_mean(key, tile), per_block), *unit_places(key, block, tile))
-    tiles = whole_blocks(block_mean(query, tile), per_block).unflatten(2, (some.shape[-2], per_block))
+    tile = math.gcd(key_block, TILE)
+    units = Units(whole_blocks(block_mean(key, tile), key_block // tile), *unit_places(key, key_block, tile))
+    tiles = whole_blocks(block_mean(query, tile), block // tile).unflatten(2, (some.shape[-2], block // tile))
     length = query.shape[2]
     return tile_mass(tiles, units, some, length=length, block=block, scale=scale, adjust=adjust, allowed=allowed)

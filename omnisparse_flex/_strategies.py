@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omnisparse_flex.config import LAZY_MODES, SCORINGS, Budget, OmniSparseConfig
+from omnisparse_flex.config import KEY_BLOCKS, LAZY_MODES, SCORINGS, Budget, OmniSparseConfig
 from omnisparse_flex.masks.causal import causal
 from omnisparse_flex.masks.combine import intersect, union
 from omnisparse_flex.masks.document import document, document_ids
@@ -53,6 +53,7 @@ def configs(draw: st.DrawFn) -> OmniSparseConfig:
     return OmniSparseConfig(
         target_recall=draw(recall),
         granularity="block",
+        key_block=draw(st.sampled_from(KEY_BLOCKS)),
         scoring=draw(st.sampled_from(("auto", *SCORINGS["block"]))),
         last_rows=2 * draw(st.integers(0, 130)),
         budget=draw(st.sampled_from(budgets) | fixed),

@@ -13,6 +13,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
 from omnisparse_flex.kernel import call_flex
 from omnisparse_flex.logit_sinks import check_sinks, discount
+from omnisparse_flex.masks.blocks import wider
 from omnisparse_flex.masks.capture import Captures
 from omnisparse_flex.masks.expr import Const, Load, causal, causal_offset
 from omnisparse_flex.masks.opaque import OpaqueMask
@@ -116,24 +117,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     heads, kv_heads = int(query.shape[1]), int(key.shape[1])
     scale = site.scale_for(query)
     keep, full = _maps(query.detach(), key.detach(), site)
-
-    # Where block lists are ignored, the map of kept blocks is one more captured tensor: realized,
-    # because the Triton template cannot read through what computes it.
-    selection = () if site.lists or site.config is None else (torch.ops.omnisparse.realize(keep),)
-    captures = Captures.of((*site.mask.buffers, *selection), query.device)
     needs_grad = _needs_grad(query, key, value, *site.bias_buffers, *site.score_buffers)
+    own_block = BLOCK if site.config is None else BLOCK // site.config.split
+    key_block = BLOCK if needs_grad else own_block  # the backward takes no narrow blocks
+
+    # Where block lists are ignored, or wider than the map, it is one more captured tensor: realized,
+    # because the Triton template cannot read through what computes it.
+    has_map = site.config is not None and (not site.lists or key_block > own_block)
+    selection = (torch.ops.omnisparse.realize(keep),) if has_map else ()
+    captures = Captures.of((*site.mask.buffers, *selection), query.device)
     copied = _sinks_to_copy(key, site) if needs_grad else 0
-    mask_mod = _mask_of_call(site, captures, has_map=len(selection) > 0, sinks=copied)
+    mask_mod = _mask_of_call(site, captures, map_block=own_block if has_map else 0, sinks=copied)
     score_captures = Captures.of(site.bias_buffers, query.device)
     score_mod = _score_of_call(site, score_captures, sinks=copied)
     score_buffers = (*site.score_buffers, *score_captures.tensors)
 
+    if key_block > own_block:
+        keep, full = wider(keep, full, key_block // own_block)
     if copied > 0:
         key, value, keep, full = spread(key, value, keep, full, sinks=copied, block=BLOCK)
     needs_lse = site.sinks is not None and _has_lse(query, site)
     if site.sinks is not None and not needs_lse:
         operands = (key, value, keep, full, mask_mod, score_mod)
-        key, value, keep, full, mask_mod, score_mod = with_sink_block(*operands)
+        key, value, keep, full, mask_mod, score_mod = with_sink_block(*operands, key_block)
         score_buffers = (*score_buffers, torch.ops.omnisparse.realize(site.sinks))
     out, lse = call_flex(
         query,
@@ -149,6 +155,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         scale=scale,
         needs_lse=needs_lse,
         enable_gqa=heads != kv_heads,
+        key_block=key_block,
         options=dict(site.kernel_options),
     )
     return out if site.sinks is None or lse is None else discount(out, lse, site.sinks)
@@ -180,14 +187,14 @@ def _sinks_to_copy(key: Tensor, site: Site) -> int:
     return (site.config.sink_size + BLOCK - 1) // BLOCK
 
 
-def _mask_of_call(site: Site, captures: Captures, *, has_map: bool, sinks: int) -> Callable[..., Tensor]:
-    """The site's mask, the map of kept blocks in it if ``has_map``; captures trailing."""
+def _mask_of_call(site: Site, captures: Captures, *, map_block: int, sinks: int) -> Callable[..., Tensor]:
+    """The site's mask, and in it the map of kept blocks of ``map_block`` keys, if not 0; captures trailing."""
 
     def omnisparse_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
         load, kv = captures.loader(arguments), original(kv, sinks=sinks, block=BLOCK)
         allowed = site.mask.at(load, b, h, q, kv)
-        if has_map:
-            allowed = allowed & load(len(site.mask.buffers), (b, h, q // BLOCK, kv // BLOCK))
+        if map_block > 0:
+            allowed = allowed & load(len(site.mask.buffers), (b, h, q // BLOCK, kv // map_block))
         return allowed
 
     return omnisparse_mask

@@ -108,6 +108,7 @@ class Backend:
             lists=inner == "inductor",
             kernel=self.kernel,
             static=self.static,
+            training=needs_grad,
         )
         rewrite = run_pipeline(graph_module, settings)
         read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]

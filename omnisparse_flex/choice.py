@@ -42,6 +42,7 @@ def _own(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
     if site.rules:
         return select_op.call_select_op(query, key, site)
     assert site.config is not None
+    grid = grid_of(query, key, site.config.split)
     return select_blocks(
         query,
         key,
@@ -51,6 +52,6 @@ def _own(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         scale=site.scale_for(query),
         visual=site.visual,
         q_offset=site.q_offset,
-        adjust=at_centres(grid_of(query, key), site.plain_score) if site.changes_scores else None,
+        adjust=at_centres(grid, site.plain_score) if site.changes_scores else None,
         layout=site.layout,
     )

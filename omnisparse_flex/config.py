@@ -21,6 +21,8 @@ GQA_CHOICES = ("group", "head")
 LEAST_DIMS = 16
 #: Queries of a block: a segment is a whole number of them.
 SEGMENT_UNIT = 128
+#: Widths of a block of keys.
+KEY_BLOCKS = (64, 128)
 BUDGETS = ("flattest_head", "per_head")
 
 
@@ -31,8 +33,10 @@ class OmniSparseConfig:
     Attributes:
         target_recall: Softmax mass a row must keep, in (0, 1]; one value, or one
             per decoder layer. A layer at 1.0 is dense.
-        granularity: Unit of the key selection: ``"block"`` (128 keys, for each block of
+        granularity: Unit of the key selection: ``"block"`` (``key_block`` keys, for each block of
             128 queries) or ``"token"`` (single keys, for each segment of queries).
+        key_block: Keys of a block, 64 or 128; the same in training, whose kernels take blocks of 128 and mask the half
+            that is not kept. Block granularity.
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
@@ -43,7 +47,7 @@ class OmniSparseConfig:
             the head's own number: those with the largest product of mean squares in queries and keys, over all
             tokens of the call. The always-kept part, the guess and the attention take all. None: all.
         gqa_choice: Who chooses tokens: ``"group"``, the query heads of a KV head together, or ``"head"``, each query
-            head for itself. Token granularity: maps of blocks are one for each KV head. In tensor code (the CPU,
+            head for itself. Token granularity: blocks are always chosen by each query head. In tensor code (the CPU,
             changed scores) ``"head"`` copies keys and values for every query head; the kernels copy nothing.
         budget: ``"per_head"`` gives every head of a layer the budget that it needs;
             ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
@@ -71,7 +75,7 @@ class OmniSparseConfig:
             dense). A layer that cannot use the choice before it (another mask, length or number of heads)
             chooses for itself and for those after it, and the report says so. Under activation checkpointing
             layers share as without it; a group's choice is then kept for the backward, a byte for each pair of
-            blocks and KV head. Block granularity.
+            blocks and query head. Block granularity.
 
     Raises:
         ConfigError: On a wrong type, range or combination.
@@ -86,6 +90,7 @@ class OmniSparseConfig:
 
     target_recall: float | tuple[float, ...] = 0.98
     granularity: str = "block"
+    key_block: int = 128
     segment_size: int = 256
     scoring: str = "auto"
     scoring_dims: int | None = None
@@ -108,6 +113,10 @@ class OmniSparseConfig:
             require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
         _one_of("granularity", self.granularity, tuple(SCORINGS))
         _one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
+        ok = type(self.key_block) is int and self.key_block in KEY_BLOCKS
+        require(ok, "key_block", f"be one of {', '.join(map(str, KEY_BLOCKS))}", self.key_block)
+        ok = self.key_block == SEGMENT_UNIT or self.granularity == "block"
+        require(ok, "key_block", f"be {SEGMENT_UNIT} at token granularity", self.key_block)
         self._check_scoring_dims()
         self._check_gqa_choice()
         _count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
@@ -145,7 +154,7 @@ class OmniSparseConfig:
         _one_of("gqa_choice", self.gqa_choice, GQA_CHOICES)
         if self.gqa_choice == "group":
             return
-        rule = 'be "group" at block granularity, whose maps are one for each KV head'
+        rule = 'be "group" at block granularity, where each query head always chooses'
         require(self.granularity == "token", "gqa_choice", rule, self.gqa_choice)
         rule = 'be "group" for the flattest head\'s budget, which needs all members of a group at once'
         require(self.budget != "flattest_head", "gqa_choice", rule, self.gqa_choice)
@@ -154,6 +163,11 @@ class OmniSparseConfig:
     def recalls(self) -> tuple[float, ...]:
         """``target_recall`` as a tuple, whichever way it was given."""
         return self.target_recall if isinstance(self.target_recall, tuple) else (self.target_recall,)
+
+    @property
+    def split(self) -> int:
+        """Key blocks beside each other in the width of a query block."""
+        return SEGMENT_UNIT // self.key_block
 
     @property
     def scorer(self) -> str:

@@ -139,8 +139,8 @@ def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
     figures = {**versions, "tokens": tokens, "visual_tokens": visual, **figures}
     where = f"{tokens} tokens, {visual} of them Big Buck Bunny"
     title = f"OmniSparse block masks\n{where} · target recall {CONFIG.target_recall} · density {stats.density:.2f}"
-    kv_heads = model.config.text_config.num_key_value_heads
-    plot.save_masks(stats, tokens, kv_heads, out / PICTURE, title=title)
+    heads = model.config.text_config.num_attention_heads
+    plot.save_masks(stats, tokens, heads, out / PICTURE, title=title)
     figures["seconds"] = progress.seconds
     full = {**figures, "config": CONFIG.to_dict(), "stats": stats.to_dict(), "report": report.to_dict()}
     (out / FIGURES).write_text(json.dumps(full, indent=1), encoding="utf-8")

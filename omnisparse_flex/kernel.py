@@ -30,6 +30,7 @@ def call_flex(
     needs_grad: bool,
     needs_lse: bool,
     enable_gqa: bool,
+    key_block: int,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Attend over the kept blocks.
@@ -48,6 +49,7 @@ def call_flex(
         needs_grad: A backward will follow.
         needs_lse: The log-sum-exp is wanted too. Inductor's CPU kernel has none.
         enable_gqa: Hq is a multiple of Hkv, not the same.
+        key_block: Keys of a block; ``BLOCK`` where a backward will follow.
         options: Kernel options.
 
     Returns:
@@ -61,6 +63,7 @@ def call_flex(
         (query.shape[2], key.shape[2]),
         BLOCK,
         transposed=needs_grad,
+        key_block=key_block,
     )
     if torch.compiler.is_dynamo_compiling():
         how = (scale, needs_lse, enable_gqa, options)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 #: Cell classes of a picture, and their colours and names.
 DROPPED, CHOSEN, ALWAYS, FUTURE = range(4)
 COLOURS = ("#e9edf2", "#1f6feb", "#f59f00", "#ffffff")
-NAMES = ("not kept", "selected", "always kept (sinks, window, text)", "above the causal diagonal")
-#: Layers and KV heads that fit on one page.
+NAMES = ("not kept", "selected", "always kept (sinks, window, long text)", "above the causal diagonal")
+#: Layers and heads that fit on one page.
 MAX_LAYERS, MAX_HEADS = 6, 4
 
 
@@ -39,13 +39,13 @@ def mask_cells(blocks: Tensor) -> Tensor:
     return cells.masked_fill(future, FUTURE)
 
 
-def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: str, block: int = 128) -> None:
-    """Draw the masks of up to ``MAX_HEADS`` KV heads of up to ``MAX_LAYERS`` layers.
+def save_masks(stats: Stats, tokens: int, heads: int, path: Path, *, title: str, block: int = 128) -> None:
+    """Draw the masks of up to ``MAX_HEADS`` query heads of up to ``MAX_LAYERS`` layers.
 
     Args:
         stats: From ``collect_stats(model, exact=True, maps=True)``.
         tokens: Length of the recorded prefill.
-        kv_heads: KV heads of a layer.
+        heads: Query heads of a layer, whose blocks are chosen.
         path: Where the PNG goes.
         title: First line of the picture.
         block: Tokens per block.
@@ -53,7 +53,7 @@ def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: s
     from matplotlib.figure import Figure  # with its own Agg canvas: no global state, no display
 
     layers = _spread(stats.per_layer(), MAX_LAYERS)
-    heads = min(kv_heads, MAX_HEADS)
+    heads = min(heads, MAX_HEADS)
     if not layers:
         return
     # The width never falls under the legend's.
@@ -68,7 +68,7 @@ def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: s
         if maps is not None:
             _draw_mask(axes, mask_cells(maps[head, :size, :size]), size * block)
         top = f"layer {layer.layer} · density {layer.density:.2f}\n" if head == 0 else ""
-        axes.set_title(f"{top}KV head {head}", fontsize=9)
+        axes.set_title(f"{top}query head {head}", fontsize=9)
         if column == 0:
             axes.set_ylabel("query (tokens)", fontsize=8)
         if head == heads - 1:

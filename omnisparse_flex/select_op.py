@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from omnisparse_flex.cacheable import importable
+from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.dynamo_settings import dynamo_settings
 from omnisparse_flex.inductor import CompiledFn, compile_graph
 from omnisparse_flex.masks.layout import Layout
@@ -147,12 +148,14 @@ def _fake(
     query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, buffers: Sequence[Tensor], rules: str,
     record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return empty_parts(query, key, len(PARTS) if record else 1)
+    config = registered(rules).config
+    assert config is not None
+    return empty_parts(query, key, len(PARTS) if record else 1, config)
 
 
-def empty_parts(query: Tensor, key: Tensor, wanted: int) -> tuple[Tensor, ...]:
+def empty_parts(query: Tensor, key: Tensor, wanted: int, config: OmniSparseConfig) -> tuple[Tensor, ...]:
     """Tensors of the sizes of a selection's ``PARTS``; those past the first ``wanted`` hold nothing."""
-    grid = grid_of(query, key)
+    grid = grid_of(query, key, config.split)
     shape = (query.shape[0], query.shape[1], grid.q_blocks, grid.kv_blocks)
     return tuple(
         query.new_empty((shape if keys else shape[:3]) if i < wanted else (0,), dtype=dtype)

@@ -87,7 +87,7 @@ def layout_function(site: Site, config: OmniSparseConfig) -> Callable[..., Layou
     def call(query: Tensor, key: Tensor, visual: Tensor | None, *leaves: Any) -> Layout:
         mask, q_offset = _mask(expr, offset, query, key, leaves)
         visual = None if visual is None else visual.to(query.device)
-        return block_layout(mask, grid_of(query, key), config, visual=visual, q_offset=q_offset)
+        return block_layout(mask, grid_of(query, key, config.split), config, visual=visual, q_offset=q_offset)
 
     return importable(_renamed(call, "omnisparse_layout"), None)
 

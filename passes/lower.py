@@ -106,20 +106,20 @@ def _choice_node(site: Site, lead: Site, settings: Settings, visual: Node | None
     if (site.scope, lead) not in shared.choices:
         layout, wanted = _layout_node(site, settings, visual, shared.layouts), [name for name, *_ in PARTS]
         names = tuple(wanted if site.scope.parent is None and lead in shared.whole else wanted[:1])
-        parts = [site.scope.reach(_part_node(lead, name, shared), lead.scope) for name in names]
+        parts = [site.scope.reach(_part_node(lead, name, settings, shared), lead.scope) for name in names]
         graph = site.scope.graph_module.graph
         with graph.inserting_before(site.node):
             shared.choices[site.scope, lead] = graph.call_function(given_function(names), (layout, *parts))
     return shared.choices[site.scope, lead]
 
 
-def _part_node(lead: Site, name: str, shared: _Shared) -> Node:
+def _part_node(lead: Site, name: str, settings: Settings, shared: _Shared) -> Node:
     """One tensor of a choice, in the graph where it was made."""
     if (lead, name) not in shared.parts:
         choice, graph = shared.choices[lead.scope, lead], lead.scope.graph_module.graph
         with graph.inserting_after(choice):
             node = graph.create_node("call_function", part_function(name), (choice,), name=f"{name}_{lead.layer}")
-        values = empty_parts(value_of(lead.query), value_of(lead.key), len(PARTS))
+        values = empty_parts(value_of(lead.query), value_of(lead.key), len(PARTS), settings.config)
         node.meta["example_value"] = dict(zip((name for name, *_ in PARTS), values, strict=True))[name]
         shared.parts[lead, name] = node
     return shared.parts[lead, name]
@@ -193,5 +193,7 @@ def _kernel_options(site: Site, settings: Settings, dense: bool) -> tuple[Option
     query, key, value = (value_of(x) for x in (site.query, site.key, site.value))
     dtype = autocast_dtype(query.device.type) or query.dtype
     plain = site.mods is None and site.bias is None and site.softcap == 0
-    facts = {"plain_scores": plain, "captures": len(site.leaves) > 0, "sinks": site.sinks is not None}
+    narrow = settings.config.split > 1 and not dense
+    reads = len(site.leaves) > 0 or (narrow and settings.training)  # then the mask reads the map, see ``attend``
+    facts = {"plain_scores": plain, "captures": reads, "sinks": site.sinks is not None, "narrow": narrow}
     return kernel_options(settings.kernel, query, key, value, dtype, **facts)

@@ -113,6 +113,7 @@ class Settings:
         lists: The inner compiler honours block lists (Inductor).
         kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
         static: Every graph is of one length (``dynamic=False``).
+        training: A backward follows.
     """
 
     config: OmniSparseConfig
@@ -120,6 +121,7 @@ class Settings:
     lists: bool = True
     kernel: str = "triton"
     static: bool = False
+    training: bool = False
 
 
 @dataclasses.dataclass(eq=False)

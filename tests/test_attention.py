@@ -52,7 +52,7 @@ def selected(shape, query, key, mask, config, *, offset=None, visual=None, targe
         q_offset=shape.kv_len - shape.q_len if offset is None else offset,
         adjust=adjust,
     )
-    kept = expand_block_map(selection.keep, shape.q_len, shape.kv_len, BLOCK)
+    kept = expand_block_map(selection.keep, shape.q_len, shape.kv_len, (BLOCK, config.key_block))
     own = materialize_mask(mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, query.device)
     return kept & own
 

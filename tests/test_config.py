@@ -64,7 +64,7 @@ INVALID = [
     ({"gqa_choice": "member"}, "gqa_choice must be one of group, head, got 'member'"),
     (
         {"gqa_choice": "head"},
-        "gqa_choice must be \"group\" at block granularity, whose maps are one for each KV head, got 'head'",
+        "gqa_choice must be \"group\" at block granularity, where each query head always chooses, got 'head'",
     ),
     (
         {"granularity": "token", "gqa_choice": "head", "budget": "flattest_head"},

@@ -26,11 +26,12 @@ SCORINGS = rules.SCORINGS["block"]
 ROUNDING = 1024 * torch.finfo(torch.float32).eps
 
 
-def score(name, query, key, mask, *, block=BLOCK, adjust=None, scale=None):
-    grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], block, query.device)
+def score(name, query, key, mask, *, block=BLOCK, split=1, adjust=None, scale=None):
+    grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], block, query.device, split)
     some = mask.bounds(grid)[1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return SCORERS[name](query, key, some, scale=scale, block=block, adjust=adjust, allowed=mask.pairs), some
+    sides = {"scale": scale, "block": block, "key_block": grid.kv_block}
+    return SCORERS[name](query, key, some, adjust=adjust, allowed=mask.pairs, **sides), some
 
 
 def test_every_scoring_has_a_scorer():
@@ -54,13 +55,13 @@ def sites(draw):
 
 
 @pytest.mark.parametrize("name", SCORINGS)
-@given(sites(), st.sampled_from((16, 32, 48)), st.integers(0, 2**16))
-def test_rows_sum_to_one_and_forbidden_blocks_get_nothing(name, site, block, seed):
+@given(sites(), st.sampled_from((16, 32, 48)), st.sampled_from((1, 2)), st.integers(0, 2**16))
+def test_rows_sum_to_one_and_forbidden_blocks_get_nothing(name, site, block, split, seed):
     shape, mask = site
     query, key, _ = shape.inputs(seed=seed)
-    mass, some = score(name, 3 * query, key, mask, block=block)
+    mass, some = score(name, 3 * query, key, mask, block=block, split=split)
     assert mass.dtype == torch.float32
-    assert mass.shape == (shape.batch, shape.heads, -(-shape.q_len // block), -(-shape.kv_len // block))
+    assert mass.shape == (shape.batch, shape.heads, -(-shape.q_len // block), -(-shape.kv_len * split // block))
     assert not (mass * ~some).any() and (mass >= 0).all()
     assert ((mass.sum(-1) - some.any(-1).float()).abs() <= ROUNDING).all()
 
@@ -77,6 +78,17 @@ def test_a_planted_heavy_block_is_ranked_first(name):
     mass, _ = score(name, query, key, NO_MASK)
     for head, block in enumerate((2, 4, 5, 5)):
         assert (mass[0, head].argmax(-1) == block).all()
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+def test_narrow_key_blocks_share_the_mass_of_wide_ones(name):
+    if name == "mean_pool":
+        pytest.skip("means of fewer keys are other means")
+    query, key, _ = AttentionShape(1, 2, 2, 200, 200, 8).inputs()
+    wide, _ = score(name, 3 * query, key, NO_MASK, block=64)
+    narrow, _ = score(name, 3 * query, key, NO_MASK, block=64, split=2)
+    pairs = torch.nn.functional.pad(narrow, (0, -narrow.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1)
+    assert torch.allclose(wide, pairs, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", SCORINGS)
@@ -201,5 +213,5 @@ def test_a_probe_looks_at_the_last_query_of_a_block():
     query[:, :, 31] = 8.0
     key[:, :, 3] = 8.0
     some = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    mass = probe(query, key, some, scale=1.0, block=32, adjust=None, allowed=NO_MASK.pairs)
+    mass = probe(query, key, some, scale=1.0, block=32, key_block=32, adjust=None, allowed=NO_MASK.pairs)
     assert mass[0, 0, 0, 0] == pytest.approx((7 * 0.5 + 1) / 8, abs=ROUNDING)

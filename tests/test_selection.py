@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks import document_ids, select
-from omnisparse_flex.masks.blocks import block_mask_from_maps
+from omnisparse_flex.masks.blocks import block_mask_from_maps, wider
 from omnisparse_flex.masks.expr import KV, TRUE, Apply, B, Const, H, Load, Q, causal
 from omnisparse_flex.masks.opaque import OpaqueMask
 from omnisparse_flex.masks.program import MaskProgram
@@ -63,7 +63,12 @@ class Case:
 
     def tokens(self, selection: BlockSelection) -> Tensor:
         """bool (B, Hq, L, S): pairs of kept blocks."""
-        return expand_block_map(selection.keep, self.shape.q_len, self.shape.kv_len, self.block)
+        return expand_block_map(selection.keep, self.shape.q_len, self.shape.kv_len, (self.block, self.key_block))
+
+    @property
+    def key_block(self) -> int:
+        """Keys of a block; half of ``block`` where the config says 64 of 128."""
+        return self.block // self.config.split
 
     @property
     def positions(self) -> Tensor:
@@ -82,7 +87,7 @@ def shapes(draw):
 
 @st.composite
 def plain_masks(draw, shape):
-    """Causal with padding on either side, packed, by head, or no causality at all; and whether it is causal."""
+    """Causal with left or right padding, packed causal, or no causality at all; and whether it is causal."""
     order = causal(Const(shape.kv_len - shape.q_len))
     valid = torch.ones(shape.batch, shape.kv_len, dtype=torch.bool)
     for row in valid:
@@ -91,11 +96,7 @@ def plain_masks(draw, shape):
             row[:cut] = False
         else:
             row[cut:] = False
-    kind = draw(st.sampled_from(("causal", "padded", "packed", "by head", "none", "keys")))
-    if kind == "by head":  # head h sees h times so many keys
-        reach = Apply("mul", (Apply("add", (H, Const(1))), Const(draw(st.integers(1, 100)))))
-        near = Apply("lt", (Apply("sub", (Apply("add", (Q, Const(shape.kv_len - shape.q_len))), KV)), reach))
-        return MaskProgram(Apply("and", (order, near))), True
+    kind = draw(st.sampled_from(("causal", "padded", "packed", "none", "keys")))
     if kind == "packed" and shape.q_len == shape.kv_len:
         cuts = sorted({0, shape.kv_len, *draw(st.lists(st.integers(1, shape.kv_len), max_size=3))})
         ids = document_ids([[b - a for a, b in itertools.pairwise(cuts)]] * shape.batch)
@@ -109,7 +110,12 @@ def plain_masks(draw, shape):
 
 @st.composite
 def any_masks(draw, shape):
-    """Whatever the zoo makes, read into a program or left opaque, under causality or not."""
+    """Whatever the zoo makes, read into a program or left opaque, under causality or not; or windows by head."""
+    if draw(st.integers(0, 4)) == 0:  # head h sees h times so many keys
+        past = Const(shape.kv_len - shape.q_len)
+        reach = Apply("mul", (Apply("add", (H, Const(1))), Const(draw(st.integers(1, 100)))))
+        near = Apply("lt", (Apply("sub", (Apply("add", (Q, past)), KV)), reach))
+        return MaskProgram(Apply("and", (causal(past), near))), True
     case = draw(mask_mods(shape.batch, shape.q_len, shape.kv_len))
     is_causal = draw(st.booleans())
     order = MaskProgram(causal(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
@@ -197,7 +203,7 @@ def test_kept_mass_reaches_the_target_unless_the_budget_binds(case):
     if case.config.max_kv_budget is None:
         assert not selection.overflow.any()
     else:
-        assert selection.budget.max() <= -(-case.config.max_kv_budget // case.block)
+        assert selection.budget.max() <= -(-case.config.max_kv_budget // case.key_block)
 
 
 @given(cases())
@@ -227,7 +233,7 @@ def test_the_flattest_head_sets_the_budget_of_all(case):
 @given(cases(), st.integers(0, 600))
 def test_a_fixed_budget_counts_tokens(case, tokens):
     selection = case.select(budget=tokens, max_kv_budget=None)
-    blocks = torch.where(selection.active, -(-tokens // case.block), 0)
+    blocks = torch.where(selection.active, -(-tokens // case.key_block), 0)
     assert torch.equal(selection.budget, blocks)
 
 
@@ -267,11 +273,23 @@ def test_selection_depends_on_values_alone(case):
 
 @given(cases() | cases(any_masks))
 def test_lists_denote_the_selection(case):
-    selection, shape = case.select(), case.shape
-    block_mask = block_mask_from_maps(
-        selection.keep, selection.layout.full, case.mask, (shape.q_len, shape.kv_len), case.block, transposed=True
-    )
-    assert_block_mask_equals(block_mask, case.tokens(selection) & case.allowed)
+    selection, lengths = case.select(), (case.shape.q_len, case.shape.kv_len)
+    maps = selection.keep, selection.layout.full
+    found = block_mask_from_maps(*maps, case.mask, lengths, case.block, transposed=True, key_block=case.key_block)
+    assert_block_mask_equals(found, case.tokens(selection) & case.allowed)
+
+
+@given(cases() | cases(any_masks))
+def test_wide_lists_and_a_narrow_map_denote_the_selection(case):
+    """As in training, where the kernels take wide blocks alone."""
+    selection, lengths = case.select(), (case.shape.q_len, case.shape.kv_len)
+
+    def in_map(b, h, q, kv):
+        return case.mask(b, h, q, kv).to(torch.bool) & selection.keep[b, h, q // case.block, kv // case.key_block]
+
+    maps = wider(selection.keep, selection.layout.full, case.config.split)
+    found = block_mask_from_maps(*maps, in_map, lengths, case.block, transposed=True)
+    assert_block_mask_equals(found, case.tokens(selection) & case.allowed)
 
 
 @given(cases() | cases(any_masks))

@@ -323,8 +323,8 @@ def test_controls_are_masses_that_ignore_what_queries_and_keys_hold(name):
         SCORERS[name](torch.randn(2, 4, 768, 16), torch.randn(2, 2, 768, 16), some, scale=1.0, block=128, adjust=None)
         for _ in range(2)
     )
-    assert one.shape == (2, 2, 6, 6) and torch.equal(one, two)
-    assert torch.allclose(one.sum(-1), torch.ones(2, 2, 6)) and not one[~some.expand_as(one)].any()
+    assert one.shape == (2, 4, 6, 6) and torch.equal(one, two)
+    assert torch.allclose(one.sum(-1), torch.ones(2, 4, 6)) and not one[~some.expand_as(one)].any()
     latest = one.argmax(-1)[0, 0].tolist() == list(range(6))
     assert latest == (name == "window only")
 
