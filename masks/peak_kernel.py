@@ -80,8 +80,8 @@ def _grown(top, total, logs):
 
 @triton.jit(do_not_specialize=VARYING)
 def _find_peaks(
-    query, key, means, full, some, forced, places, count, base, floor, real, offset, witness, keep, recall, lists,
-    logs, q_b, q_h, k_b, k_h, full_b, some_b, forced_b, places_b, count_b, base_b, q_n, k_n, q_blocks, kv_blocks,
+    query, key, means, full, some, forced, places, count, base, floor, real, offset, witness, keep, recall, scored,
+    lists, logs, q_b, q_h, k_b, k_h, full_b, some_b, forced_b, places_b, count_b, base_b, q_n, k_n, q_blocks, kv_blocks,
     kv_len, tiles, further, last, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     SIZE: tl.constexpr, KB: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
@@ -266,6 +266,8 @@ def _find_peaks(
         kept = tl.where(live & (exact > float("-inf")), kept, 1.0)
         told = recall + (batch * KV_HEADS * GROUP + own_head).to(tl.int64) * q_blocks + block
         tl.store(told, tl.minimum(kept, 1.0), mask=mine & (index == 15) & (unit < q_blocks))
+        line = scored + (batch * KV_HEADS * GROUP + own_head).to(tl.int64) * q_blocks + block
+        tl.store(line, tl.zeros((M,), tl.float32) + ragged, mask=mine & (index == 15) & (unit < q_blocks))
         tl.debug_barrier()
 
 
@@ -357,7 +359,7 @@ class Inputs(NamedTuple):
 
 def peaks_in_one(
     query: Tensor, given: Inputs, scale: float, key_block: int, phases: int, numbers: tuple[float, int, float]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``peak.find_peaks`` for a plain mask and logits that are products alone.
 
     Args:
@@ -369,7 +371,7 @@ def peaks_in_one(
         numbers: ``CANDIDATE``, ``FLOOR_STEPS`` and ``FLOOR_RATIO`` of the rule.
 
     Returns:
-        The chosen blocks, bool (B, Hq, NQ, NK), and the witness rows' recall, float32 (B, Hq, NQ). Besides them,
+        ``Peaks``: the chosen blocks, bool (B, Hq, NQ, NK), recall and cost, float32 (B, Hq, NQ) each. Besides them,
         the kernels hold a number of 2 bytes per row of a program and key block: 138 MB at 128K tokens on an H100.
     """
     batch, heads, _, dim = query.shape
@@ -383,6 +385,7 @@ def peaks_in_one(
     device = query.device
     keep = torch.zeros((batch, heads, q_blocks, kv_blocks), dtype=torch.uint8, device=device)
     recall = torch.ones((batch, heads, q_blocks), dtype=torch.float32, device=device)
+    scored = torch.zeros_like(recall)
     lists = torch.empty((lanes, kv_blocks), dtype=torch.int32, device=device)
     logs = torch.empty((lanes, kv_blocks, tile.rows), dtype=torch.float16, device=device)
     shapes = {
@@ -401,12 +404,12 @@ def peaks_in_one(
     _find_peaks[(lanes,)](
         query, given.key, given.means, *(x.view(torch.uint8) for x in (given.full, given.some, given.forced)),
         given.places, given.count, given.base, given.floor, real.view(torch.uint8), offset, witness, keep, recall,
-        lists, logs, *strides, *(_batch_stride(x) for x in given[3:9]), query.stride(2), given.key.stride(2),
+        scored, lists, logs, *strides, *(_batch_stride(x) for x in given[3:9]), query.stride(2), given.key.stride(2),
         q_blocks, kv_blocks, kv_len, tiles, last * phases, last, scale * LOG2_E,
         KB=key_block, KEYS=min(tile.keys, key_block), M=tile.rows, CHUNK=MEANS, SLOTS=SLOTS, CANDIDATE=numbers[0],
         STEPS=numbers[1], RATIO=numbers[2], maxnreg=tile.registers, **shapes,
     )  # fmt: skip
-    return keep.view(torch.bool), recall
+    return keep.view(torch.bool), recall, scored
 
 
 def _batch_stride(x: Tensor) -> int:

@@ -101,7 +101,7 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig, chose: boo
     rows = selection.layout.some.any(-1).expand(batch, heads, -1)
     active = selection.active & rows
     lazy = selection.lazy & rows
-    recall = (selection.mass * selection.keep).sum(-1)
+    recall = selection.recall
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
     cost = allowed * scoring_cost(config) + _last_rows(selection, config) if chose else torch.zeros_like(allowed)
     return (

@@ -14,9 +14,12 @@ from omnisparse_flex.masks.antidiagonal import STRIDE, antidiagonal
 from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.interval import Grid
 from omnisparse_flex.masks.last_rows import with_last_rows
-from omnisparse_flex.masks.layout import Layout, block_layout
+from omnisparse_flex.masks.layout import Layout, block_layout, own_positions
 from omnisparse_flex.masks.mean_pool import block_mean, mean_pool
 from omnisparse_flex.masks.opaque import OpaqueMask
+from omnisparse_flex.masks.peak import Peaks
+from omnisparse_flex.masks.peak_op import peaks_of
+from omnisparse_flex.masks.peak_rows import ROWS
 from omnisparse_flex.masks.probe import PROBES, probe
 from omnisparse_flex.masks.program import MaskProgram
 from omnisparse_flex.masks.queries import active_rows
@@ -39,6 +42,7 @@ COSTS = {
     "tile_pool": 0.5 / TILE**2,
     "antidiagonal": 0.5 / STRIDE,
     "probe": 0.5 * PROBES / BLOCK,
+    "sampled_rows": 0.5 * ROWS / BLOCK,
 }
 
 
@@ -49,7 +53,9 @@ class BlockSelection:
     Attributes:
         keep: bool (B, Hq, NQ, NK), the blocks to compute.
         layout: What does not depend on queries and keys.
-        mass: float32 (B, Hq, NQ, NK), the estimate.
+        recall: float32 (B, Hq, NQ), what of its mass a row block keeps: by the estimate, or of an exact row.
+        scored: float32 (B, Hq, NQ), key blocks whose keys were multiplied, where the rule chooses which.
+        mass: float32 (B, Hq, NQ, NK), the estimate; empty for the peak rule, which makes none.
         needs: int64 (B, Hq, NQ), blocks each head would need.
         budget: int64 (B, Hq, NQ), blocks each head got, at most ``max_kv_budget``.
         active: bool (B, Hq, NQ).
@@ -59,6 +65,8 @@ class BlockSelection:
 
     keep: Tensor
     layout: Layout
+    recall: Tensor
+    scored: Tensor
     mass: Tensor
     needs: Tensor
     budget: Tensor
@@ -79,6 +87,8 @@ def select_blocks(
     visual: Tensor | None = None,
     q_offset: Tensor | int = 0,
     adjust: Callable[..., Tensor] | None = None,
+    min_peak: Tensor | float = 0.0,
+    score: Callable[..., Tensor] | None = None,
     layout: Layout | None = None,
 ) -> BlockSelection:
     """Choose the key blocks of every query block, each query head for itself.
@@ -93,7 +103,9 @@ def select_blocks(
         visual: bool (B, S), visual tokens; of the others long runs are always kept, see ``text_blocks``.
             None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
-        adjust: The model's own change of the logits at block centres; see ``at_centres``.
+        adjust: The model's own change of the logits at block centres, see ``at_centres``, for the rules that count.
+        min_peak: Share of a row that is a peak, number or 0-d tensor, for the peak rule.
+        score: The model's own change of a logit, ``(logits, b, h, q, kv) -> logits``, or None, for the peak rule.
         layout: What ``block_layout`` gives for these inputs, where layers share it; None: made here.
 
     Returns:
@@ -105,6 +117,12 @@ def select_blocks(
     if layout is None:
         layout = block_layout(mask, grid, config, visual=visual, q_offset=q_offset)
 
+    if config.budget == "peak":
+        peaks = peaks_of(
+            query, key, mask, layout, grid, own=own_positions(grid, q_offset), q_offset=q_offset, min_peak=min_peak,
+            floor=target, scale=scale, last_rows=config.last_rows, score=score,
+        )  # fmt: skip
+        return _by_peaks(peaks, layout)
     sides: dict[str, Any] = {"scale": scale, "block": BLOCK, "key_block": grid.kv_block, "adjust": adjust}
     mass = SCORERS[config.scorer](query, key, layout.some, allowed=mask.pairs, **sides)
     if config.last_rows > 0:
@@ -119,7 +137,20 @@ def select_blocks(
     keep = layout.forced | keep_top(order, layout.eligible, budget)
     if config.lazy_mode == "skip":
         keep = keep & (active | ~lazy).unsqueeze(-1)
-    return BlockSelection(keep, layout, mass, needs, budget, active, lazy, overflow & active)
+    recall = (mass * keep).sum(-1)
+    scored = torch.zeros_like(recall)
+    return BlockSelection(keep, layout, recall, scored, mass, needs, budget, active, lazy, overflow & active)
+
+
+def _by_peaks(peaks: Peaks, layout: Layout) -> BlockSelection:
+    """What the peak rule chose: a query block that fetches nothing is lazy."""
+    chosen = peaks.chosen & layout.eligible
+    number = chosen.sum(-1)
+    active = number > 0
+    blank = torch.zeros((*chosen.shape[:3], 0), dtype=torch.float32, device=chosen.device)
+    none = torch.zeros_like(active)
+    keep = chosen | layout.forced
+    return BlockSelection(keep, layout, peaks.recall, peaks.scored, blank, number, number, active, ~active, none)
 
 
 def dense_selection(query: Tensor, key: Tensor, mask: MaskProgram | OpaqueMask) -> tuple[Tensor, Tensor]:

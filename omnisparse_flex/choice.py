@@ -32,7 +32,8 @@ def choose(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
     elif site.write is None:
         return site.choice
     else:
-        selection = dataclasses.replace(site.choice, mass=_own(query, key, site).mass)
+        mass = _own(query, key, site).mass
+        selection = dataclasses.replace(site.choice, mass=mass, recall=(mass * site.choice.keep).sum(-1))
     if site.write is not None:
         site.write(site.measured(selection, query, key))
     return selection
@@ -53,5 +54,7 @@ def _own(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         visual=site.visual,
         q_offset=site.q_offset,
         adjust=at_centres(grid, site.plain_score) if site.changes_scores else None,
+        min_peak=site.min_peak,
+        score=site.plain_score if site.changes_scores else None,
         layout=site.layout,
     )

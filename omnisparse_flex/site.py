@@ -28,6 +28,7 @@ class Site:
         config: Selection rules; None keeps all that the mask allows (a dense layer).
         mask: The model's own mask.
         target: Recall of this site, a number or 0-d tensor.
+        min_peak: Share of a row that is a peak at this site, a number or 0-d tensor, for the peak rule.
         score_mod: ``(score, b, h, q, kv, *score_buffers)``, the model's own, or None.
         score_buffers: Trailing arguments of ``score_mod``.
         softcap: ``c`` of ``c * tanh(logit / c)``, applied first; 0: none.
@@ -54,6 +55,7 @@ class Site:
     config: OmniSparseConfig | None
     mask: MaskProgram | OpaqueMask
     target: Tensor | float = 1.0
+    min_peak: Tensor | float = 0.0
     score_mod: Callable[..., Tensor] | None = None
     score_buffers: tuple[Tensor, ...] = ()
     softcap: float = 0.0
@@ -126,6 +128,7 @@ def register(site: Site) -> str:
         site,
         mask=MaskProgram(site.mask.expr),
         target=1.0,
+        min_peak=0.0,
         score_buffers=(),
         bias_buffers=(),
         visual=None,

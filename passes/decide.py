@@ -44,7 +44,7 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
 
 def _unprofitable(site: Site, settings: Settings) -> str | None:
     q_len = shape_of(site.query)[2]
-    if settings.config.recall_of(site.layer) == 1.0 and _has_fast_dense(site):
+    if settings.config.is_dense(site.layer) and _has_fast_dense(site):
         return "dense by target_recall = 1.0"
     query, key = shape_of(site.query), shape_of(site.key)
     least = settings.least(Shape(int(query[1]), int(key[1]), int(query[3])))

@@ -23,7 +23,7 @@ from omnisparse_flex.passes.nodes import mutations, value_of
 from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Settings, Site
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.share import layout_key, place, share
-from omnisparse_flex.select_op import PARTS, empty_parts
+from omnisparse_flex.select_op import ALWAYS, PARTS, empty_parts
 from omnisparse_flex.site import Site as AttentionSite
 from omnisparse_flex.site import register
 
@@ -105,7 +105,7 @@ def _choice_node(site: Site, lead: Site, settings: Settings, visual: Node | None
     """
     if (site.scope, lead) not in shared.choices:
         layout, wanted = _layout_node(site, settings, visual, shared.layouts), [name for name, *_ in PARTS]
-        names = tuple(wanted if site.scope.parent is None and lead in shared.whole else wanted[:1])
+        names = tuple(wanted if site.scope.parent is None and lead in shared.whole else wanted[:ALWAYS])
         parts = [site.scope.reach(_part_node(lead, name, settings, shared), lead.scope) for name in names]
         graph = site.scope.graph_module.graph
         with graph.inserting_before(site.node):
@@ -127,7 +127,7 @@ def _part_node(lead: Site, name: str, settings: Settings, shared: _Shared) -> No
 
 def _layout_node(site: Site, settings: Settings, visual: Node | None, layouts: dict[Hashable, Node]) -> Node | None:
     """One node for all layers with this mask and these lengths: there are far fewer masks than layers."""
-    if settings.config.recall_of(site.layer) == 1.0:
+    if settings.config.is_dense(site.layer):
         return None
     what = site.scope, layout_key(site)
     if what not in layouts:
@@ -166,7 +166,7 @@ def _before_mutation(leaf: Leaf) -> Node:
 def _constants(site: Site, settings: Settings) -> Constants:
     """What is constant about a site, for the functions that are written in its place."""
     config = settings.config
-    dense = config.recall_of(site.layer) == 1.0
+    dense = config.is_dense(site.layer)
     options, site.flash_refused = _kernel_options(site, settings, dense)
     fixed: dict[str, Any] = {
         "config": None if dense else config,
@@ -181,8 +181,8 @@ def _constants(site: Site, settings: Settings) -> Constants:
     plain = site.mods is None and site.bias is None and site.softcap == 0
     if not dense and (config.granularity == "token" or (settings.lists and plain)):
         fixed["rules"] = register(AttentionSite(mask=MaskProgram(site.expr), **fixed))
-    target, counts = config.recall_of(site.layer), (len(site.leaves), len(site.bias_leaves))
-    return Constants(site.layer, target, site.expr, site.offset, *counts, fixed)
+    target, counts = (config.recall_of(site.layer), config.min_peak_of(site.layer)), (len(site.leaves), len(site.bias_leaves))
+    return Constants(site.layer, *target, site.expr, site.offset, *counts, fixed)
 
 
 def _kernel_options(site: Site, settings: Settings, dense: bool) -> tuple[Options, str]:

@@ -18,7 +18,7 @@ def share(rewrite: Rewrite) -> None:
     site that differs from its lead in mask, lengths or heads cannot read them.
     """
     config = rewrite.settings.config
-    sparse = [site for site in rewrite.open_sites() if config.recall_of(site.layer) < 1.0]
+    sparse = [site for site in rewrite.open_sites() if not config.is_dense(site.layer)]
     if config.share_layers == 1 or len(sparse) < 2:
         return
     sparse.sort(key=place)
