@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import omnisparse_flex
 from omnisparse_flex.errors import require
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(omnisparse_flex.__path__[0]).resolve().parent
 #: The trained model that a checkout may hold, and the task that draws its clips.
 SHIPPED, TASK = ROOT / "models" / "video_needle", ROOT / "benchmarks" / "video_needle"
 

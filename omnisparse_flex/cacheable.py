@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import sys
 from pathlib import Path
 from types import FunctionType
@@ -62,9 +63,21 @@ def _name_of(target: Any) -> str:
 @functools.cache
 def source_digest() -> str:
     """Digest of this package's source: other code must not hit this code's cache entries."""
+    return digest_of(Path(sys.modules["omnisparse_flex"].__path__[0]))
+
+
+def digest_of(root: Path) -> str:
+    """Digest of every Python file below a folder, its sub-folders and what links lead to included.
+
+    Args:
+        root: The folder of the package.
+
+    Returns:
+        16 hexadecimal digits, from the files' contents and their paths relative to ``root``.
+    """
     digest = hashlib.sha256()
-    for package in ("omnisparse_flex", "omnisparse_flex.masks", "omnisparse_flex.passes"):
-        for folder in sys.modules[package].__path__:
-            for path in sorted(Path(folder).glob("*.py")):
-                digest.update(path.name.encode() + path.read_bytes())
+    folders = (Path(folder) for folder, _, _ in os.walk(root, followlinks=True))
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)} ".encode() + content)
     return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnisparse_flex import OmniSparseConfig, check, compare, seeded
+from omnisparse_flex import OmniSparseConfig, answers, check, compare, seeded
 from omnisparse_flex.cli import main
 from omnisparse_flex.cost import costs_of
 from omnisparse_flex.masks.select import select_blocks
@@ -60,6 +60,10 @@ def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "{demo,check,calibrate}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main([])
+
+
+def test_a_checkout_finds_the_model_that_it_ships() -> None:
+    assert answers.shipped() == Path(__file__).resolve().parents[1] / "models" / "video_needle"
 
 
 def test_help_imports_nothing_heavy() -> None:

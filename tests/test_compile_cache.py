@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +13,18 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.package import sys_importer
 
+import omnisparse_flex
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.cacheable import importable
+from omnisparse_flex.cacheable import digest_of, importable, source_digest
+
+PACKAGE = Path(omnisparse_flex.__path__[0])
+# Through the links, so that masks/ and passes/ are among them.
+FOLDERS = sorted(
+    str(Path(folder).relative_to(PACKAGE))
+    for folder, _, files in os.walk(PACKAGE, followlinks=True)
+    if any(name.endswith(".py") for name in files)
+)
 
 
 def make(constant: object) -> types.FunctionType:
@@ -34,6 +46,19 @@ def test_a_constant_without_a_telling_repr_is_not_cached() -> None:
     function = make(object())
     assert importable(function) is function
     assert function.__name__ == "function"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_an_edit_in_any_folder_is_other_source(tmp_path: Path, folder: str) -> None:
+    copy = tmp_path / "omnisparse_flex"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert digest_of(copy) == source_digest()
+    file = min((copy / folder).glob("*.py"))
+    file.write_bytes(file.read_bytes() + b"\n")
+    edited = digest_of(copy)
+    assert edited != source_digest()
+    file.rename(file.with_name("renamed.py"))
+    assert digest_of(copy) not in (edited, source_digest())
 
 
 def compile_and_run(config: OmniSparseConfig) -> tuple[torch.Tensor, dict[str, int]]:

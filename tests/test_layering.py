@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A part is a module of omnisparse_flex/, or one of the two folders as a whole; "" is the public face, __init__.py.
+# A part is a module of omnisparse_flex/, or a folder of it with all below; "" is the public face, __init__.py.
 LAYERS = [{"errors", "types", "config"}, {"masks"}, {"attention"}, {"passes"}, {"backend"}, {"api", ""}]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 MAY_IMPORT_TRANSFORMERS = {"integration", "cache", "demo", "loading"}
 
 
 def house(root: Path) -> dict[str, list[Path]]:
-    """Part -> its files, the two folders read where they really lie and not through the symlinks."""
-    parts = {file.stem.replace("__init__", ""): [file] for file in (root / "omnisparse_flex").glob("*.py")}
-    return parts | {folder: sorted((root / folder).glob("*.py")) for folder in ("passes", "masks")}
+    """Part -> its files at any depth, the two linked folders read where they really lie."""
+    face = root / "omnisparse_flex"
+    modules = {file.stem.replace("__init__", ""): [file] for file in face.glob("*.py")}
+    folders = {path.name: path for path in face.iterdir() if path.is_dir() and not path.is_symlink()}
+    folders |= {name: root / name for name in ("passes", "masks")}
+    return modules | {name: files for name, path in folders.items() if (files := sorted(path.rglob("*.py")))}
 
 
 def imports(node: ast.AST, eager: bool = True) -> Iterator[tuple[str, bool]]:
@@ -89,7 +92,7 @@ def plant(root: Path, file: str, source: str) -> Path:
         "masks/causal.py": "from omnisparse_flex.config import Config\nimport torch\n",
     }
     for path, text in (house | {file: source}).items():
-        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, "utf-8")
     return root
 
@@ -105,6 +108,8 @@ def plant(root: Path, file: str, source: str) -> Path:
         ("masks/planted.py", "import torch._dynamo.utils as u"),
         ("masks/planted.py", "def late():\n    import transformers"),
         ("masks/planted.py", "from .causal import causal"),
+        ("masks/deep/er/planted.py", "from omnisparse_flex import attention"),
+        ("omnisparse_flex/cache/planted.py", "import transformers"),
         ("passes/planted.py", "import masks"),
         ("passes/planted.py", "from passes.lift import lift"),
         ("passes/planted.py", "from omnisparse_flex.backend import backend"),

@@ -48,11 +48,16 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sources(*suffixes: str) -> set[str]:
     """What the package should hold, by its paths in the wheel."""
     return {
-        f"{package}/{file.name}"
+        f"{package}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, package in FOLDERS.items()
-        for file in (ROOT / folder).iterdir()
-        if file.suffix in suffixes
+        for file in (ROOT / folder).rglob("*.*")
+        if file.suffix in suffixes and not linked(file)
     }
+
+
+def linked(file: Path) -> bool:
+    """Whether a path of the checkout leads through one of the two links."""
+    return any(parent.is_symlink() for parent in file.parents if parent.is_relative_to(ROOT))
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
@@ -71,7 +76,9 @@ def test_the_sdist_holds_each_source_once(dist: Path) -> None:
     inside = [str(PurePosixPath(*PurePosixPath(member.name).parts[1:])) for member in members if member.isfile()]
     # The symlinks stay behind: with them every pass and mask would be there twice.
     assert sorted(name for name in inside if name.startswith("omnisparse_flex/")) == sorted(
-        f"omnisparse_flex/{file.name}" for file in (ROOT / "omnisparse_flex").iterdir() if file.is_file()
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "omnisparse_flex").rglob("*.*")
+        if file.suffix in (".py", ".typed", ".json") and not linked(file)
     )
     once = {"LICENSE", "README.md", "pyproject.toml", "passes/__init__.py", "masks/__init__.py", "tests/conftest.py"}
     assert once <= set(inside) and len(inside) == len(set(inside))
