@@ -46,7 +46,7 @@ bench: $(call needs,bench)
 	$(PY) -m pytest benchmarks -m "not gpu" $(ARGS)
 
 bench-gpu: $(call needs,bench)
-	$(PY) benchmarks/run_gpu.py $(ARGS)
+	$(PY) -m benchmarks.common.run_gpu $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import summary
+from benchmarks.common import summary
 from omnisparse_flex import OmniSparseConfig
-from omnisparse_flex.masks.expr import causal
-from omnisparse_flex.masks.interval import Grid, any_in_blocks
-from omnisparse_flex.masks.layout import block_layout
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.select import BLOCK
+from omnisparse_flex.masks.blocks.layout import block_layout
+from omnisparse_flex.masks.blocks.select import BLOCK
+from omnisparse_flex.masks.expr.block_bounds import Grid, any_in_blocks
+from omnisparse_flex.masks.expr.expr import causal
+from omnisparse_flex.masks.expr.program import MaskProgram
 
 SCRIPT = "benchmarks/bench_layout.py"
 RESULTS = Path(__file__).resolve().parent / "results" / "layout.json"

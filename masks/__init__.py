@@ -9,7 +9,7 @@ from omnisparse_flex.masks.combine import intersect, union
 from omnisparse_flex.masks.document import document, document_ids
 from omnisparse_flex.masks.near_to_far import near_to_far
 from omnisparse_flex.masks.padding import padding
-from omnisparse_flex.masks.sinks import sinks_and_window
+from omnisparse_flex.masks.sinks_and_window import sinks_and_window
 from omnisparse_flex.masks.sliding_window import sliding_window
 from omnisparse_flex.masks.visual_text import visual_text
 

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from omnisparse_flex.masks.mean_pool import block_mean
-from omnisparse_flex.masks.opaque import OpaqueMask
-from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.expr.opaque import OpaqueMask
+from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.peak_rows import (
     PHASES,
     ROWS,

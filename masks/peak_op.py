@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisparse_flex.guard import guarded
-from omnisparse_flex.masks.expr import B, KV, TRUE, Load, causal, conjunction
-from omnisparse_flex.masks.interval import Grid
-from omnisparse_flex.masks.layout import Layout
-from omnisparse_flex.masks.mean_pool import block_mean
-from omnisparse_flex.masks.opaque import OpaqueMask
+from omnisparse_flex.kernels.fallback import guarded
+from omnisparse_flex.masks.blocks.layout import Layout
+from omnisparse_flex.masks.blocks.mean_pool import block_mean
+from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.causal_padding import plain_mask
+from omnisparse_flex.masks.expr.expr import KV, TRUE, B, Load, causal, conjunction
+from omnisparse_flex.masks.expr.opaque import OpaqueMask
+from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.peak import (
     CANDIDATE,
     FLOOR_RATIO,
@@ -28,8 +30,6 @@ from omnisparse_flex.masks.peak import (
     find_peaks,
 )
 from omnisparse_flex.masks.peak_rows import Keys, LiveRows, live_rows
-from omnisparse_flex.masks.plain import plain_mask
-from omnisparse_flex.masks.program import MaskProgram
 
 #: Products of one row of some query blocks with all keys that are in memory at once, where tensor code runs eagerly.
 PAIRS = 2**26

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
-from omnisparse_flex.masks.interval import Grid, any_in_blocks
+from omnisparse_flex.masks.expr.block_bounds import Grid, any_in_blocks
 
 #: Tokens from which on a run of text is always kept. Our choice: what fills a block of keys. A timestamp or "Frame 7:"
 #: takes about ten, and one for every frame would keep nearly every block (SELECTION, section 8).

@@ -1,9 +1,9 @@
 """OmniSparse attention for video-MLLMs, installed by graph passes in one call."""
 
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
-from omnisparse_flex.attention import sparse_attention
-from omnisparse_flex.cache import OmniSparseCache
-from omnisparse_flex.calibration import calibrate
+from omnisparse_flex.attention.functional import sparse_attention
+from omnisparse_flex.cache.hf_cache import OmniSparseCache
+from omnisparse_flex.calibration.search import calibrate
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.stats import collect_stats

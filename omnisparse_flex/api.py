@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from omnisparse_flex import integration
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost import shape_of_config
-from omnisparse_flex.entry import Entry, check_visual, entry_of, refuse_compiled
+from omnisparse_flex.cost_model import shape_of_config
 from omnisparse_flex.errors import require
-from omnisparse_flex.explain import explain
+from omnisparse_flex.model import hf as integration
+from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of, refuse_compiled
+from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.report import RewriteReport
 
 VisualMaskArgument = Tensor | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None

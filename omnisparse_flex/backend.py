@@ -12,16 +12,16 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule
 
-from omnisparse_flex import kernel_choice
+from omnisparse_flex.attention import flex_options as kernel_choice
+from omnisparse_flex.attention.flex_options import KERNELS, has_flash
+from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph, device_of, tensors_of
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost import LAST, Shape, costs_of, expected_share
+from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.inductor import CompiledFn, compile_graph, device_of, tensors_of
-from omnisparse_flex.kernel_choice import KERNELS, has_flash
 from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
 from omnisparse_flex.passes.nodes import shape_of
-from omnisparse_flex.passes.rewrite import Site
 from omnisparse_flex.passes.share import notes as sharing_notes
+from omnisparse_flex.passes.state import Site
 from omnisparse_flex.report import RewriteReport, SiteReport
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks.select import COSTS
+from omnisparse_flex.masks.blocks.select import COSTS
 
 #: Time of a choice of blocks beyond that of ``mean_pool``, as a share of a dense call's: the larger of 32K and 128K
 #: tokens on an H200 (``benchmarks/results/scorers.json``); taken for every GPU.

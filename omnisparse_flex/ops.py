@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnisparse_flex.logit_sinks import dense_with_sinks, softmax_with_sinks
+from omnisparse_flex.attention.logit_sinks import dense_with_sinks, softmax_with_sinks
 
 _lib = torch.library.Library("omnisparse", "DEF")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from omnisparse_flex.entry import entry_of
 from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.model.compiled_module import entry_of
 
 
 class RecallWarmup:

@@ -15,8 +15,8 @@ from omnisparse_flex.passes.decide import decide
 from omnisparse_flex.passes.find_sites import find_sites
 from omnisparse_flex.passes.lift_masks import lift_masks
 from omnisparse_flex.passes.lower import lower
-from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site, Skip
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.state import Rewrite, Settings, Site, Skip
 from omnisparse_flex.passes.undo_repeat_kv import undo_repeat_kv
 
 __all__ = ["PIPELINE", "Rewrite", "Settings", "Site", "Skip", "run_pipeline"]

@@ -6,8 +6,8 @@ from torch.fx import Node
 
 from omnisparse_flex.passes.find_sites import BINDS
 from omnisparse_flex.passes.nodes import op_name
-from omnisparse_flex.passes.rewrite import Rewrite
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.state import Rewrite
 
 
 def clean_up(rewrite: Rewrite) -> None:

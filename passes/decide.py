@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from omnisparse_flex.attention import DTYPES, HEAD_DIMS, autocast_dtype
-from omnisparse_flex.cost import Shape
-from omnisparse_flex.masks.expr import TRUE, Const, causal
+from omnisparse_flex.attention.functional import DTYPES, HEAD_DIMS, autocast_dtype
+from omnisparse_flex.cost_model import Shape
+from omnisparse_flex.masks.expr.expr import TRUE, Const, causal
 from omnisparse_flex.passes.nodes import shape_of, value_of
-from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site
+from omnisparse_flex.passes.state import Rewrite, Settings, Site
 
 
 def decide(rewrite: Rewrite) -> None:

@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 import omnisparse_flex.ops  # noqa: F401  (defines the marker)
 from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of
-from omnisparse_flex.passes.rewrite import Rewrite, Site
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.state import Rewrite, Site
 
 MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
 BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)

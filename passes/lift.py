@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from omnisparse_flex.masks.expr import Apply, Const, Expr
-from omnisparse_flex.masks.program import cast_of
+from omnisparse_flex.masks.expr.expr import Apply, Const, Expr
+from omnisparse_flex.masks.expr.program import cast_of
 from omnisparse_flex.passes.lift_base import Indices, LiftError
 from omnisparse_flex.passes.lift_shapes import ShapeRules
 from omnisparse_flex.passes.nodes import mutations, op_name, value_of

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from omnisparse_flex.masks.expr import Const, Expr, Load, axes
+from omnisparse_flex.masks.expr.expr import Const, Expr, Load, axes
 from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
-from omnisparse_flex.passes.rewrite import Leaf
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.state import Leaf
 
 Indices = tuple[Expr, ...]
 

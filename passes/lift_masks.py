@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from omnisparse_flex.masks.expr import (
+from omnisparse_flex.masks.expr.expr import (
     KV,
     TRUE,
     Apply,
@@ -25,8 +25,8 @@ from omnisparse_flex.masks.expr import (
 from omnisparse_flex.passes.lift import Lifter
 from omnisparse_flex.passes.lift_base import LiftError
 from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Site
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.state import Leaf, Rewrite, Site
 
 #: An additive mask value at or under this means "not allowed" (finfo.min of half is -65504).
 NEGATIVE = -1e4

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from omnisparse_flex.masks.expr import Apply, Const, Expr
+from omnisparse_flex.masks.expr.expr import Apply, Const, Expr
 from omnisparse_flex.passes.lift_base import Indices, Reader, is_one
 from omnisparse_flex.passes.nodes import shape_of, value_of
 from omnisparse_flex.passes.scope import Scope

@@ -8,10 +8,16 @@ from typing import Any
 
 from torch.fx import Node
 
-from omnisparse_flex.attention import autocast_dtype
-from omnisparse_flex.kernel_choice import Options, kernel_options
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.passes.calls import (
+from omnisparse_flex.attention.call import Site as AttentionSite
+from omnisparse_flex.attention.call import register
+from omnisparse_flex.attention.flex_options import Options, kernel_options
+from omnisparse_flex.attention.functional import autocast_dtype
+from omnisparse_flex.attention.select_op import ALWAYS, PARTS, empty_parts
+from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.passes.nodes import mutations, value_of
+from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.share import layout_key, place, share
+from omnisparse_flex.passes.site_functions import (
     Constants,
     choice_function,
     given_function,
@@ -19,13 +25,7 @@ from omnisparse_flex.passes.calls import (
     layout_function,
     part_function,
 )
-from omnisparse_flex.passes.nodes import mutations, value_of
-from omnisparse_flex.passes.rewrite import Leaf, Rewrite, Settings, Site
-from omnisparse_flex.passes.scope import Scope
-from omnisparse_flex.passes.share import layout_key, place, share
-from omnisparse_flex.select_op import ALWAYS, PARTS, empty_parts
-from omnisparse_flex.site import Site as AttentionSite
-from omnisparse_flex.site import register
+from omnisparse_flex.passes.state import Leaf, Rewrite, Settings, Site
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -181,7 +181,10 @@ def _constants(site: Site, settings: Settings) -> Constants:
     plain = site.mods is None and site.bias is None and site.softcap == 0
     if not dense and (config.granularity == "token" or (settings.lists and plain)):
         fixed["rules"] = register(AttentionSite(mask=MaskProgram(site.expr), **fixed))
-    target, counts = (config.recall_of(site.layer), config.min_peak_of(site.layer)), (len(site.leaves), len(site.bias_leaves))
+    target, counts = (
+        (config.recall_of(site.layer), config.min_peak_of(site.layer)),
+        (len(site.leaves), len(site.bias_leaves)),
+    )
     return Constants(site.layer, *target, site.expr, site.offset, *counts, fixed)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 from torch.fx import Node
 
 from omnisparse_flex.passes.nodes import shape_of
-from omnisparse_flex.passes.rewrite import Rewrite, Site
+from omnisparse_flex.passes.state import Rewrite, Site
 
 
 def share(rewrite: Rewrite) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from omnisparse_flex.passes.nodes import op_name, shape_of
-from omnisparse_flex.passes.rewrite import Rewrite
+from omnisparse_flex.passes.state import Rewrite
 
 
 def undo_repeat_kv(rewrite: Rewrite) -> None:

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import batch, build, text_config
 from torch import nn
 
 import omnisparse_flex
 from omnisparse_flex import ConfigError, OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
 from omnisparse_flex.api import dense
 from omnisparse_flex.backend import UNMEASURED, Backend
-from omnisparse_flex.entry import entry_of
+from omnisparse_flex.model.compiled_module import entry_of
+from tests.helpers.tiny import batch, build, text_config
 
 
 class Attention(nn.Module):
@@ -124,7 +124,7 @@ def test_eager_only_and_encoder_decoder_models_are_refused(monkeypatch):
 
 def test_failure_half_way_restores_the_model(monkeypatch):
     model = build("qwen2_5_vl")
-    monkeypatch.setattr("omnisparse_flex.integration.VisualMaskHook", lambda *a: 1 / 0)
+    monkeypatch.setattr("omnisparse_flex.model.hf.VisualMaskHook", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         apply_omnisparse(model)
     assert entry_of(model) is None

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import bench_layout, summary
+from benchmarks import bench_layout
+from benchmarks.common import summary
 
 
 def test_a_prompt_is_laid_out_as_described():

@@ -14,7 +14,7 @@ from omnisparse_flex import ConfigError, OmniSparseConfig
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.choice_cost import TENSOR_CODE, TOKENS_ON_A_GPU, choice_share, pair_cost
 from omnisparse_flex.config import SCORINGS
-from omnisparse_flex.cost import (
+from omnisparse_flex.cost_model import (
     EXPECTED_SHARE,
     FILE_VARIABLE,
     LAST,
@@ -29,9 +29,9 @@ from omnisparse_flex.cost import (
     user_file,
     write,
 )
-from omnisparse_flex.masks.expr import causal
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.select import select_blocks
+from omnisparse_flex.masks.blocks.select import select_blocks
+from omnisparse_flex.masks.expr.expr import causal
+from omnisparse_flex.masks.expr.program import MaskProgram
 
 SHAPE = Shape(8, 2, 64)
 GPU = "NVIDIA H200"

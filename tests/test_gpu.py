@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import batch, build
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
-from omnisparse_flex.entry import entry_of
-from omnisparse_flex.masks.select import BLOCK
-from omnisparse_flex.reference import dense_attention, expand_block_map
+from omnisparse_flex.masks.blocks.select import BLOCK
+from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.testing.oracle import dense_attention, expand_block_map
+from tests.helpers.tiny import batch, build
 
 pytestmark = pytest.mark.gpu
 

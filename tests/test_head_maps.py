@@ -6,18 +6,18 @@ import dataclasses
 
 import pytest
 import torch
-from test_attention import SPARSE, check, inputs, selected
 
-from omnisparse_flex.attention import attend
+from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.functional import attend
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks.blocks import block_mask_from_maps
-from omnisparse_flex.masks.expr import KV, Apply, Const, H, Q, causal
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.record import measure
-from omnisparse_flex.masks.segments import segment_layout
-from omnisparse_flex.masks.select import select_blocks
-from omnisparse_flex.site import Site
+from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps
+from omnisparse_flex.masks.blocks.select import select_blocks
+from omnisparse_flex.masks.expr.expr import KV, Apply, Const, H, Q, causal
+from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.statistics import measure
+from omnisparse_flex.masks.tokens.segments import segment_layout
 from omnisparse_flex.testing import AttentionShape
+from tests.attention.test_attention import SPARSE, check, inputs, selected
 
 SHAPES = [AttentionShape(2, 2, 2, 700, 700, 16), AttentionShape(1, 1, 7, 140, 520, 16)]
 SHAPES += [AttentionShape(1, 3, 1, 520, 520, 16), AttentionShape(1, 2, 3, 1, 700, 16)]

@@ -9,19 +9,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_attention import SPARSE, check, inputs, selected
 
 from omnisparse_flex import ConfigError, OmniSparseConfig
-from omnisparse_flex import attention as attending
-from omnisparse_flex.attention import attend, sparse_attention
-from omnisparse_flex.kernel_choice import NARROW, kernel_options
-from omnisparse_flex.masks.blocks import wider
-from omnisparse_flex.masks.expr import KV, Apply, B, Const, Load, causal
-from omnisparse_flex.masks.program import MaskProgram
-from omnisparse_flex.masks.record import measure
-from omnisparse_flex.masks.select import select_blocks
-from omnisparse_flex.site import Site
+from omnisparse_flex.attention import functional as attending
+from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.flex_options import NARROW, kernel_options
+from omnisparse_flex.attention.functional import attend, sparse_attention
+from omnisparse_flex.masks.blocks.block_lists import wider
+from omnisparse_flex.masks.blocks.select import select_blocks
+from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
+from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.statistics import measure
 from omnisparse_flex.testing import AttentionShape
+from tests.attention.test_attention import SPARSE, check, inputs, selected
 
 RULES = dataclasses.replace(SPARSE, key_block=64)
 SHAPES = [
@@ -121,7 +121,7 @@ def test_budgets_are_tokens():
 
 
 def test_options_of_the_kernels(monkeypatch):
-    from omnisparse_flex import kernel_choice
+    from omnisparse_flex.attention import flex_options as kernel_choice
 
     tensor = torch.empty(1, 2, 512, 64, device="meta", dtype=torch.bfloat16)
     wide = torch.empty(1, 2, 512, 128, device="meta", dtype=torch.bfloat16)

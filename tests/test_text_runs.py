@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks import text_runs
-from omnisparse_flex.masks.expr import KV, Apply, B, Const, Load, causal
-from omnisparse_flex.masks.interval import Grid
-from omnisparse_flex.masks.layout import block_layout
-from omnisparse_flex.masks.program import MaskProgram
+from omnisparse_flex.masks.blocks.layout import block_layout
+from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
+from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.text_runs import LONG_RUN, text_blocks
 
 CPU = torch.device("cpu")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import batch, build
 
 from omnisparse_flex import ConfigError, OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.entry import entry_of
+from omnisparse_flex.model.compiled_module import entry_of
 from omnisparse_flex.warmup import RecallWarmup
+from tests.helpers.tiny import batch, build
 
 CONFIG = OmniSparseConfig(target_recall=0.3, lazy_threshold=None, sink_size=16, window_size=64)
 

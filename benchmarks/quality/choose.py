@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.quality.rows import Rows, causal, logits
 from benchmarks.quality.rules import Rule
-from omnisparse_flex.masks.budget import keep_top, need, rank, shared_budget
+from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,6 @@ from typing import Any
 
 from benchmarks.quality.table import change, retrieved
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 #: Token granularity, scores of 8 bits in half the head's dimensions, every *query* head choosing for itself. Who is
 #: active is judged by those scores, which the library does not do (``library.py`` measures what it does).
 ROW = "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1"
@@ -51,7 +49,7 @@ def figures(rows: dict[str, dict[str, Any]], row: str = ROW) -> dict[str, tuple[
 
 def main() -> int:
     """Record the figures of a results file."""
-    import summary
+    from benchmarks.common import summary
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)

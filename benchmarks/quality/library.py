@@ -27,9 +27,7 @@ from benchmarks.quality.retrieval import Items
 from benchmarks.quality.table import change, retrieved
 from benchmarks.quality.weights import load_model
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, remove_omnisparse
-from omnisparse_flex.masks.record import STATS
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from omnisparse_flex.masks.statistics import STATS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality_smollm2_library.json"
 TOKENS = 8192
@@ -104,7 +102,7 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the file does not hold yet; print and write after each row."""
-    import summary  # beside this folder
+    from benchmarks.common import summary  # beside this folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.quality.prepare")

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.video_needle import release
+from benchmarks.video_needle.backgrounds import load
+from benchmarks.video_needle.data import IGNORE, Batch, batch_of, inputs, position_ids
+from benchmarks.video_needle.scene import STEPS
+from benchmarks.video_needle.vocabulary import WORDS
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, remove_omnisparse
-from omnisparse_flex.progress import Progress
+from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.report import table
-from video_needle import release
-from video_needle.backgrounds import load
-from video_needle.data import IGNORE, Batch, batch_of, inputs, position_ids
-from video_needle.scene import STEPS
-from video_needle.vocabulary import WORDS
 
 #: Visual tokens of the clip, and of the quick one. Which video: the first of the test split.
 LENGTH, QUICK, VIDEO = 8192, 2048, 0

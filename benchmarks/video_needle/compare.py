@@ -1,6 +1,6 @@
 """Dense against sparse inference of trained checkpoints, with controls at equal density, at several lengths.
 
-python3 benchmarks/video_needle/compare.py --checkpoint dense=runs/dense --checkpoint sparse=runs/sparse \
+python3 -m benchmarks.video_needle.compare --checkpoint dense=runs/dense --checkpoint sparse=runs/sparse \
     --lengths 2048,8192,32768 --videos 200 --out results --minutes 4
 Call it again to go on: what the JSON in --out holds is not measured again.
 """
@@ -17,17 +17,14 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.video_needle import checkpoint
+from benchmarks.video_needle.comparison import Comparison, family_of
+from benchmarks.video_needle.families import FAMILIES
+from benchmarks.video_needle.model import make_model
+from benchmarks.video_needle.report import keep_figures, table
+from benchmarks.video_needle.scene import STEPS
+from benchmarks.video_needle.slim_cache import KNOWN
 from omnisparse_flex.errors import ConfigError, require
-from video_needle import checkpoint
-from video_needle.comparison import Comparison, family_of
-from video_needle.families import FAMILIES
-from video_needle.model import make_model
-from video_needle.report import keep_figures, table
-from video_needle.scene import STEPS
-from video_needle.slim import KNOWN
 
 #: Parts about the slim cache: after dense prefill, and after sparse prefill at the first target recall.
 CACHE = ("slim", "together")

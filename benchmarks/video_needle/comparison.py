@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.video_needle import report
+from benchmarks.video_needle.controls import match_density, scoring
+from benchmarks.video_needle.evaluate import by_kind, describe, evaluate
+from benchmarks.video_needle.families import FAMILIES, Family
+from benchmarks.video_needle.intervals import interval
+from benchmarks.video_needle.slim_cache import KNOWN, ask_slim, dense_prefill, sparse_prefill
 from omnisparse_flex import apply_omnisparse, collect_stats, remove_omnisparse
-from omnisparse_flex.entry import entry_of
 from omnisparse_flex.errors import require
+from omnisparse_flex.model.compiled_module import entry_of
 from omnisparse_flex.stats import Stats
-from video_needle import report
-from video_needle.controls import match_density, scoring
-from video_needle.evaluate import by_kind, describe, evaluate
-from video_needle.families import FAMILIES, Family
-from video_needle.intervals import interval
-from video_needle.slim import KNOWN, ask_slim, dense_prefill, sparse_prefill
 
 #: What a model may see, by the name of the row.
 BASELINES = {"dense": "all", "last frame only": "last", "text only": "none"}

@@ -14,9 +14,9 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from omnisparse_flex import select_op
+from omnisparse_flex.attention import select_op
 from omnisparse_flex.errors import require
-from omnisparse_flex.masks import select
+from omnisparse_flex.masks.blocks import select
 
 
 def random_blocks(query: Tensor, key: Tensor, some: Tensor, *, scale: float, block: int, **_: Any) -> Tensor:

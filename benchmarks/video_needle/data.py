@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.video_needle.questions import TOKENS_PER_ROUND, Question, ask, named
+from benchmarks.video_needle.render import plan_backgrounds, render
+from benchmarks.video_needle.scene import CELLS, EVENT_STEPS, Event, Scene, make_scene, scene_seed
+from benchmarks.video_needle.sprites import place
+from benchmarks.video_needle.vocabulary import COLOURS, DIGITS, DIRECTIONS, IDS, KINDS, SHAPES, TENTHS, TOLD
 from omnisparse_flex.errors import require
-from video_needle.questions import TOKENS_PER_ROUND, Question, ask, named
-from video_needle.render import plan_backgrounds, render
-from video_needle.scene import CELLS, EVENT_STEPS, Event, Scene, make_scene, scene_seed
-from video_needle.sprites import place
-from video_needle.vocabulary import COLOURS, DIGITS, DIRECTIONS, IDS, KINDS, SHAPES, TENTHS, TOLD
 
 #: Seconds of every video, whatever its number of frames: longer inputs are sampled more finely. Temporal
 #: positions then span the same range at every length, so a model can be tested on lengths it never saw.

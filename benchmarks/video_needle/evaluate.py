@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from video_needle.backgrounds import load
-from video_needle.data import IGNORE, batch_of, inputs, position_ids
-from video_needle.scene import CELLS, STEPS
-from video_needle.vocabulary import ANSWERS, KINDS
+from benchmarks.video_needle.backgrounds import load
+from benchmarks.video_needle.data import IGNORE, batch_of, inputs, position_ids
+from benchmarks.video_needle.scene import CELLS, STEPS
+from benchmarks.video_needle.vocabulary import ANSWERS, KINDS
 
 #: Accuracy of a guess among the possible answers, by kind and over all (every kind is asked equally often).
 CHANCE = {kind: 1 / len(words) for kind, words in ANSWERS.items()}

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from video_needle.data import IGNORE
-from video_needle.vocabulary import IDS, KINDS, TOLD
+from benchmarks.video_needle.data import IGNORE
+from benchmarks.video_needle.vocabulary import IDS, KINDS, TOLD
 
 
 def narration_loss(logits: Tensor, narration: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from video_needle.data import TOKENS_PER_SECOND
-from video_needle.scene import CELLS, GRID
-from video_needle.sprites import CELL
-from video_needle.vocabulary import IDS, SIZE
+from benchmarks.video_needle.data import TOKENS_PER_SECOND
+from benchmarks.video_needle.scene import CELLS, GRID
+from benchmarks.video_needle.sprites import CELL
+from benchmarks.video_needle.vocabulary import IDS, SIZE
 
 #: Name of the vision attention that takes all frames at once. transformers hands the frame boundaries only to names
 #: that hold "flash"; other attention functions are called once per frame, thousands of times a batch.

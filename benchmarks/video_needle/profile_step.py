@@ -1,6 +1,6 @@
 """Where the time of a training step goes: phases by wall clock, operators by device and host time.
 
-python3 benchmarks/video_needle/profile_step.py --compile --length 512 --tokens 16384 > profile.txt
+python3 -m benchmarks.video_needle.profile_step --compile --length 512 --tokens 16384 > profile.txt
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from video_needle.data import Batch
-from video_needle.schedule import Schedule
-from video_needle.trainer import StepData, Trainer
+from benchmarks.video_needle.data import Batch
+from benchmarks.video_needle.schedule import Schedule
+from benchmarks.video_needle.trainer import StepData, Trainer
 
 #: Steps before anything is measured, and measured ones.
 WARM, MEASURED = 10, 10

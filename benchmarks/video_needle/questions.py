@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.video_needle.scene import Event, Scene
+from benchmarks.video_needle.vocabulary import COLOURS, COUNTS, DIGITS, DIRECTIONS, KINDS, SHAPES, TENTHS, YES_NO
 from omnisparse_flex.errors import require
-from video_needle.scene import Event, Scene
-from video_needle.vocabulary import COLOURS, COUNTS, DIGITS, DIRECTIONS, KINDS, SHAPES, TENTHS, YES_NO
 
 #: Tokens of one question of every kind together, the question marks included.
 TOKENS_PER_ROUND = 24

@@ -1,6 +1,6 @@
 """A trained checkpoint as a folder that others can use: bfloat16 safetensors, config, model card; checked when read.
 
-python3 benchmarks/video_needle/release.py --checkpoint runs/sparse --out models/video_needle \\
+python3 -m benchmarks.video_needle.release --checkpoint runs/sparse --out models/video_needle \\
     --compared results/compare.json
 """
 
@@ -16,14 +16,11 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.video_needle import checkpoint
+from benchmarks.video_needle.evaluate import describe
+from benchmarks.video_needle.model import count_parameters, make_config, make_model, speed_up_vision
+from benchmarks.video_needle.vocabulary import WORDS
 from omnisparse_flex.errors import ConfigError, require
-from video_needle import checkpoint
-from video_needle.evaluate import describe
-from video_needle.model import count_parameters, make_config, make_model, speed_up_vision
-from video_needle.vocabulary import WORDS
 
 #: What a folder holds beside ``config.json``; the second says what it is and how it was made.
 WEIGHTS, FACTS, CARD = "model.safetensors", "video_needle.json", "README.md"
@@ -132,7 +129,7 @@ def _card(facts: dict[str, Any], parameters: int, megabytes: float, rows: Sequen
     lines.append("differently from run to run, and a run with fewer steps than planned was stopped by its clock.\n")
     lines += [f"Held-out videos, {x['length']} tokens: {describe(x['accuracy'])}.\n" for x in facts["held_out"]]
     if rows:
-        from video_needle.report import table
+        from benchmarks.video_needle.report import table
 
         lines += ["Test videos, dense and sparse:\n", table(list(rows), name), ""]
     lines += [
@@ -159,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"release.py: {error}", file=sys.stderr)
         return 2
     if options.figures:
-        import summary
+        from benchmarks.common import summary
 
         size = (options.out / WEIGHTS).stat().st_size / 2**20
         summary.record("video.checkpoint_mb", size, unit="MiB", baseline="", script=__file__)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from video_needle.backgrounds import FRAMES, SIDE
-from video_needle.scene import CELLS, GRID, Scene
-from video_needle.sprites import CELL, PALETTE, atlas
+from benchmarks.video_needle.backgrounds import FRAMES, SIDE
+from benchmarks.video_needle.scene import CELLS, GRID, Scene
+from benchmarks.video_needle.sprites import CELL, PALETTE, atlas
 
 #: Side of a frame in pixels, frames of a step, and numbers of a patch: channel, frame, row, column.
 FRAME, STEP_FRAMES = GRID * CELL, 2

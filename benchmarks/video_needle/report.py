@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import summary  # benchmarks/summary.py
 import torch
 
+from benchmarks.common import summary  # benchmarks/summary.py
+from benchmarks.video_needle import plot
+from benchmarks.video_needle.evaluate import MEAN_CHANCE
+from benchmarks.video_needle.intervals import interval
+from benchmarks.video_needle.vocabulary import KINDS
 from omnisparse_flex.errors import require
-from video_needle import plot
-from video_needle.evaluate import MEAN_CHANCE
-from video_needle.intervals import interval
-from video_needle.vocabulary import KINDS
 
 NAME = "compare.json"
 #: Length that was trained, one four times as long; most density, and least cache ratio, that a claim is made at.

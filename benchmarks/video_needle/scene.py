@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.video_needle.vocabulary import COLOURS, DIGITS, DIRECTIONS, SHAPES
 from omnisparse_flex.errors import require
-from video_needle.vocabulary import COLOURS, DIGITS, DIRECTIONS, SHAPES
 
 #: A frame is GRID x GRID cells, one visual token each; a step is two frames, one row of tokens in time.
 GRID, CELLS = 4, 16

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from benchmarks.video_needle.data import MAX_BATCH
+from benchmarks.video_needle.scene import STEPS
 from omnisparse_flex.errors import ConfigError, require
-from video_needle.data import MAX_BATCH
-from video_needle.scene import STEPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from video_needle.scene import EVENT_STEPS, Scene
-from video_needle.vocabulary import DIGITS, DIRECTIONS, SHAPES
+from benchmarks.video_needle.scene import EVENT_STEPS, Scene
+from benchmarks.video_needle.vocabulary import DIGITS, DIRECTIONS, SHAPES
 
 #: Side of a cell in pixels: one patch, one visual token.
 CELL = 16

@@ -1,6 +1,6 @@
 """Time of a training step at 32K visual tokens, dense against sparse: the whole step, and attention alone.
 
-python3 benchmarks/video_needle/step_time.py --init models/video_needle --out DIR
+python3 -m benchmarks.video_needle.step_time --init models/video_needle --out DIR
 Attention alone is timed on the queries, keys and values of a middle layer, forward and backward; the figure is of its
 replay as a CUDA graph.
 """
@@ -21,20 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import summary
-from gpu_timing import captured as captured_call
-from quality_speed_cases import operating_point
-
+from benchmarks.common import summary
+from benchmarks.common.gpu_timing import captured as captured_call
+from benchmarks.speed_quality.quality_speed_cases import operating_point
+from benchmarks.video_needle import checkpoint, release
+from benchmarks.video_needle.data import Batch
+from benchmarks.video_needle.schedule import Schedule
+from benchmarks.video_needle.trainer import StepData, Trainer
+from benchmarks.video_needle.vocabulary import IDS
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats
 from omnisparse_flex.errors import ConfigError
-from video_needle import checkpoint, release
-from video_needle.data import Batch
-from video_needle.schedule import Schedule
-from video_needle.trainer import StepData, Trainer
-from video_needle.vocabulary import IDS
 
 #: Steps or calls before anything is measured.
 WARM = 3

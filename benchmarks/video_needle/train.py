@@ -1,9 +1,9 @@
 """Train the small video-MLLM from scratch, in pieces of a few minutes that continue one another exactly.
 
-python3 benchmarks/video_needle/train.py --minutes 3.5 --out runs/dense                      # dense
-python3 benchmarks/video_needle/train.py --minutes 3.5 --out runs/dense --resume runs/dense  # go on
-python3 benchmarks/video_needle/train.py --out runs/sparse --omnisparse '{}'                 # sparse from the start
-python3 benchmarks/video_needle/train.py --out runs/tuned --init runs/dense --omnisparse '{}' --stages 8192:200
+python3 -m benchmarks.video_needle.train --minutes 3.5 --out runs/dense                      # dense
+python3 -m benchmarks.video_needle.train --minutes 3.5 --out runs/dense --resume runs/dense  # go on
+python3 -m benchmarks.video_needle.train --out runs/sparse --omnisparse '{}'                 # sparse from the start
+python3 -m benchmarks.video_needle.train --out runs/tuned --init runs/dense --omnisparse '{}' --stages 8192:200
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.video_needle import checkpoint
+from benchmarks.video_needle.model import count_parameters
+from benchmarks.video_needle.schedule import Schedule
+from benchmarks.video_needle.trainer import Trainer
 from omnisparse_flex.errors import ConfigError, require
-from video_needle import checkpoint
-from video_needle.model import count_parameters
-from video_needle.schedule import Schedule
-from video_needle.trainer import Trainer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.video_needle import checkpoint, evaluate, plot
+from benchmarks.video_needle.backgrounds import load
+from benchmarks.video_needle.data import Batch, batch_of, position_ids
+from benchmarks.video_needle.losses import count_hits, task_losses
+from benchmarks.video_needle.model import count_parameters, embed, frame_layout, make_model
+from benchmarks.video_needle.optimizer import make_optimizers, set_rate
+from benchmarks.video_needle.recorded_step import Recorder
+from benchmarks.video_needle.render import render
+from benchmarks.video_needle.scene import CELLS, STEPS
+from benchmarks.video_needle.schedule import Schedule
+from benchmarks.video_needle.vocabulary import KINDS
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.errors import require
-from video_needle import checkpoint, evaluate, plot
-from video_needle.backgrounds import load
-from video_needle.data import Batch, batch_of, position_ids
-from video_needle.losses import count_hits, task_losses
-from video_needle.model import count_parameters, embed, frame_layout, make_model
-from video_needle.optimizer import make_optimizers, set_rate
-from video_needle.recorded import Recorder
-from video_needle.render import render
-from video_needle.scene import CELLS, STEPS
-from video_needle.schedule import Schedule
-from video_needle.vocabulary import KINDS
 
 #: Steps between two progress lines, and whose means the history keeps.
 LOG_EVERY = 20

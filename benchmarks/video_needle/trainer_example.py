@@ -1,7 +1,7 @@
 """The same task with transformers' own ``Trainer``: what a user would copy. OmniSparse is one line.
 
-python3 benchmarks/video_needle/trainer_example.py --out runs/example --steps 200 --omnisparse '{"target_recall": 0.9}'
-python3 benchmarks/video_needle/trainer_example.py --out runs/example --steps 200 --resume      # after an interruption
+python3 -m benchmarks.video_needle.trainer_example --out runs/example --steps 200 --omnisparse '{"target_recall": 0.9}'
+python3 -m benchmarks.video_needle.trainer_example --out runs/example --steps 200 --resume      # after an interruption
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.video_needle.backgrounds import load
+from benchmarks.video_needle.data import IGNORE, batch_of, inputs, position_ids
+from benchmarks.video_needle.model import make_model
+from benchmarks.video_needle.scene import CELLS, STEPS
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.errors import ConfigError
-from video_needle.backgrounds import load
-from video_needle.data import IGNORE, batch_of, inputs, position_ids
-from video_needle.model import make_model
-from video_needle.scene import CELLS, STEPS
 
 
 class Videos(torch.utils.data.Dataset):

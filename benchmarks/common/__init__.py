@@ -1,0 +1,1 @@
+"""Figures, timing on a GPU, and what runs every benchmark there."""

@@ -1,0 +1,1 @@
+"""Decode steps over a slim cache: speed, memory and answers."""

@@ -1,0 +1,1 @@
+"""Whole models: compile time, the demo, time to the first token."""

@@ -1,0 +1,1 @@
+"""Attention of a prompt: kernels, selection, training, the cost model."""

@@ -1,0 +1,1 @@
+"""Selection rules judged on real weights and text, as exact token masks."""

@@ -1,0 +1,1 @@
+"""SmolLM2 fine-tuned and calibrated."""

@@ -1,0 +1,1 @@
+"""Speed at the rules whose quality was measured."""

@@ -1,0 +1,130 @@
+"""Block maps to the block lists of a FlexAttention ``BlockMask``."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from omnisparse_flex.kernels.fallback import guarded
+from omnisparse_flex.types import MaskMod
+
+
+def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and indices of the kept blocks of each row, ascending; what lies behind them is 0.
+
+    Args:
+        keep: bool (B, H, NQ, NK).
+
+    Returns:
+        int32 (B, H, NQ) and int32 (B, H, NQ, NK).
+    """
+    count = keep.shape[-1]
+    columns = torch.arange(count, device=keep.device, dtype=torch.int32).expand_as(keep)
+    # Each kept block's place is the number of kept ones before it; the others share one place past the end.
+    place = torch.where(keep, keep.cumsum(-1) - 1, count)
+    lists = torch.zeros((*keep.shape[:-1], count + 1), dtype=torch.int32, device=keep.device)
+    return keep.sum(-1, dtype=torch.int32), lists.scatter(-1, place, columns)[..., :count]
+
+
+def wider(keep: Tensor, full: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    """Maps of key blocks ``split`` times as wide.
+
+    Args:
+        keep: bool (B, H, NQ, NK), kept blocks.
+        full: bool, broadcastable to ``keep``: blocks that run without a mask.
+        split: Blocks that become one.
+
+    Returns:
+        ``(keep, full)``, both bool (B, H, NQ, NK / ``split``): a block is kept if a part of it is, and full if all
+        of it is kept and full. In the others a mask has to tell which part is kept.
+    """
+    short = -keep.shape[-1] % split
+    # In numbers: Inductor's C++ code for padded bool reductions does not compile.
+    kept, whole = (x.expand_as(keep).to(torch.uint8) for x in (keep, keep & full))
+    parts = [F.pad(x, (0, short)).unflatten(-1, (-1, split)) for x in (kept, whole)]
+    return parts[0].amax(-1) > 0, parts[1].amin(-1) > 0
+
+
+def block_mask_from_maps(
+    keep: Tensor,
+    full: Tensor,
+    mask_mod: MaskMod,
+    lengths: tuple[int, int],
+    block: int,
+    *,
+    transposed: bool,
+    key_block: int | None = None,
+) -> BlockMask:
+    """A ``BlockMask`` from a map of kept blocks; never an N x N tensor.
+
+    Args:
+        keep: bool (B or 1, H or 1, NQ, NK), blocks to compute.
+        full: bool, broadcastable to ``keep``: blocks that run without ``mask_mod``.
+        mask_mod: Applied inside the other kept blocks.
+        lengths: Numbers of queries and keys.
+        block: Block side.
+        transposed: Build the key-to-query lists too, which the backward needs.
+        key_block: Side of a key block, if it is another; the backward then does not run on every GPU.
+
+    Returns:
+        A ``BlockMask`` with full and partial blocks in separate lists.
+    """
+    # One opaque operator: every layer has lists of its own, and Inductor would lower what makes them in every layer.
+    lists = torch.ops.omnisparse.map_lists
+    partial_num, partial_idx, full_num, full_idx = lists(keep, full)
+    q_num, q_idx, full_q_num, full_q_idx = (
+        lists(keep.transpose(-1, -2), full.transpose(-1, -2)) if transposed else (None, None, None, None)
+    )
+    return BlockMask(
+        lengths,
+        kv_num_blocks=partial_num,
+        kv_indices=partial_idx,
+        full_kv_num_blocks=full_num,
+        full_kv_indices=full_idx,
+        q_num_blocks=q_num,
+        q_indices=q_idx,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q_idx,
+        BLOCK_SIZE=(block, key_block or block),
+        mask_mod=mask_mod,
+    )
+
+
+def _map_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    full = full.expand_as(keep)
+    if keep.is_cuda and (kernel := _kernel()) is not None:
+        made = kernel(keep, full)
+        if made is not None:
+            return made
+    lists = (*block_lists(keep & ~full), *block_lists(keep & full))
+    # Not ``contiguous``: a dimension of 1 would keep a foreign stride, and the flex kernels read by it.
+    number, indices, full_number, full_indices = (x.clone(memory_format=torch.contiguous_format) for x in lists)
+    return number, indices, full_number, full_indices
+
+
+@functools.cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor] | None] | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from omnisparse_flex.kernels.block_lists import lists_in_one
+
+    return guarded(lists_in_one, "the kernel for block lists failed, they are made in tensor code")
+
+
+def _fake_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    numbers = keep.new_empty(keep.shape[:-1], dtype=torch.int32)
+    indices = keep.new_empty(keep.shape, dtype=torch.int32)
+    return numbers, indices, torch.empty_like(numbers), torch.empty_like(indices)
+
+
+_lib = torch.library.Library("omnisparse", "FRAGMENT")
+# The flex kernels find a batch row at H * stride(H), which holds for contiguous lists only.
+_lib.define("map_lists(Tensor keep, Tensor full) -> (Tensor, Tensor, Tensor, Tensor)")
+_lib.impl("map_lists", _map_lists, "CompositeExplicitAutograd")
+torch.library.register_fake("omnisparse::map_lists", _fake_lists, lib=_lib)

@@ -1,0 +1,287 @@
+"""Bounds of an index expression over blocks of queries and keys, by interval arithmetic.
+
+A mask over N x N pairs costs O((N / block)^2) to summarise this way: a block is *full*
+where the lower bound of the mask is true, *empty* where the upper bound is false. Both
+errors are safe: the truth is always inside the interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omnisparse_flex.masks.expr.expr import Apply, Const, Expr, Index, Load, axes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Grid:
+    """The blocks of one attention site.
+
+    Attributes:
+        batch: Number of batch rows.
+        heads: Number of query heads.
+        q_len: Number of queries.
+        kv_len: Number of keys.
+        block: Side of a query block, in tokens.
+        device: Where bounds are computed.
+        split: Key blocks beside each other in the width of a query block; it divides ``block``.
+    """
+
+    batch: int
+    heads: int
+    q_len: int
+    kv_len: int
+    block: int
+    device: torch.device
+    split: int = 1
+
+    @property
+    def kv_block(self) -> int:
+        """Side of a key block, in tokens."""
+        return self.block // self.split
+
+    @property
+    def q_blocks(self) -> int:
+        """Number of query blocks, the last one possibly ragged."""
+        return (self.q_len + self.block - 1) // self.block
+
+    @property
+    def kv_blocks(self) -> int:
+        """Number of key blocks, the last one possibly ragged."""
+        return (self.kv_len + self.kv_block - 1) // self.kv_block
+
+
+#: (lowest, highest) value in each block, broadcastable to (B, H, NQ, NK). None: nothing is known.
+Bounds = tuple[Tensor, Tensor] | None
+
+
+def block_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
+    """Which blocks a boolean expression surely fills, and which it may touch.
+
+    Args:
+        expr: A boolean expression.
+        buffers: The captured tensors that its loads refer to.
+        grid: Lengths and block sizes.
+
+    Returns:
+        ``(full, some)``: bool tensors (B or 1, H or 1, NQ, NK). ``full`` implies that
+        every pair of the block is allowed; a block not in ``some`` has no allowed pair.
+        A ragged last key block is never full (kernels must check its end).
+    """
+    bounds = _bounds(expr, buffers, grid)
+    shape = (1, 1, grid.q_blocks, grid.kv_blocks)
+    if bounds is None:
+        full = torch.zeros(shape, dtype=torch.bool, device=grid.device)
+        return full, ~full
+    low, high = (torch.broadcast_to(x.to(torch.bool), torch.broadcast_shapes(x.shape, shape)) for x in bounds)
+    kv = torch.arange(grid.kv_blocks, device=grid.device)
+    return low & ((kv + 1) * grid.kv_block <= grid.kv_len), high
+
+
+def _bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> Bounds:
+    match expr:
+        case Const(value):
+            exact = torch.full((1, 1, 1, 1), value, device=grid.device)
+            return exact, exact
+        case Index(axis):
+            return _axis_bounds(axis, grid)
+        case Load(slot, at):
+            return _load_bounds(buffers[slot], at, buffers, grid)
+        case Apply(op, args):
+            rule = _RULES.get(op)
+            parts = [_bounds(arg, buffers, grid) for arg in args]
+            if op == "and" or op == "or":
+                return _logical(op, parts, grid)
+            known = [part for part in parts if part is not None]
+            if rule is None or len(known) < len(parts):
+                return None
+            return rule(*known)
+
+
+def _axis_bounds(axis: str, grid: Grid) -> tuple[Tensor, Tensor]:
+    if axis == "b":
+        exact = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
+        return exact, exact
+    if axis == "h":
+        exact = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
+        return exact, exact
+    length, count, block = _of_axis(axis, grid)
+    shape = (1, 1, -1, 1) if axis == "q" else (1, 1, 1, -1)
+    first = torch.arange(count, device=grid.device) * block
+    last = (first + block - 1).clamp(max=length - 1)
+    return first.view(shape), last.view(shape)
+
+
+def _of_axis(axis: str, grid: Grid) -> tuple[int, int, int]:
+    """Tokens, blocks and a block's side of queries (``"q"``) or keys."""
+    if axis == "q":
+        return grid.q_len, grid.q_blocks, grid.block
+    return grid.kv_len, grid.kv_blocks, grid.kv_block
+
+
+def _load_bounds(buffer: Tensor, at: tuple[Expr, ...], buffers: Sequence[Tensor], grid: Grid) -> Bounds:
+    """Bounds of a captured tensor's element.
+
+    Dimensions read at plain q or kv are pooled block by block; dimensions read at an
+    expression of batch and head alone are looked up; any other dimension is bounded over
+    its whole extent. Rows and columns keep (q, kv) as the last two axes.
+    """
+    low = high = buffer
+    pooled: list[Expr] = []
+    for dim, index in reversed(list(enumerate(at))):
+        if isinstance(index, Index) and index.axis in ("q", "kv"):
+            length, count, block = _of_axis(index.axis, grid)
+            if index in pooled or buffer.shape[dim] < length:
+                return None
+            low = _pool(low.narrow(dim, 0, length), dim, count, block, highest=False)
+            high = _pool(high.narrow(dim, 0, length), dim, count, block, highest=True)
+            pooled.append(index)
+        elif not axes(index) <= {"b", "h"}:
+            low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
+    return _read(low, at, pooled, buffers, grid), _read(high, at, pooled, buffers, grid)
+
+
+def _read(pool: Tensor, at: tuple[Expr, ...], pooled: list[Expr], buffers: Sequence[Tensor], grid: Grid) -> Tensor:
+    """Look the pooled tensor up at batch, head and block indices; (B or 1, H or 1, NQ or 1, NK or 1)."""
+    indices: list[Tensor] = []
+    for index in at:
+        if index in pooled:
+            axis = 2 if index == Index("q") else 3
+            shape = [1, 1, 1, 1]
+            shape[axis] = -1
+            count = grid.q_blocks if axis == 2 else grid.kv_blocks
+            indices.append(torch.arange(count, device=grid.device).view(shape))
+        elif axes(index) <= {"b", "h"}:
+            exact = _bounds(index, buffers, grid)
+            if exact is None:
+                raise NotImplementedError(f"no bounds for the index {index}")
+            indices.append(exact[0].long())
+        else:
+            indices.append(torch.zeros((1, 1, 1, 1), dtype=torch.long, device=grid.device))
+    return pool[tuple(indices)] if indices else pool.view(1, 1, 1, 1)
+
+
+def any_in_blocks(x: Tensor, dim: int, count: int, block: int) -> Tensor:
+    """Whether each block of a bool tensor's ``dim`` holds a true element."""
+    return _pool(x, dim, count, block, highest=True)
+
+
+def _pool(x: Tensor, dim: int, count: int, block: int, *, highest: bool) -> Tensor:
+    """Maximum (or minimum) over blocks of ``dim``; the ragged end does not count."""
+    if x.dtype == torch.bool:
+        # In float: Inductor's C++ code for padded bool reductions does not compile.
+        return _pool(x.to(torch.float32), dim, count, block, highest=highest) > 0
+    limits = torch.finfo(x.dtype) if x.dtype.is_floating_point else torch.iinfo(x.dtype)
+    missing = [0, 0] * (x.dim() - 1 - dim) + [0, count * block - x.shape[dim]]
+    # F.pad carries its value as a double, in which the largest int64 would wrap to the smallest.
+    largest = 2**62 if x.dtype == torch.int64 else limits.max
+    padded: Tensor = F.pad(x, missing, value=limits.min if highest else largest)
+    blocks: Tensor = padded.unflatten(dim, (count, block))
+    return blocks.amax(dim + 1) if highest else blocks.amin(dim + 1)
+
+
+def _logical(op: str, parts: list[Bounds], grid: Grid) -> Bounds:
+    """And / or, which stay informative when one side is unknown."""
+    unknown = (
+        torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=grid.device),
+        torch.ones((1, 1, 1, 1), dtype=torch.bool, device=grid.device),
+    )
+    (a_low, a_high), (b_low, b_high) = (part if part is not None else unknown for part in parts)
+    return (a_low & b_low, a_high & b_high) if op == "and" else (a_low | b_low, a_high | b_high)
+
+
+Interval = tuple[Tensor, Tensor]
+
+
+def _add(a: Interval, b: Interval) -> Interval:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _sub(a: Interval, b: Interval) -> Interval:
+    return a[0] - b[1], a[1] - b[0]
+
+
+def _mul(a: Interval, b: Interval) -> Interval:
+    first, *rest = [x * y for x in a for y in b]
+    low = high = first
+    for product in rest:
+        low, high = torch.minimum(low, product), torch.maximum(high, product)
+    return low, high
+
+
+def _floor_divide(a: Interval, b: Interval) -> Interval:
+    """Exact for a positive divisor known exactly; nothing else occurs in masks."""
+    low, high = (torch.div(x, b[0], rounding_mode="floor") for x in a)
+    safe = (b[0] == b[1]) & (b[0] > 0)
+    span = torch.maximum(a[0].abs(), a[1].abs())
+    return torch.where(safe, low, -span - 1), torch.where(safe, high, span + 1)
+
+
+def _remainder(a: Interval, b: Interval) -> Interval:
+    same_lap = (torch.div(a[0], b[0], rounding_mode="floor") == torch.div(a[1], b[1], rounding_mode="floor")) & (
+        b[0] == b[1]
+    )
+    bound = torch.maximum(b[0].abs(), b[1].abs())
+    return (
+        torch.where(same_lap, torch.remainder(a[0], b[0]), -bound),
+        torch.where(same_lap, torch.remainder(a[1], b[1]), bound),
+    )
+
+
+def _abs(a: Interval) -> Interval:
+    low = torch.where(a[0] > 0, a[0], torch.where(a[1] < 0, -a[1], torch.zeros_like(a[0] + a[1])))
+    return low, torch.maximum(a[0].abs(), a[1].abs())
+
+
+def _eq(a: Interval, b: Interval) -> Interval:
+    return (a[0] == a[1]) & (b[0] == b[1]) & (a[0] == b[0]), (a[0] <= b[1]) & (b[0] <= a[1])
+
+
+def _ne(a: Interval, b: Interval) -> Interval:
+    surely, maybe = _eq(a, b)
+    return ~maybe, ~surely
+
+
+def _where(condition: Interval, a: Interval, b: Interval) -> Interval:
+    low = torch.where(condition[0], a[0], torch.where(condition[1], torch.minimum(a[0], b[0]), b[0]))
+    return low, torch.where(condition[0], a[1], torch.where(condition[1], torch.maximum(a[1], b[1]), b[1]))
+
+
+def _xor(a: Interval, b: Interval) -> Interval:
+    both_known = (a[0] == a[1]) & (b[0] == b[1])
+    return both_known & (a[0] ^ b[0]), ~both_known | (a[0] ^ b[0])
+
+
+def _monotone(function: Callable[[Tensor], Tensor]) -> Callable[[Interval], Interval]:
+    return lambda a: (function(a[0]), function(a[1]))
+
+
+_RULES: dict[str, Callable[..., Interval]] = {
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "floor_divide": _floor_divide,
+    "remainder": _remainder,
+    "neg": lambda a: (-a[1], -a[0]),
+    "abs": _abs,
+    "minimum": lambda a, b: (torch.minimum(a[0], b[0]), torch.minimum(a[1], b[1])),
+    "maximum": lambda a, b: (torch.maximum(a[0], b[0]), torch.maximum(a[1], b[1])),
+    "le": lambda a, b: (a[1] <= b[0], a[0] <= b[1]),
+    "lt": lambda a, b: (a[1] < b[0], a[0] < b[1]),
+    "ge": lambda a, b: (a[0] >= b[1], a[1] >= b[0]),
+    "gt": lambda a, b: (a[0] > b[1], a[1] > b[0]),
+    "eq": _eq,
+    "ne": _ne,
+    "xor": _xor,
+    "not": lambda a: (~a[1].to(torch.bool), ~a[0].to(torch.bool)),
+    "where": _where,
+    "cast_bool": lambda a: ((a[0] > 0) | (a[1] < 0), (a[0] != 0) | (a[1] != 0)),
+    "cast_int": _monotone(lambda x: x.to(torch.int64)),
+    "cast_float": _monotone(lambda x: x.to(torch.float32)),
+    "tanh": _monotone(torch.tanh),
+    "exp": _monotone(torch.exp),
+}

@@ -1,0 +1,240 @@
+"""A boolean mask as data: an expression plus the small tensors it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from omnisparse_flex.masks.expr.block_bounds import Grid, block_bounds
+from omnisparse_flex.masks.expr.expr import (
+    KV,
+    TRUE,
+    Apply,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Loader,
+    axes,
+    causal_offset,
+    conjunction,
+    conjuncts,
+    evaluate,
+    plain_load,
+    shift_slots,
+    simplify,
+    walk,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MaskProgram:
+    """Which (batch, head, query, key) pairs a model's own mask allows.
+
+    Attributes:
+        expr: Boolean expression over the four indices.
+        buffers: The captured tensors that the expression's loads name by slot.
+    """
+
+    expr: Expr
+    buffers: tuple[Tensor, ...] = ()
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """``pairs``, so that a program is a ``mask_mod``; Dynamo of torch 2.11 cannot trace this spelling."""
+        return self.pairs(b, h, q, kv)
+
+    def pairs(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """The mask as an ordinary ``mask_mod`` over its own buffers."""
+        return evaluate(self.expr, plain_load(self.buffers), b, h, q, kv)
+
+    def at(self, load: Loader, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """The mask with its buffers read through ``load``."""
+        return evaluate(self.expr, load, b, h, q, kv)
+
+    def bounds(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """``(full, some)`` per block; see ``interval.block_bounds``."""
+        return block_bounds(self.expr, self.buffers, grid)
+
+    def joined(self, other: MaskProgram) -> MaskProgram:
+        """Pairs that both programs allow."""
+        moved = shift_slots(other.expr, len(self.buffers))
+        return MaskProgram(conjunction(self.expr, moved), (*self.buffers, *other.buffers))
+
+    @property
+    def starts_anywhere(self) -> bool:
+        """Whether a row's first allowed key may lie inside a block (padding, packing)."""
+        return any(isinstance(node, Load) and "kv" in axes(node) for node in walk(self.expr))
+
+    @property
+    def blind_rows_need(self) -> Literal["nothing", "first", "all"]:
+        """What a query that may not see its own position must keep lest it lose every key.
+
+        ``nothing``: there is no such query (one causal band or no mask). ``first``: causality
+        and a choice of keys (padding): if any key is allowed, the first allowed one is.
+        ``all``: nothing is known.
+        """
+        parts = {part for part in conjuncts(self.expr) if axes(part)}
+        others = {part for part in parts if not _is_band(part)}
+        if not others and len(parts) <= 1:
+            return "nothing"
+        return "first" if all("q" not in axes(part) for part in others) else "all"
+
+
+class UntraceableError(Exception):
+    """A mask function uses operations that have no index-expression form."""
+
+
+def read_scalar_graph(graph: GraphModule, captures: tuple[Tensor, ...] = ()) -> MaskProgram:
+    """Read an aten graph over scalar indices ``(b, h, q, kv, *captures)``.
+
+    Args:
+        graph: What ``make_fx`` (or the flex HOP) recorded.
+        captures: Values of the placeholders beyond the four indices.
+
+    Returns:
+        The program; tensors the graph owns are appended to ``captures``.
+
+    Raises:
+        UntraceableError: On an operation outside the vocabulary.
+    """
+    reader = _ScalarReader(graph, list(captures))
+    result = reader.run()
+    return MaskProgram(simplify(result), tuple(reader.buffers))
+
+
+class _ScalarReader:
+    """One walk over a scalar aten graph; each node becomes an ``Expr`` or a captured slot."""
+
+    def __init__(self, graph: GraphModule, buffers: list[Tensor]) -> None:
+        self.graph = graph
+        self.buffers = buffers
+        self.slots: dict[Node, int] = {}
+        self.values: dict[Node, Expr] = {}
+
+    def run(self) -> Expr:
+        inputs: list[Expr] = [Index("b"), Index("h"), Index("q"), Index("kv")]
+        captured = 0
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                if inputs:
+                    self.values[node] = inputs.pop(0)
+                else:
+                    self.slots[node] = captured
+                    captured += 1
+            elif node.op == "get_attr":
+                self.slots[node] = len(self.buffers)
+                self.buffers.append(getattr(self.graph, node.target))
+            elif node.op == "call_function":
+                self._call(node)
+            else:
+                (result,) = node.args
+                return self._expr(result[0] if isinstance(result, (list, tuple)) else result)
+        raise UntraceableError("mask_mod returns nothing")
+
+    def _call(self, node: Node) -> None:
+        name = aten_name(node.target)
+        if name in ("alias", "clone", "detach", "lift_fresh_copy", "expand", "view"):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            if source in self.slots:
+                if node.meta["val"].shape != self.buffers[self.slots[source]].shape:
+                    raise UntraceableError("mask_mod reshapes a captured tensor")
+                self.slots[node] = self.slots[source]
+            else:
+                self.values[node] = self._expr(source)
+        elif name in ("index", "_unsafe_index"):
+            source, indices = cast(Node, node.args[0]), cast("list[Node]", node.args[1])
+            if source not in self.slots or any(i is None for i in indices):
+                raise UntraceableError("mask_mod indexes a computed tensor")
+            at = tuple(self._expr(i) for i in indices)
+            if len(at) != self.buffers[self.slots[source]].dim():
+                raise UntraceableError("mask_mod indexes only some dimensions of a captured tensor")
+            self.values[node] = Load(self.slots[source], at)
+        elif name in ("new_ones", "ones_like", "ones", "new_zeros", "zeros_like", "zeros"):
+            number = int("ones" in name)
+            self.values[node] = Const(bool(number) if _dtype_of(node) == torch.bool else number)
+        elif name == "full" or name == "full_like":
+            self.values[node] = Const(node.args[1])  # type: ignore[arg-type]
+        elif name == "_to_copy":
+            self.values[node] = Apply(cast_of(node.kwargs["dtype"]), (self._expr(node.args[0]),))  # type: ignore[arg-type]
+        else:
+            self.values[node] = self._pointwise(node, name)
+
+    def _pointwise(self, node: Node, name: str) -> Expr:
+        op = ATEN_OPS.get(name)
+        if op is None or node.kwargs.get("rounding_mode") == "trunc":
+            raise UntraceableError(f"mask_mod uses {node.target}, which has no index form")
+        if name == "div" and node.kwargs.get("rounding_mode") == "floor":
+            op = "floor_divide"
+        if op in ("and", "or") and len(node.args) != 2:
+            raise UntraceableError(f"mask_mod uses {node.target} with {len(node.args)} arguments")
+        args = [self._expr(a) for a in node.args]
+        if op in ("and", "or", "xor", "not"):
+            if _dtype_of(node) != torch.bool:
+                # Of bits, neither truth nor bounds are those of the logical operation.
+                raise UntraceableError(f"mask_mod uses {node.target} on integers")
+            args = [
+                x if _dtype_of(a) == torch.bool else Apply("cast_bool", (x,))
+                for x, a in zip(args, node.args, strict=True)
+            ]
+        if (alpha := node.kwargs.get("alpha", 1)) != 1:
+            args[1] = Apply("mul", (args[1], self._expr(alpha)))
+        return Apply(op, tuple(args))
+
+    def _expr(self, value: object) -> Expr:
+        if isinstance(value, Node):
+            if value in self.slots:
+                return Load(self.slots[value], ())
+            return self.values[value]
+        if isinstance(value, (bool, int, float)):
+            return Const(value)
+        raise UntraceableError(f"mask_mod uses the value {value!r}")
+
+
+#: aten operator name (without overload) -> name in ``expr.OPS``.
+ATEN_OPS: dict[str, str] = {
+    **{name: name for name in ("add", "sub", "mul", "div", "neg", "abs", "remainder", "minimum", "maximum")},
+    **{name: name for name in ("le", "lt", "ge", "gt", "eq", "ne", "where", "log", "exp", "sqrt", "tanh")},
+    "floor_divide": "floor_divide",
+    "bitwise_and": "and",
+    "logical_and": "and",
+    "bitwise_or": "or",
+    "logical_or": "or",
+    "bitwise_xor": "xor",
+    "logical_xor": "xor",
+    "bitwise_not": "not",
+    "logical_not": "not",
+}
+
+
+#: Every pair is allowed.
+NO_MASK = MaskProgram(TRUE)
+
+
+def aten_name(target: object) -> str:
+    """``aten.le.Tensor`` -> ``le``; anything else -> its own name."""
+    packet = getattr(target, "overloadpacket", target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def cast_of(dtype: torch.dtype) -> str:
+    """The cast operation that stands for a conversion to ``dtype``."""
+    if dtype == torch.bool:
+        return "cast_bool"
+    return "cast_float" if dtype.is_floating_point else "cast_int"
+
+
+def _dtype_of(value: object) -> torch.dtype | None:
+    """What tracing recorded for a node; numbers by their Python type, None for other than bool."""
+    if isinstance(value, Node):
+        dtype: torch.dtype = value.meta["val"].dtype
+        return dtype
+    return torch.bool if isinstance(value, bool) else None
+
+
+def _is_band(part: Expr) -> bool:
+    return isinstance(part, Apply) and part.op in ("le", "ge") and KV in part.args and causal_offset(part) is not None

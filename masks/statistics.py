@@ -1,0 +1,224 @@
+"""What a selection leaves behind for ``collect_stats``: a row of numbers and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.blocks.last_rows import BLOCKS
+from omnisparse_flex.masks.blocks.select import BLOCK, BlockSelection, scoring_cost
+from omnisparse_flex.masks.expr.opaque import OpaqueMask
+from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.tokens.key_bits import blocks_of_bits
+from omnisparse_flex.masks.tokens.segments import tokens_of_blocks
+from omnisparse_flex.masks.tokens.select import TokenSelection, kept_pairs
+
+#: Columns of the statistics tensor, in order; shares are 0-1.
+STATS = (
+    "kept_blocks",
+    "allowed_blocks",
+    "budget",
+    "active_share",
+    "discarded_share",
+    "flattest_head",
+    "estimated_recall",
+    "worst_estimated_recall",
+    "overflow_rows",
+    "selection_blocks",
+)
+#: Values of a picture's cells.
+EMPTY, SELECTED, FORCED = 0, 1, 2
+
+
+class Measured(NamedTuple):
+    """What one site's selection leaves behind.
+
+    Attributes:
+        stats: float32 (len(STATS),).
+        cells: uint8 (Hq, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
+        recalls: float32 (2, Hq), mean and minimum true recall; (2, 0) unless asked for.
+    """
+
+    stats: Tensor
+    cells: Tensor
+    recalls: Tensor
+
+
+@torch.no_grad()
+def measure(
+    selection: BlockSelection | TokenSelection,
+    query: Tensor,
+    key: Tensor,
+    mask: MaskProgram | OpaqueMask,
+    config: OmniSparseConfig,
+    *,
+    scale: float,
+    score: Callable[..., Tensor] | None,
+    exact: bool,
+    chose: bool = True,
+) -> Measured:
+    """Record a selection.
+
+    Args:
+        selection: What was kept.
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        mask: The model's own mask.
+        config: The rules that it was made by.
+        scale: Logit scale.
+        score: ``(logits, b, h, q, kv) -> logits``, the model's own change, or None.
+        exact: Also compute the true recall of sampled rows.
+        chose: The site made the selection itself. Otherwise (blocks only) it cost nothing here, and what is said
+            of budgets, needs and lazy rows is said of the layer that made it.
+
+    Returns:
+        The record. ``kept_blocks`` and ``allowed_blocks`` are means over batch and the heads that choose of
+        the number of block pairs, however wide (a token pair counts 1 / BLOCK^2); ``selection_blocks`` is the
+        selection's own cost in the same unit; ``budget`` is the mean number of blocks beyond the
+        always-kept ones of an active row (segment); ``discarded_share`` is that of the lazy rows;
+        the recall is the estimator's own (uncalibrated).
+    """
+    rows = _sampled_rows(query)
+    if isinstance(selection, BlockSelection):
+        values, cells = _block_stats(selection, config, chose), _block_cells(selection, config.split)
+        kept = _kept_by_blocks(selection, rows, key.shape[2], BLOCK // config.split) if exact else None
+    else:
+        values, cells = _token_stats(selection, config, key), _token_cells(selection, config)
+        kept = kept_pairs(selection, rows, key.shape[2], config, BLOCK) if exact else None
+    recalls = torch.zeros((2, 0), device=query.device)
+    if kept is not None:
+        recalls = true_recall(kept, rows, query, key, mask, scale, score)
+    return Measured(torch.stack([value.to(torch.float32) for value in values]), cells, recalls)
+
+
+def _block_stats(selection: BlockSelection, config: OmniSparseConfig, chose: bool) -> tuple[Tensor, ...]:
+    batch, heads = selection.keep.shape[:2]
+    rows = selection.layout.some.any(-1).expand(batch, heads, -1)
+    active = selection.active & rows
+    lazy = selection.lazy & rows
+    recall = selection.recall
+    allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
+    cost = allowed * scoring_cost(config) + _last_rows(selection, config) if chose else torch.zeros_like(allowed)
+    return (
+        selection.keep.sum() / (batch * heads),
+        allowed,
+        (selection.budget * active).sum() / active.sum().clamp(min=1) / config.split,
+        active.sum() / rows.sum().clamp(min=1),
+        (lazy & ~selection.active).sum() / lazy.sum().clamp(min=1),
+        (selection.needs * active).sum((0, 2)).argmax(),
+        (recall * rows).sum() / rows.sum().clamp(min=1),
+        torch.where(rows, recall, 1.0).amin(),
+        selection.overflow.sum(),
+        cost,
+    )
+
+
+def _last_rows(selection: BlockSelection, config: OmniSparseConfig) -> Tensor:
+    """Products of the exact rows: half of what attention computes for a pair, for some rows of two blocks."""
+    pairs = selection.layout.some[:, :, -BLOCKS:].expand_as(selection.keep[:, :, -BLOCKS:]).sum()
+    batch, heads = selection.keep.shape[:2]
+    return pairs / (batch * heads) * (0.5 * min(config.last_rows // BLOCKS, BLOCK) / BLOCK)
+
+
+def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tensor) -> tuple[Tensor, ...]:
+    segments = selection.segments
+    # Segments of padding have active rows that see nothing.
+    size, asked = selection.row_count.shape[:2].numel(), (selection.row_count > 0) & (selection.mass > 0)
+    pairs = size * BLOCK * BLOCK * (selection.rows.shape[-1] // config.segment_size)
+    eligible = tokens_of_blocks(segments.eligible, BLOCK, key.shape[2]).sum(-1).expand_as(selection.key_count)
+    wide = (*selection.row_count.shape[:2], *segments.some.shape[2:])
+    fetched = (selection.row_count * selection.key_count).sum() / pairs
+    # Scores of every active row with every eligible key: half of what attention computes for a pair, if not narrow.
+    width = 1.0 if config.scoring_dims is None else config.scoring_dims / key.shape[3]
+    scored = (selection.row_count * eligible).sum() / pairs / 2 * width
+    mass = torch.where(asked, selection.mass, 1.0)
+    lazy = selection.lazy.sum().clamp(min=1)
+    return (
+        segments.near.expand(wide).sum() / size + fetched,
+        segments.some.expand(wide).sum() / size,
+        (selection.key_count * asked).sum() / asked.sum().clamp(min=1) / BLOCK,
+        selection.active.float().mean(),
+        (selection.lazy & ~selection.active).sum() / lazy,
+        (selection.needs * asked).sum((0, 2)).argmax(),
+        (selection.mass * asked).sum() / asked.sum().clamp(min=1),
+        mass.amin(),
+        selection.overflow.sum(),
+        scored,
+    )
+
+
+def _block_cells(selection: BlockSelection, split: int) -> Tensor:
+    """Squares: a cell of narrow key blocks says the most that one of them has."""
+    cells = selection.keep[0].to(torch.uint8) * SELECTED
+    cells = torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
+    return cells if split == 1 else F.pad(cells, (0, -cells.shape[-1] % split)).unflatten(-1, (-1, split)).amax(-1)
+
+
+def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
+    """A block counts as selected where at least one of its tokens is fetched."""
+    near = selection.segments.near[0].expand(selection.chosen.shape[1], -1, -1)
+    hits = blocks_of_bits(selection.chosen[0], BLOCK)
+    cells = hits.repeat_interleave(config.segment_size // BLOCK, 1)[:, : near.shape[1]].to(torch.uint8) * SELECTED
+    return torch.where(near, FORCED, cells).to(torch.uint8)
+
+
+def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int, key_block: int) -> Tensor:
+    # Realized in between: Inductor cannot bound an index into an index.
+    kept = torch.ops.omnisparse.realize(selection.keep.index_select(2, rows // BLOCK))
+    keys: Tensor = kept.index_select(3, torch.arange(kv_len, device=kept.device) // key_block)
+    return keys
+
+
+#: Query rows whose true attention is computed for ``true_recall``.
+SAMPLED_ROWS = 32
+
+
+def _sampled_rows(query: Tensor) -> Tensor:
+    steps = torch.arange(SAMPLED_ROWS, device=query.device)
+    rows: Tensor = torch.ops.omnisparse.realize(((steps + 1) * query.shape[2] // SAMPLED_ROWS - 1).clamp(min=0))
+    return rows
+
+
+def true_recall(
+    kept: Tensor,
+    rows: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: MaskProgram | OpaqueMask,
+    scale: float,
+    score: Callable[..., Tensor] | None,
+) -> Tensor:
+    """Softmax mass that a selection really keeps, from exact rows.
+
+    Args:
+        kept: bool (B, Hq, P, S), what the rows keep, the model's own mask aside.
+        rows: int64 (P,), query indices.
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        mask: The model's own mask.
+        scale: Logit scale.
+        score: The model's own change of the logits, or None.
+
+    Returns:
+        float32 (2, Hq): mean and minimum over batch and rows that see any key.
+    """
+    batch, heads, _, _ = query.shape
+    groups, kv_len = heads // key.shape[1], key.shape[2]
+    b = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
+    h = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
+    q, kv = rows.view(1, 1, -1, 1), torch.arange(kv_len, device=query.device).view(1, 1, 1, -1)
+    sampled = query.index_select(2, rows).unflatten(1, (-1, groups))
+    logits = (sampled @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scale
+    if score is not None:
+        logits = score(logits, b, h, q, kv)
+    allowed = mask.pairs(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)
+    mass = torch.softmax(logits.masked_fill(~allowed, float("-inf")), -1).masked_fill(~allowed, 0.0)
+    recall = (mass * kept).sum(-1)
+    sees = allowed.any(-1)
+    mean = (recall * sees).sum((0, 2)) / sees.sum((0, 2)).clamp(min=1)
+    return torch.stack([mean, torch.where(sees, recall, 1.0).amin((0, 2))])

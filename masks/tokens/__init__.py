@@ -1,0 +1,1 @@
+"""Which keys are kept one by one: scores of keys, segments, bits."""

@@ -1,0 +1,149 @@
+"""Everything about one attention call except its tensors' values."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.blocks.layout import Layout
+from omnisparse_flex.masks.blocks.select import BlockSelection
+from omnisparse_flex.masks.expr.expr import Expr, Loader, evaluate, plain_load
+from omnisparse_flex.masks.expr.opaque import OpaqueMask
+from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.statistics import Measured, measure
+from omnisparse_flex.masks.tokens.select import TokenSelection
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """Everything about one attention call except its tensors' values.
+
+    Attributes:
+        config: Selection rules; None keeps all that the mask allows (a dense layer).
+        mask: The model's own mask.
+        target: Recall of this site, a number or 0-d tensor.
+        min_peak: Share of a row that is a peak at this site, a number or 0-d tensor, for the peak rule.
+        score_mod: ``(score, b, h, q, kv, *score_buffers)``, the model's own, or None.
+        score_buffers: Trailing arguments of ``score_mod``.
+        softcap: ``c`` of ``c * tanh(logit / c)``, applied first; 0: none.
+        bias: Additive logits as an expression over ``bias_buffers``, applied last, or None.
+        bias_buffers: Tensors that ``bias`` reads; they may require gradients.
+        scale: Logit scale; None: 1 / sqrt(D).
+        visual: bool (B, S), visual tokens; None: every token is eligible. See ``text_blocks``.
+        q_offset: Position of query 0 among the keys.
+        sinks: (Hq,), logit of each head's virtual key without a value, or None; may require gradients. It takes
+            its share of the mass after the selection. Our choice: recall is of the real tokens' mass, so what
+            is selected does not depend on the sinks.
+        lists: The kernel honours block lists (Inductor). Otherwise (eager, aot_eager) the
+            selection rides in the ``mask_mod``.
+        static: Graphs are of one length each.
+        kernel_options: Options for the flex kernel.
+        layout: The part of the selection that layers of one mask share; None: made here.
+        choice: Another layer's choice of blocks, of this layout, to be used in place of an own one; or None.
+        write: Called with what the selection left behind, to record statistics; or None.
+        exact: ``write`` wants true recalls too.
+        whole: Without ``write``, too, all of the selection is wanted: the record of a layer that uses it tells of it.
+        rules: Name under which the operators know this site's constants, where a graph is traced; or "".
+    """
+
+    config: OmniSparseConfig | None
+    mask: MaskProgram | OpaqueMask
+    target: Tensor | float = 1.0
+    min_peak: Tensor | float = 0.0
+    score_mod: Callable[..., Tensor] | None = None
+    score_buffers: tuple[Tensor, ...] = ()
+    softcap: float = 0.0
+    bias: Expr | None = None
+    bias_buffers: tuple[Tensor, ...] = ()
+    scale: float | None = None
+    visual: Tensor | None = None
+    q_offset: Tensor | int = 0
+    sinks: Tensor | None = None
+    lists: bool = False
+    static: bool = False
+    kernel_options: tuple[tuple[str, Any], ...] = ()
+    layout: Layout | None = None
+    choice: BlockSelection | None = None
+    write: Callable[[Measured], None] | None = None
+    exact: bool = False
+    whole: bool = False
+    rules: str = ""
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether logits are more than scaled dot products."""
+        return self.bias is not None or self.score_mod is not None or self.softcap != 0
+
+    def scale_for(self, query: Tensor) -> float:
+        """Logit scale of queries (..., D)."""
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
+        """The record of a selection that this site made, or was given (``choice``)."""
+        assert self.config is not None
+        scale = self.scale_for(query)
+        score = self.plain_score if self.changes_scores else None
+        return measure(
+            selection, query, key, self.mask, self.config,
+            scale=scale, score=score, exact=self.exact, chose=self.choice is None,
+        )  # fmt: skip
+
+    def score(self, load: Loader, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *own: Tensor) -> Tensor:
+        """The model's own change of a logit; ``load`` reads the bias' buffers, ``own`` are the score_mod's."""
+        if self.softcap != 0:
+            score = torch.tanh(score / self.softcap) * self.softcap
+        if self.score_mod is not None:
+            score = self.score_mod(score, b, h, q, kv, *own)
+        if self.bias is not None:
+            score = score + evaluate(self.bias, load, b, h, q, kv).to(score.dtype)
+        return score
+
+    def plain_score(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """``score`` over the site's own buffers, outside a kernel and without gradients."""
+        load = plain_load([x.detach() for x in self.bias_buffers])
+        return self.score(load, score, b, h, q, kv, *self.score_buffers)
+
+
+#: Sites without tensors, by name.
+_SITES: dict[str, Site] = {}
+
+
+def register(site: Site) -> str:
+    """Keep what is constant about a site.
+
+    Args:
+        site: Any site with a ``MaskProgram``; its tensors are left out.
+
+    Returns:
+        Its name: the same in every process, for the same constants, unless the site holds a function of its own.
+    """
+    assert isinstance(site.mask, MaskProgram)
+    bare = dataclasses.replace(
+        site,
+        mask=MaskProgram(site.mask.expr),
+        target=1.0,
+        min_peak=0.0,
+        score_buffers=(),
+        bias_buffers=(),
+        visual=None,
+        q_offset=0,
+        sinks=None,
+        layout=None,
+        choice=None,
+        write=None,
+        exact=False,
+    )
+    name = hashlib.sha256(repr(bare).encode()).hexdigest()[:16]
+    _SITES[name] = bare
+    return name
+
+
+def registered(name: str) -> Site:
+    """The site without tensors that ``register`` was given."""
+    return _SITES[name]

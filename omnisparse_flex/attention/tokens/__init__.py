@@ -1,0 +1,1 @@
+"""Attention over keys chosen one by one: dispatch, tensor code, Triton."""

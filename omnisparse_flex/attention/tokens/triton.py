@@ -1,0 +1,243 @@
+"""Token attention on CUDA: the same three steps as ``token_attention``, in Triton kernels.
+
+Beside its results it holds no more than the layer's keys and values take: queries attend a stretch after the other, a
+stretch's selection is made and attended to a few segments at a time, and is kept as bits.
+
+Importing this module needs Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.logit_sinks import keys_share
+from omnisparse_flex.attention.tokens.key_lists import far_lists, near_lists
+from omnisparse_flex.attention.tokens.query_chunks import Span, joined, spans
+from omnisparse_flex.attention.tokens.tensor_code import listed_gradients
+from omnisparse_flex.attention.tokens.triton_backward import gradients_by_heads
+from omnisparse_flex.kernels.attend_lists import Lists, attend_lists
+from omnisparse_flex.kernels.fallback import guarded
+from omnisparse_flex.kernels.head_dims import loudest_quickly
+from omnisparse_flex.masks.blocks.select import BLOCK
+from omnisparse_flex.masks.expr.causal_padding import PlainMask
+from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.segments import SegmentLayout
+from omnisparse_flex.masks.tokens.select import TokenSelection
+from omnisparse_flex.masks.tokens.select_triton import select_quickly
+
+#: The lists of keys take the keys' and values' bytes divided by this.
+LISTS = 2
+#: Stands for a tensor that autograd keeps.
+SAVED = object()
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class Attended(NamedTuple):
+    """What the forward pass of a span leaves behind beside its output.
+
+    Attributes:
+        heads: Its query heads.
+        own: Its queries.
+        lse: float32 (B, heads, own queries) contiguous, sinks included; -inf where the output is 0 whatever values are.
+        near: All rows over their always-kept keys.
+        selection: The rest.
+    """
+
+    heads: slice
+    own: slice
+    lse: Tensor
+    near: Lists
+    selection: TokenSelection
+
+
+def attend_quickly(
+    query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor,
+    keep: bool,
+) -> tuple[Tensor, TokenSelection | None] | None:  # fmt: skip
+    """One attention site at token granularity.
+
+    Args:
+        query: (B, Hq, L, D), D a power of 2 from 16 to 256; float16, bfloat16 or float32.
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, D).
+        site: Rules, scale and logit sinks; nothing of it changes scores.
+        plain: Its mask.
+        segments: Its always-kept blocks.
+        text: bool (B or 1, L), queries that are always active.
+        keep: Whether the selection is wanted.
+
+    Returns:
+        (B, Hq, L, D), differentiable, and what was selected, or None; None once the kernels failed to compile.
+
+    Source: PAPER "Lazy + active in one output".
+    """
+    assert site.config is not None
+    query, key, value = (_rowwise(x) for x in (query, key, value))
+    learning = [x for x in (query, key, value, site.sinks) if x is not None and x.requires_grad]
+    learns = torch.is_grad_enabled() and len(learning) > 0
+    out, parts = torch.empty(query.shape, dtype=query.dtype, device=query.device), []
+    for span in _spans(query, key, site, plain, segments, text):
+        mine = (slice(None), span.heads, span.own)
+        done = _attended(query[mine], key, value, site, span, out[mine])
+        if done is None:
+            return None
+        if keep or learns:
+            parts.append(done)
+        del done  # before the next one is made
+    if learns:
+        done_parts = (out, segments, parts)
+        out = _Attend.apply(query, key, value, site.sinks, site, done_parts)  # type: ignore[no-untyped-call]
+    return out, joined(segments, [(x.heads, x.selection) for x in parts]) if keep else None
+
+
+@torch.no_grad()
+def gradients_quickly(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout,
+    text: Tensor,
+) -> Gradients | None:  # fmt: skip
+    """Gradients where nothing but the inputs was kept: each span attends again.
+
+    Args:
+        grad: (B, Hq, L, D), of the output.
+        query: As the rest, see ``attend_quickly``.
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, D).
+        site: Rules, scale and logit sinks.
+        plain: Its mask.
+        segments: Its always-kept blocks.
+        text: bool (B or 1, L).
+
+    Returns:
+        Of query, key, value and the sinks; None once kernels failed to compile. The selection is a function of the
+        inputs, so it is the same as forward.
+    """
+    assert site.config is not None
+    grad, query, key, value = (_rowwise(x) for x in (grad, query, key, value))
+    found = _nothing(query, key, value, site.sinks)
+    for span in _spans(query, key, site, plain, segments, text):
+        # The output lies where query's gradient will.
+        out = found[0][:, span.heads, span.own]
+        done = _attended(query[:, span.heads, span.own], key, value, site, span, out)
+        if done is None or not _add(found, grad, query, key, value, site, done, out):
+            return None
+        del done  # before the next one is made
+    return found
+
+
+@torch.no_grad()
+def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, out: Tensor) -> Attended:
+    """Both parts, the second from where the first ends; then the sinks, which have no value, and the skipped rows.
+
+    Query and ``out``, which is written, are those of the span.
+    """
+    assert site.config is not None
+    config, scale, plain = site.config, site.scale_for(query), span.plain
+    sinks = None if site.sinks is None else site.sinks[span.heads]
+    real = None if plain.real is None else plain.real.contiguous().view(torch.uint8)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    near = near_lists(span.segments, key.shape, config.segment_size, PlainMask(plain.offset, real))
+    attend_lists(query, key, value, out, lse, near, scale)
+    selection = select_quickly(
+        query, key, lse, span.segments, span.text, config, block=BLOCK, target=site.target, scale=scale, real=real,
+        columns=span.columns,
+    )  # fmt: skip
+    for far in far_lists(selection, near, config, key, LISTS):
+        attend_lists(query, key, value, out, lse, far, scale, goes_on=True)
+    if sinks is not None:
+        out.mul_(keys_share(lse, sinks).unsqueeze(-1))
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    if config.lazy_mode == "skip":
+        skipped = selection.lazy & ~selection.active
+        out.masked_fill_(skipped.unsqueeze(-1), 0.0)
+        lse.masked_fill_(skipped, -torch.inf)
+    return Attended(span.heads, span.own, lse, near, selection)
+
+
+#: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
+_attended = guarded(_attend, "the token kernels failed, token attention runs in tensor code")
+_loudest = guarded(loudest_quickly, "the kernel of the loudest coordinates failed, they are found in tensor code")
+_gradients = guarded(gradients_by_heads, "the token kernels failed, gradients of token attention run in tensor code")
+
+
+class _Attend(torch.autograd.Function):
+    """What was attended; backward each part with the merged output and log-sum-exp, which makes it the union's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site,
+        done: tuple[Tensor, SegmentLayout, list[Attended]],
+    ) -> Tensor:  # fmt: skip
+        out, *kept = done
+        # Saved like the inputs, so that checkpointing drops them and a backward pass frees them.
+        leaves, ctx.form = pytree.tree_flatten(kept)
+        ctx.site, ctx.leaves = site, [SAVED if isinstance(x, Tensor) else x for x in leaves]
+        ctx.save_for_backward(query, key, value, out, *(x for x in leaves if isinstance(x, Tensor)))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *saved = ctx.saved_tensors
+        left = iter(saved)
+        segments, parts = pytree.tree_unflatten([next(left) if x is SAVED else x for x in ctx.leaves], ctx.form)
+        grad, found = _rowwise(grad), _nothing(query, key, value, ctx.site.sinks)
+        for done in parts:
+            if not _add(found, grad, query, key, value, ctx.site, done, out[:, done.heads, done.own]):
+                selection = joined(segments, [(x.heads, x.selection) for x in parts])
+                return *listed_gradients(grad, query, key, value, selection, ctx.site), None, None
+        return *found, None, None
+
+
+def _spans(
+    query: Tensor, key: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor
+) -> Iterator[Span]:
+    """The spans of a site."""
+    assert site.config is not None
+    (heads, kv_heads), config, columns = (query.shape[1], key.shape[1]), site.config, None
+    if config.scoring_dims is not None:
+        # Of the whole call: a stretch's own would be others.
+        wanted = (query, key, config.choices(heads, kv_heads), config.scoring_dims)
+        columns = _loudest(*wanted)
+        columns = loudest(*wanted).int() if columns is None else columns
+    return spans(key, heads // kv_heads, config, plain, segments, text, columns)
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:
+    """Where spans write query's gradient, and add those of the others."""
+    of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    of_key, of_value = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
+    return of_query, of_key, of_value, None if sinks is None else torch.zeros_like(sinks)
+
+
+def _add(
+    found: Gradients, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, done: Attended, out: Tensor
+) -> bool:
+    """Add the gradients of a span, whose output is ``out``; False once the kernels failed to compile."""
+    assert site.config is not None
+    of_query, of_key, of_value, of_sinks = found
+    own = (slice(None), done.heads, done.own)
+    mine = (grad[own], query[own], key, value, out, done.lse, done.near, done.selection, site.config)
+    along = _gradients(*mine, site.scale_for(query), of_query[own], of_key, of_value)
+    if along is not None and of_sinks is not None and site.sinks is not None:
+        of_sinks[done.heads] += _of_sinks(along, done.lse, site.sinks[done.heads])
+    return along is not None
+
+
+def _of_sinks(along: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Gradient of the sinks (Hq,): minus each one's share of a row's mass times that row's output along ``grad``."""
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    share = torch.where(lse == -torch.inf, 0.0, share)  # neither a key nor a sink
+    return -(share * along).sum((0, 2))
+
+
+def _rowwise(x: Tensor) -> Tensor:
+    """With its last dimension contiguous."""
+    return x if x.stride(3) == 1 else x.contiguous()

@@ -1,0 +1,312 @@
+"""``OmniSparseCache``: a transformers cache that is physically smaller."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnisparse_flex.cache.choose_keys import choose
+from omnisparse_flex.cache.cuda_graph import CudaGraphs
+from omnisparse_flex.cache.layer import SlimLayer
+from omnisparse_flex.cache.memory_report import MemoryReport, memory_report
+from omnisparse_flex.cache.step_replay import Replay
+from omnisparse_flex.cache.store import TURN, SlimStore
+from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.model.compiled_module import Entry, entry_of
+
+
+class OmniSparseCache:
+    """A key-value cache whose heads hold only the visual keys that they use.
+
+    ``model.generate(**inputs, past_key_values=OmniSparseCache(model))``. A prompt is computed
+    with all its keys; as soon as a layer is done, its *lazy* heads keep text, sinks and recent
+    tokens, its *fetching* heads also their own k* visual keys. Logical positions and lengths
+    are those of a full cache. Greedy search, sampling, beam search, assisted decoding, batches
+    with padding and continued conversations work as with a ``DynamicCache``.
+
+    Sinks, recent tokens and an upper bound of k* are ``sink_size``, ``window_size`` and
+    ``max_kv_budget`` of the model's ``OmniSparseConfig``.
+
+    Args:
+        model: A transformers model that ``apply_omnisparse`` changed.
+        visual_recall: Share of its attention mass that each head must keep, in (0, 1]; measured
+            on the last text queries of each turn, and again every ``REFRESH`` decoded tokens. 1
+            drops nothing.
+        offload: Keep all droppable keys in (pinned) host memory: every turn then computes its
+            question over the whole conversation and chooses anew. False drops them for good: a
+            later question about something else is answered from what the first one kept, and
+            new visual tokens of later turns are kept whole.
+        cuda_graphs: On a GPU, record a decode step of the decoder as a CUDA graph, after three steps alike,
+            and replay it for the next tokens. Costs the memory of one step's intermediate results
+            (``memory_report``). Dynamo still checks its guards for each token: a change of weights, hooks
+            or modes ends the recording. Steps that cannot be recorded (beams, drafts, padded batches, no
+            ``position_ids``, several devices) run as compiled code, and ``rewrite_report`` says why. No
+            effect elsewhere. Custom operators of a model must do all their work on the device, or switch it off;
+            so must who frees weights by resizing their memory in place (FSDP).
+
+    Raises:
+        ConfigError: If the model was not changed by ``apply_omnisparse``, has layers without full
+            attention, or an argument is out of range. In use: another model, batch or device, no
+            visual mask, gradients, an earlier call that failed.
+
+    An ``attention_mask`` must not change for tokens that the cache holds. A prompt without visual
+    tokens, or whose last token is visual (no question yet), is kept in full. Without host memory
+    for offloading, a layer keeps a full cache and warns. Assisted decoding sends its first draft along with the prompt,
+    and in a later turn feeds all the tokens that it is given: give it the new ones only (before transformers 5.23,
+    ``reset`` the cache). After beam search, let ``reorder_cache`` choose the beams to go on with.
+
+    Source: PAPER "KV-cache slimming". Our choice: the mass is of exact softmax rows; one rule,
+    ``visual_recall``, decides both which heads are lazy and how much the others fetch. Logit sinks
+    join the softmax of every decoded token; the mass is of the real tokens alone.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> OmniSparseCache:
+        """Make an instance that is a transformers ``Cache`` too, which is imported only now."""
+        return object.__new__(_with_base() if cls is OmniSparseCache else cls)
+
+    def __init__(
+        self, model: nn.Module, *, visual_recall: float = 0.95, offload: bool = True, cuda_graphs: bool = True
+    ) -> None:
+        """Check the arguments; nothing is allocated before the first call."""
+        require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
+        entry = entry_of(model)
+        require(entry is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
+        real = isinstance(visual_recall, (int, float)) and not isinstance(visual_recall, bool)
+        require(real and 0 < visual_recall <= 1, "visual_recall", "be in (0, 1]", visual_recall)
+        for name, value in (("offload", offload), ("cuda_graphs", cuda_graphs)):
+            require(isinstance(value, bool), name, "be True or False", value)
+        assert entry is not None
+        layers = [SlimLayer(i) for i in range(_full_layers(entry.module))]
+        super().__init__(layers=layers)  # type: ignore[call-arg]
+        config = entry.backend.config
+        rule = functools.partial(choose, recall=visual_recall, most=config.max_kv_budget)
+        self.store = SlimStore(layers, lambda mass, layer: rule(mass), offload, config.sink_size, config.window_size)
+        self.replay = Replay(self.store, CudaGraphs()) if cuda_graphs else None
+        # What a call still has to do when its recorded step runs already; see ``Entry.prepare``.
+        self.omnisparse_later: list[Callable[[], None]] = []
+        self.owner = -1
+        self._decoder = weakref.ref(entry.module)
+        self.reset()
+
+    @contextlib.contextmanager
+    def omnisparse_call(self, entry: Entry, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Surrounds one call of the decoder; ``Entry`` enters it.
+
+        Raises:
+            ConfigError: On a call that the cache cannot serve.
+        """
+        rule = "be used with the model it was made for"
+        require(entry.module is self._decoder(), "cache", rule, type(entry.module).__name__)
+        tokens = kwargs.get("inputs_embeds")
+        tokens = kwargs.get("input_ids") if tokens is None else tokens
+        require(isinstance(tokens, Tensor), "input_ids or inputs_embeds", "be a tensor", type(tokens).__name__)
+        assert isinstance(tokens, Tensor)
+        busy = entry.owner.cache is not None
+        require(not busy, "model", "run one call with a cache at a time", "a call in progress (in another thread?)")
+        self.store.begin(tokens, kwargs.get("attention_mask"), self._omnisparse_visual)
+        self.mode, self.owner, entry.owner.cache = self.store.mode, entry.owner.number, self.store
+        try:
+            yield
+        except BaseException:
+            self.store.broken = True
+            raise
+        finally:
+            self.mode = self.store.mode = entry.owner.cache = None
+        self.store.end(tokens.shape[1])
+        self._measure()
+
+    def omnisparse_waits(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a recorded step is at hand, and a call with these arguments may be one more of them."""
+        if self.replay is None or self.replay.recorded is None:
+            return False
+        tokens = kwargs.get("inputs_embeds")
+        tokens = kwargs.get("input_ids") if tokens is None else tokens
+        return isinstance(tokens, Tensor) and tokens.shape[1] == 1
+
+    def omnisparse_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the decoder within ``omnisparse_call``, or replay a recorded step of it."""
+        store = self.store
+        if store.is_step and not store.padded and isinstance(kwargs.get("position_ids"), Tensor):
+            # All ones, or ``store.marks`` knows better: without it the decode graph knows no length.
+            kwargs.update({"attention_mask": None} if "attention_mask" in kwargs else {})
+        return entry.run(args, kwargs) if self.replay is None else self.replay.run(entry, self, args, kwargs)
+
+    def _measure(self) -> None:
+        """Give the ruler the cache's length."""
+        self._ruler = torch.empty(self.store.length, 0)
+        torch._dynamo.maybe_mark_dynamic(self._ruler, 0)
+
+    # What transformers asks of a cache.
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """New keys and values of a layer; in a later turn, all of them.
+
+        Raises:
+            ConfigError: Outside a call of the model that the cache was made for.
+        """
+        if self.mode is None:
+            raise ConfigError("cache must be used by the model it was made for, got a call that it was not told of")
+        if self.mode == TURN:
+            past = self.get_seq_length()
+            return torch.ops.omnisparse.cache_restore(key_states, value_states, past, self.owner, layer_idx)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in the cache, dropped ones included."""
+        # The length of a tensor without elements: a compiled graph sees a size, not a constant.
+        return self._ruler.shape[0]
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the next token."""
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the logical keys."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """No maximum."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding announces that it will crop."""
+        self.store.recording = True
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        # ``generate`` sets this when it begins: what follows is a turn, not a draft to verify.
+        self.store.recording = self.store.cropped = False
+        if self.replay is not None:
+            self.replay.forget()  # another answer, in other circumstances
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 while empty."""
+        return self.store.batch
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the cache holds tokens."""
+        return self.store.length > 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: ``apply_omnisparse`` compiles the decoder, not ``generate``."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """``crop`` leaves no trace."""
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer slides."""
+        return [False] * len(self.layers)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is linear."""
+        return [False] * len(self.layers)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Every layer holds keys."""
+        return [False] * len(self.layers)
+
+    layers: list[SlimLayer]
+    #: How the call in progress uses the cache; None between calls.
+    mode: str | None
+    _omnisparse_visual: Tensor | None  # the name is integration.HISTORY
+
+    def reset(self) -> None:
+        """Forget everything and free it; the cache can be used anew."""
+        self.store.clear()
+        if self.replay is not None:
+            self.replay.drop()
+        self.mode = None
+        self._omnisparse_visual = None
+        self._measure()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens.
+
+        Args:
+            tokens_to_remove: Their number, negated. A positive number is the length that remains.
+        """
+        length, change = self.store.length, int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        remaining = change if change > 0 else length + change
+        self.store.cropped = True
+        if remaining >= length:
+            return
+        if remaining <= 0:
+            self.reset()
+            return
+        self.store.crop(remaining)
+        if self._omnisparse_visual is not None:
+            self._omnisparse_visual = self._omnisparse_visual[:, :remaining]
+        self._measure()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give row i the keys of row ``beam_idx[i]``, int64 (B,)."""
+        if self.store.length:
+            self.store.select(beam_idx)
+            self._select_history(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows, int64 or bool (B,)."""
+        rows = torch.arange(self.store.batch, device=indices.device)[indices] if self.store.length else indices
+        self.reorder_cache(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times."""
+        if self.store.length:
+            self.reorder_cache(torch.arange(self.store.batch).repeat_interleave(repeats))
+
+    def _select_history(self, rows: Tensor) -> None:
+        if self._omnisparse_visual is not None:
+            self._omnisparse_visual = self._omnisparse_visual[rows.to(self._omnisparse_visual.device)]
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes of each layer and head on the device and the host, against a full cache."""
+        recorded = self.replay.recorder.bytes if self.replay is not None else 0
+        return memory_report(self.layers, self.store.batch, self.store.length, recorded)
+
+
+@functools.cache
+def _with_base() -> type[OmniSparseCache]:
+    """The class with transformers' ``Cache`` as its base."""
+    from transformers import Cache
+
+    fields = {"__module__": __name__, "__doc__": OmniSparseCache.__doc__}
+    return type("OmniSparseCache", (OmniSparseCache, Cache), fields)
+
+
+def _full_layers(decoder: Any) -> int:
+    """Number of decoder layers.
+
+    Raises:
+        ConfigError: Unless every layer has full attention over keys of its own.
+    """
+    config = getattr(decoder, "config", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    require(isinstance(layers, int), "model", "be a transformers model", type(decoder).__name__)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
+    require(kinds == ["full_attention"], "model", "have full attention in every layer", kinds)
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    require(shared == 0, "model", "have keys of its own in every layer", f"{shared} layers that share them")
+    return layers  # type: ignore[return-value]

@@ -1,0 +1,149 @@
+"""Running a model under one recall target per layer, and reading what was truly kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnisparse_flex.api import apply_omnisparse, remove_omnisparse
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.cost_model import shape_of_config
+from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.stats import Stats
+
+Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module, config: OmniSparseConfig | None, target: float) -> Iterator[Entry]:
+    """The model changed and in eval mode for a while; afterwards as it was, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    installed = entry_of(model)
+    if installed is None:
+        apply_omnisparse(model, probed_rules(config or OmniSparseConfig(), target))
+    entry = entry_of(model)
+    assert entry is not None
+    recall, visual = entry.state.recall, entry.state.visual
+    try:
+        model.eval()
+        yield entry
+    finally:
+        entry.state.recall, entry.state.visual = recall, visual
+        for module, training in modes:
+            module.training = training
+        if installed is None:
+            remove_omnisparse(model)
+
+
+def probed_rules(rules: OmniSparseConfig, target: float) -> OmniSparseConfig:
+    """Rules to probe with: their dense layers stay so, the others read their target at run time."""
+    probed = tuple(1.0 if recall == 1 else target for recall in rules.recalls)
+    return dataclasses.replace(rules, target_recall=probed if len(probed) > 1 else probed[0])
+
+
+def require_length(entry: Entry, batches: list[Batch]) -> None:
+    """Refuse, before anything is compiled, batches that are known to be too short to run sparsely."""
+    lengths = [
+        max((batch[name].shape[1] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), default=0)
+        for batch in batches
+        if isinstance(batch, Mapping)
+    ]
+    known = len(lengths) == len(batches) and all(lengths)
+    least = least_length(entry)
+    if known and max(lengths) < least:
+        raise ConfigError(f"batches must {longer(least)}, got at most {max(lengths)}")
+
+
+def least_length(entry: Entry) -> int:
+    """Queries below which the module stays dense."""
+    return entry.backend.threshold(device_of(entry), shape_of_config(getattr(entry.module, "config", None)))
+
+
+def longer(least: int) -> str:
+    """The rule that too short batches break."""
+    return f"hold at least min_seq_len = {least} tokens (an option of apply_omnisparse)"
+
+
+def device_of(entry: Entry) -> torch.device:
+    """Where the module's parameters are."""
+    parameter = next(entry.module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def run_batch(model: nn.Module, entry: Entry, batch: Batch) -> None:
+    """One forward on the model's device."""
+    device = device_of(entry)
+
+    def moved(x: Any) -> Any:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    if isinstance(batch, Tensor):
+        model(moved(batch))
+        return
+    if not isinstance(batch, Mapping):
+        model(*(moved(x) for x in batch))
+        return
+    inputs = {name: moved(x) for name, x in batch.items()}
+    if "labels" not in inputs and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs.setdefault("logits_to_keep", 1)  # the logits of a long text would outweigh the model
+    model(**inputs)
+
+
+class Probe:
+    """Runs all batches under one target per layer, and reads what was truly kept.
+
+    Attributes:
+        layers: Number of layers.
+        sparse: bool (layers,), those that ran sparsely in some batch; known after the first call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        entry: Entry,
+        stats: Stats,
+        batches: list[Batch],
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self.model, self.entry, self.stats, self.batches = model, entry, stats, batches
+        self.progress = progress or (lambda line: None)
+        self.layers = stats.layers
+        self.rounds = 0
+        self.sparse = torch.zeros(self.layers, dtype=torch.bool)
+
+    def __call__(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Run.
+
+        Args:
+            targets: float64 (layers,), from 1 on a layer keeps every block of its active rows.
+
+        Returns:
+            float64 (layers,) each: true mean recall of the worst head, and density; means over batches.
+        """
+        self.rounds += 1
+        self.progress(f"calibration round {self.rounds}, {len(self.batches)} batches")
+        # Read by reference at run time: no probe compiles anything. Rows beyond the layers are nobody's.
+        recall = torch.ones_like(self.entry.state.recall)
+        recall[: self.layers] = targets.to(recall)
+        self.entry.state.recall = recall
+        worst, density, ran = (torch.zeros(self.layers, dtype=torch.float64) for _ in range(3))
+        recalls: dict[int, Tensor] = {}
+        for batch in self.batches:
+            self.stats.raw.zero_()
+            run_batch(self.model, self.entry, batch)
+            for found in self.stats.per_layer():
+                heads = torch.tensor(found.true_recall, dtype=torch.float64)
+                recalls[found.layer] = recalls.get(found.layer, 0) + heads
+                density[found.layer] += found.density
+                ran[found.layer] += 1
+        for layer, total in recalls.items():
+            worst[layer] = (total / ran[layer]).min()
+        self.sparse = ran > 0
+        return worst, density / ran.clamp(min=1)

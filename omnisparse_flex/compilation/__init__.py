@@ -1,0 +1,1 @@
+"""What torch.compile needs from us: Dynamo and Inductor settings, cache names."""

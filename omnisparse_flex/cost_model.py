@@ -1,0 +1,232 @@
+"""What attention costs on a device, dense and sparse, and from which length on the sparse one pays.
+
+The model is a sum of terms that are linear in their coefficients: pairs of the dense kernel, kept
+pairs of the sparse one, tokens and block pairs of the selection by block means, and a constant per call; what other
+estimators and tokens cost beyond that is in ``choice_cost``. The
+coefficients come with the package for measured devices (``costs.json``, made by
+``benchmarks/prefill/fit_costs.py``) or from the user's own machine (``omnisparse-flex calibrate --speed``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnisparse_flex.choice_cost import choice_share, pair_cost
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.errors import ConfigError
+
+PACKAGED = Path(__file__).with_name("costs.json")
+#: Environment variable: where the user's own coefficients lie instead of the cache directory.
+FILE_VARIABLE = "OMNISPARSE_COSTS"
+#: Share of the pairs that a rule without a fixed budget is expected to keep: nobody knows before the run.
+#: Our choice: above what block selection at target 0.95 kept of SmolLM2 at 8K (0.30-0.45).
+EXPECTED_SHARE = 0.5
+#: Lengths are compared in steps of this many tokens, up to the last.
+STEP, LAST = 256, 1 << 20
+BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """Heads of an attention call; batch 1.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: D.
+    """
+
+    heads: int = 28
+    kv_heads: int = 4
+    head_dim: int = 128
+
+
+def shape_of_config(config: Any) -> Shape | None:
+    """The heads that a transformers config states, or None."""
+    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // (heads or 1)
+    return Shape(heads, kv_heads or heads, dim) if heads and dim else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured causal prefill.
+
+    Attributes:
+        tokens: N.
+        shape: Its heads.
+        share: Kept pairs over causal pairs.
+        ours: Milliseconds, selection included.
+        dense: Milliseconds of the fastest dense kernel.
+    """
+
+    tokens: int
+    shape: Shape
+    share: float
+    ours: float
+    dense: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Costs:
+    """Coefficients of one device, in milliseconds per unit of ``_terms``; at least 0.
+
+    Attributes:
+        dense: Per causal pair, head and head_dim of the dense kernel.
+        dense_call: Per dense call.
+        sparse: Per kept pair, head and head_dim.
+        token: Per token, head and head_dim of the selection.
+        block: Per pair of blocks and KV head of the selection.
+        call: Per sparse call.
+        shortest: Tokens of the shortest sample: nothing is claimed below it.
+    """
+
+    dense: float
+    dense_call: float
+    sparse: float
+    token: float
+    block: float
+    call: float
+    shortest: int = STEP
+
+    def dense_ms(self, tokens: int, shape: Shape) -> float:
+        """Milliseconds of one dense causal call."""
+        return self.dense * _pairs(tokens, shape) + self.dense_call
+
+    def sparse_ms(self, tokens: int, shape: Shape, share: float) -> float:
+        """Milliseconds of one sparse call that keeps ``share`` of the pairs."""
+        coefficients = (self.sparse, self.token, self.block, self.call)
+        return sum(c * x for c, x in zip(coefficients, _terms(tokens, shape, share), strict=True))
+
+    def break_even(self, shape: Shape, config: OmniSparseConfig, device: str) -> int:
+        """From how many tokens on sparse attention is not slower, up to ``LAST``; ``LAST``: never."""
+        return _break_even(self, shape, config, device)
+
+    def pays(self, tokens: int, shape: Shape, config: OmniSparseConfig, device: str) -> bool:
+        """Whether sparse attention is expected not to be slower at this length."""
+        share, dense = expected_share(tokens, config) * pair_cost(config), self.dense_ms(tokens, shape)
+        return self.sparse_ms(tokens, shape, share) + choice_share(config, device) * dense <= dense
+
+
+@functools.cache  # all layers of a model ask the same
+def _break_even(costs: Costs, shape: Shape, config: OmniSparseConfig, device: str) -> int:
+    length = LAST
+    while length - STEP >= costs.shortest and costs.pays(length - STEP, shape, config, device):
+        length -= STEP
+    return length
+
+
+def expected_share(tokens: int, config: OmniSparseConfig) -> float:
+    """Kept share of the causal pairs that a rule is expected to need, 0-1.
+
+    A fixed budget says it; otherwise it is ``EXPECTED_SHARE``, or less where ``max_kv_budget`` allows no more.
+    """
+    if isinstance(config.budget, int):
+        return _share(tokens, config.budget, config)
+    if config.max_kv_budget is None:
+        return EXPECTED_SHARE
+    return min(EXPECTED_SHARE, _share(tokens, config.max_kv_budget, config))
+
+
+def _share(tokens: int, budget: int, config: OmniSparseConfig) -> float:
+    """Kept share of the block pairs if every row keeps ``budget`` tokens beside sinks and window."""
+    blocks = -(-tokens // BLOCK)
+    # The selection's own keys, sinks and window, all rounded up to blocks; the diagonal block is half empty.
+    kept = -(-budget // BLOCK) + -(-config.sink_size // BLOCK) + -(-config.window_size // BLOCK) + 1
+    if kept >= blocks:
+        return 1.0
+    return (kept * (kept + 1) / 2 + (blocks - kept) * kept) / (blocks * (blocks + 1) / 2)
+
+
+def fit(samples: Sequence[Sample]) -> Costs:
+    """Least squares over relative errors, every coefficient at least 0.
+
+    Args:
+        samples: At several lengths, and at least two shares or many lengths.
+
+    Raises:
+        ValueError: With fewer than three samples.
+    """
+    if len(samples) < 3:
+        raise ValueError(f"at least three samples are needed, got {len(samples)}")
+    dense = _solve([(_pairs(s.tokens, s.shape), 1.0) for s in samples], [s.dense for s in samples])
+    ours = _solve([_terms(s.tokens, s.shape, s.share) for s in samples], [s.ours for s in samples])
+    sparse, token, block, call = ours
+    return Costs(dense[0], dense[1], sparse, token, block, call, shortest=min(s.tokens for s in samples))
+
+
+def costs_of(device: str) -> Costs | None:
+    """The coefficients of a device, the user's own before the packaged ones; None: never measured.
+
+    Args:
+        device: ``torch.cuda.get_device_name()``, or ``"cpu"``.
+    """
+    for path in (user_file(), PACKAGED):
+        # Not ``Path.exists``: it raises where somebody else's home cannot be looked into.
+        found = _read(path, path.stat().st_mtime_ns if os.access(path, os.R_OK) else 0)
+        if device in found:
+            return found[device]
+    return None
+
+
+def user_file() -> Path:
+    """Where the user's own coefficients lie."""
+    if named := os.environ.get(FILE_VARIABLE):
+        return Path(named)
+    # Not ``Path.home``: it raises for a user whom the system does not know, as in many containers.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "omnisparse_flex" / "costs.json"
+
+
+def write(device: str, costs: Costs, path: Path) -> None:
+    """Put a device's coefficients into a file; other devices' stay."""
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**known, device: dataclasses.asdict(costs)}, indent=2, sort_keys=True) + "\n")
+
+
+@functools.cache
+def _read(path: Path, version: int) -> dict[str, Costs]:
+    if version == 0:
+        return {}
+    try:
+        return {name: Costs(**fields) for name, fields in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} must hold coefficients by device name (delete it to start over): {error}") from error
+
+
+def _pairs(tokens: int, shape: Shape) -> float:
+    return tokens * (tokens + 1) / 2 * shape.heads * shape.head_dim
+
+
+def _terms(tokens: int, shape: Shape, share: float) -> tuple[float, float, float, float]:
+    """What ``sparse``, ``token``, ``block`` and ``call`` multiply."""
+    selected = tokens * (shape.heads + shape.kv_heads) * shape.head_dim
+    return _pairs(tokens, shape) * share, float(selected), (tokens / BLOCK) ** 2 * shape.kv_heads, 1.0
+
+
+def _solve(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
+    """Non-negative least squares over relative errors: terms that come out negative are left out."""
+    matrix, goal = torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
+    matrix = matrix / goal[:, None]
+    size = matrix.abs().amax(0)
+    used = list(range(matrix.shape[1]))
+    while True:
+        part: Tensor = matrix[:, used] / size[used]
+        found = torch.linalg.lstsq(part, torch.ones_like(goal)[:, None], driver="gelsd").solution[:, 0]
+        if (found >= 0).all():
+            break
+        used.remove(used[int(found.argmin())])
+    result = [0.0] * matrix.shape[1]
+    for place, value in zip(used, (found / size[used]).tolist(), strict=True):
+        result[place] = value
+    return result

@@ -1,0 +1,1 @@
+"""Triton kernels, and their fallback where one does not compile."""

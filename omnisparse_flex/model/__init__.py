@@ -1,0 +1,1 @@
+"""What ``apply_omnisparse`` installs in a model."""

@@ -1,0 +1,75 @@
+"""The report before the first run: trace the decoder on the meta device, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from omnisparse_flex.backend import Backend, site_report
+from omnisparse_flex.model.compiled_module import Entry
+from omnisparse_flex.passes import Settings, run_pipeline
+from omnisparse_flex.passes.share import notes
+from omnisparse_flex.report import RewriteReport
+
+#: Tokens of the traced input; any length above the threshold tells the same story.
+TRACE_TOKENS = 512
+
+
+def explain(entry: Entry) -> RewriteReport:
+    """List the sites that a prefill above the threshold would rewrite.
+
+    Args:
+        entry: The installed entry; its module and backend are left untouched.
+
+    Returns:
+        A report with ``compiled=False``; empty for modules whose inputs only their user knows.
+    """
+    told = tuple(entry.backend.log.notes)
+    config = getattr(entry.module, "config", None)
+    if config is None or not hasattr(config, "hidden_size"):
+        return RewriteReport(notes=(*told, "the sites of a plain module are known after its first run"))
+    twin = _twin(entry.module)
+    tracer = _Tracer(entry.backend)
+    traced = Entry(twin, tracer, dynamic=True)
+    dtype = next(entry.module.parameters()).dtype
+    embeddings = torch.empty((1, TRACE_TOKENS, config.hidden_size), device="meta", dtype=dtype)
+    traced.state.recall = traced.state.recall.to("meta")
+    with torch.no_grad():
+        traced(inputs_embeds=embeddings, use_cache=False)
+    return RewriteReport(tuple(tracer.log.sites), False, 0, (*told, *tracer.shared))
+
+
+def _twin(decoder: nn.Module) -> nn.Module:
+    """The same decoder without storage."""
+    with torch.device("meta"):
+        twin: nn.Module = type(decoder)(decoder.config)
+    return twin.to(next(decoder.parameters()).dtype).train(decoder.training)
+
+
+class _Tracer(Backend):
+    """A backend that runs the passes and returns without compiling anything."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend.config, min_seq_len=0, kernel=backend.kernel, inner=backend.inner)
+        self.shared: list[str] = []
+
+    def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        rewrite = run_pipeline(graph_module, Settings(config=self.config, lists=True))
+        self.log.sites += [site_report(site, -1) for site in rewrite.sites]
+        self.shared += notes(rewrite.sites)
+        self.log.runs += 1
+        output = graph_module.graph.find_nodes(op="output")[0]
+        # Shapes are all that is asked for: hand back what the capture recorded.
+        fakes = tuple(_meta(node) for node in output.args[0])
+        return lambda *args: fakes
+
+
+def _meta(node: Any) -> Any:
+    value = node.meta.get("example_value") if hasattr(node, "meta") else node
+    if isinstance(value, torch.Tensor):
+        return torch.empty([int(size) for size in value.shape], dtype=value.dtype, device="meta")
+    return value
