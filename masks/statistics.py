@@ -11,7 +11,9 @@ from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.last_rows import BLOCKS
-from omnisparse_flex.masks.blocks.select import BLOCK, BlockSelection, scoring_cost
+from omnisparse_flex.masks.blocks.mean_pool import for_products
+from omnisparse_flex.masks.blocks.peak_rows import ROWS
+from omnisparse_flex.masks.blocks.select import BLOCK, COSTS, BlockSelection, scoring_cost
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.tokens.key_bits import blocks_of_bits
@@ -60,7 +62,6 @@ def measure(
     scale: float,
     score: Callable[..., Tensor] | None,
     exact: bool,
-    chose: bool = True,
 ) -> Measured:
     """Record a selection.
 
@@ -73,8 +74,6 @@ def measure(
         scale: Logit scale.
         score: ``(logits, b, h, q, kv) -> logits``, the model's own change, or None.
         exact: Also compute the true recall of sampled rows.
-        chose: The site made the selection itself. Otherwise (blocks only) it cost nothing here, and what is said
-            of budgets, needs and lazy rows is said of the layer that made it.
 
     Returns:
         The record. ``kept_blocks`` and ``allowed_blocks`` are means over batch and the heads that choose of
@@ -85,7 +84,7 @@ def measure(
     """
     rows = _sampled_rows(query)
     if isinstance(selection, BlockSelection):
-        values, cells = _block_stats(selection, config, chose), _block_cells(selection, config.split)
+        values, cells = _block_stats(selection, config), _block_cells(selection, config.split)
         kept = _kept_by_blocks(selection, rows, key.shape[2], BLOCK // config.split) if exact else None
     else:
         values, cells = _token_stats(selection, config, key), _token_cells(selection, config)
@@ -96,14 +95,14 @@ def measure(
     return Measured(torch.stack([value.to(torch.float32) for value in values]), cells, recalls)
 
 
-def _block_stats(selection: BlockSelection, config: OmniSparseConfig, chose: bool) -> tuple[Tensor, ...]:
+def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[Tensor, ...]:
     batch, heads = selection.keep.shape[:2]
     rows = selection.layout.some.any(-1).expand(batch, heads, -1)
     active = selection.active & rows
     lazy = selection.lazy & rows
     recall = selection.recall
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
-    cost = allowed * scoring_cost(config) + _last_rows(selection, config) if chose else torch.zeros_like(allowed)
+    cost = _scoring_blocks(selection, config, allowed)
     return (
         selection.keep.sum() / (batch * heads),
         allowed,
@@ -116,6 +115,15 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig, chose: boo
         selection.overflow.sum(),
         cost,
     )
+
+
+def _scoring_blocks(selection: BlockSelection, config: OmniSparseConfig, allowed: Tensor) -> Tensor:
+    """What choosing cost, in blocks that attention computes; the peak rule counts the blocks whose keys it takes."""
+    if config.budget == "peak":
+        batch, heads = selection.keep.shape[:2]
+        means = allowed * COSTS["mean_pool"] * ROWS * config.split  # of every row, over the means of the keys
+        return selection.scored.sum() / (batch * heads) * scoring_cost(config) + means
+    return allowed * scoring_cost(config) + _last_rows(selection, config)
 
 
 def _last_rows(selection: BlockSelection, config: OmniSparseConfig) -> Tensor:
@@ -213,7 +221,7 @@ def true_recall(
     h = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
     q, kv = rows.view(1, 1, -1, 1), torch.arange(kv_len, device=query.device).view(1, 1, 1, -1)
     sampled = query.index_select(2, rows).unflatten(1, (-1, groups))
-    logits = (sampled @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scale
+    logits = (for_products(sampled) @ for_products(key).unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scale
     if score is not None:
         logits = score(logits, b, h, q, kv)
     allowed = mask.pairs(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)

@@ -17,6 +17,8 @@ from omnisparse_flex.model import hf as integration
 from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of, refuse_compiled
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.report import RewriteReport
+from omnisparse_flex.seams import check_transformers
+from omnisparse_flex.versions import TESTED, newer_than_tested
 
 VisualMaskArgument = Tensor | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None
 
@@ -77,18 +79,15 @@ def apply_omnisparse(
     """
     require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
     require(dynamic in (None, True, False), "dynamic", "be None, True or False", dynamic)
+    is_hf = integration.is_transformers_model(model)
+    if is_hf:
+        check_transformers()
     config = OmniSparseConfig() if config is None else config
     backend = Backend(config, min_seq_len=min_seq_len, kernel=kernel, inner=inner, static=dynamic is False)
     refuse_compiled(model)
     if isinstance(visual_mask, Tensor) or not callable(visual_mask):
         check_visual(visual_mask, None, None)
-    is_hf = integration.is_transformers_model(model)
-    decoder = integration.find_decoder(model) if is_hf else model
-    if is_hf:
-        config.check_layers(integration.layer_count(decoder))
-        shape = shape_of_config(decoder.config)
-        if shape is not None:
-            config.check_head_dim(shape.head_dim)
+    decoder = _checked_decoder(model, config) if is_hf else model
 
     remove_omnisparse(model)
     undo = _Undo()
@@ -147,7 +146,9 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
     require(entry is not None, "model", rule if copied else "be changed by apply_omnisparse", type(model).__name__)
     assert entry is not None
     report = entry.backend.log.report()
-    return report if report.compiled else explain(entry)
+    report = report if report.compiled else explain(entry)
+    libraries = ["torch", *(["transformers"] if integration.is_transformers_model(model) else [])]
+    return dataclasses.replace(report, notes=(*report.notes, *newer_than_tested(*libraries)))
 
 
 @contextlib.contextmanager
@@ -168,6 +169,23 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         entry.module._compiled_call_impl = entry
+
+
+def _checked_decoder(model: Any, config: OmniSparseConfig) -> nn.Module:
+    """The decoder of a transformers model, if it can be changed and the rules fit it.
+
+    Raises:
+        ConfigError: Unless they do.
+    """
+    decoder: Any = integration.find_decoder(model)
+    rule = f"read its attention's name where transformers {TESTED['transformers']} does"
+    require(bool(integration.attention_configs(decoder)), "model", rule, type(decoder).__name__)
+    config.check_layers(integration.layer_count(decoder))
+    shape = shape_of_config(decoder.config)
+    if shape is not None:
+        config.check_head_dim(shape.head_dim)
+    module: nn.Module = decoder
+    return module
 
 
 def _install_in_transformers(

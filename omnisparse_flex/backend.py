@@ -15,14 +15,16 @@ from torch.fx import GraphModule
 from omnisparse_flex.attention import flex_options as kernel_choice
 from omnisparse_flex.attention.flex_options import KERNELS, has_flash
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph, device_of, tensors_of
+from omnisparse_flex.compile_or_restore import compile_or_restore
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
-from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.passes import Rewrite, Settings, run_pipeline
+from omnisparse_flex.errors import BUG, ConfigError, raises_bugs, require
+from omnisparse_flex.passes import Rewrite, Settings, Snapshot, run_pipeline
+from omnisparse_flex.passes.dump import check_dump_folder
 from omnisparse_flex.passes.nodes import shape_of
-from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.passes.state import Site
 from omnisparse_flex.report import RewriteReport, SiteReport
+from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
 
@@ -90,6 +92,10 @@ class Backend:
         rule = f"be a Dynamo backend or one of {', '.join(INNERS)}"
         require(callable(inner) or inner in INNERS, "inner", rule, inner)
         _check_flash(kernel)
+        check_dump_folder()
+        require_seams("dynamo")
+        if inner in ("auto", "inductor"):
+            require_seams("inductor")
         self.config = config
         self.min_seq_len = min_seq_len
         self.kernel = kernel
@@ -110,11 +116,13 @@ class Backend:
             static=self.static,
             training=needs_grad,
         )
-        rewrite = run_pipeline(graph_module, settings)
-        read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]
+        before = None if raises_bugs() else Snapshot(graph_module)
+        rewrite = run_pipeline(graph_module, settings, before)
         around = self.log.on_graph(self.log.graphs) if self.log.on_graph else contextlib.nullcontext()
+        compile_it = functools.partial(_compile, graph_module, inputs, inner, kwargs.get("mode"))
         with around:
-            compiled = _compile(graph_module, inputs, inner, kwargs.get("mode"))
+            rewrite, compiled = compile_or_restore(compile_it, graph_module, rewrite, before)
+        read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]
         # Only now: the inner compiler may raise to make Dynamo start over with other sizes.
         log, number = self.log, self.log.graphs
         self._record(rewrite, inner)
@@ -163,12 +171,21 @@ class Backend:
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
         self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
-        self.log.notes.update(dict.fromkeys(sharing_notes(rewrite.sites)))
+        self._warn_of_bugs(rewrite)
+        if rewrite.dumped_to:
+            self.log.notes[f"the graph after every pass: {rewrite.dumped_to}"] = None
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
         self.log.inners.add(name)
         if inner != "inductor":
             why = ": compiled flex_attention has no CPU backward" if self.inner == "auto" else ""
             self.log.notes[f"inner compiler {name}{why}; correct, but without sparse kernels"] = None
+
+    def _warn_of_bugs(self, rewrite: Rewrite) -> None:
+        """Say once what failed and stays dense for it; the report says which sites."""
+        reasons = {site.skip.reason for site in rewrite.sites if site.skip and site.skip.reason.startswith(BUG)}
+        for reason in sorted(reasons - self.log.notes.keys()):
+            self.log.notes[reason] = None
+            warnings.warn(f"omnisparse: {reason}; dense there", stacklevel=2)
 
 
 def omnisparse_backend(graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CompiledFn:

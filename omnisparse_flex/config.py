@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from omnisparse_flex.config_schema import SCHEMA, migrated, refuse_removed, refuse_removed_scoring
 from omnisparse_flex.errors import ConfigError, require
 
 Budget = Literal["flattest_head", "per_head", "peak"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
-SCORINGS = {"block": ("mean_pool", "tile_pool", "antidiagonal", "probe", "sampled_rows"), "token": ("one_pass", "column_mass")}
-LAZY_MODES = ("local", "skip")
+SCORINGS = {"block": ("mean_pool", "tile_pool", "sampled_rows"), "token": ("one_pass",)}
 #: What ``lazy_threshold="auto"`` means for blocks.
 LAZY_THRESHOLD = 0.05
 #: What ``min_peak`` is unless told.
@@ -42,9 +42,9 @@ class OmniSparseConfig:
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
-            cheapest), ``"tile_pool"`` (means of 32 tokens), ``"antidiagonal"`` (strided sums) or
-            ``"probe"`` (exact rows of sampled queries; on a GPU dearer than dense attention); for tokens ``"one_pass"``
-            (rows' normalisers guessed) or ``"column_mass"`` (exact); ``"auto"``: the granularity's first.
+            cheapest), ``"tile_pool"`` (means of 32 tokens) or ``"sampled_rows"`` (exact rows of 16 of 128 queries,
+            for ``budget="peak"`` alone); for tokens ``"one_pass"``
+            (rows' normalisers guessed); ``"auto"``: the granularity's first.
         scoring_dims: Coordinates of each head that ``"one_pass"`` multiplies for its scores, a power of 2 from 16 to
             the head's own number: those with the largest product of mean squares in queries and keys, over all
             tokens of the call. The always-kept part, the guess and the attention take all. None: all.
@@ -55,20 +55,17 @@ class OmniSparseConfig:
             ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
             is a fixed number of tokens; ``"peak"`` counts nothing: a block is fetched if one of the query block's
             sampled rows gives it at least that row's threshold. The threshold is ``min_peak``, less for rows that
-            see many key blocks, and less for rows that would keep less than ``target_recall`` of their mass. It
-            goes with ``scoring="sampled_rows"`` and needs it. With ``gqa_choice="head"`` there is no flattest head: the kernels take a
+            see many key blocks, and less for rows that would keep less than ``target_recall`` of their mass. With ``gqa_choice="head"`` there is no flattest head: the kernels take a
             group's members one after the other, and its budget would need all of them at once.
         min_peak: Share of a row's attention that makes a block worth fetching, in [0, 1), for ``budget="peak"``;
             one value, or one per decoder layer. A layer at 0 is dense.
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
             counted); None: no bound.
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
-            under this is lazy, in [0, 1]; None: no query selection. ``"auto"``: 0.05 for blocks, None for tokens. There
-            the estimate, means of 128 keys, misses what a query fetches from a few of them: on text 0.05 discards
-            queries that look far (README "Limits"); give a number where you measured it.
-        lazy_mode: What a discarded lazy query still attends: ``"local"`` = the
-            always-kept keys (sinks, window, text), ``"skip"`` = nothing: its output is 0
-            and the residual stream alone carries it.
+            under this is lazy, in [0, 1], and attends only sinks, window and text; None: no query selection.
+            ``"auto"``: 0.05 for blocks, None for tokens. There the estimate, means of 128 keys, misses what a query
+            fetches from a few of them: on text 0.05 discards queries that look far (README "Limits"); give a number
+            where you measured it.
         sink_size: First tokens every query keeps, in tokens.
         window_size: Latest tokens every query keeps, in tokens, itself included.
         last_rows: Rows of exact logits that the last two query blocks are chosen by, whatever the
@@ -76,20 +73,12 @@ class OmniSparseConfig:
             hides. The blocks are the tensor's: of a
             right-padded row they hold padding. An even number; 0: they are estimated like the
             others. Without effect at token granularity.
-        share_layers: Neighbouring sparse layers that use one choice of blocks, that of the first of them, head by
-            head; 1: every layer chooses for itself. Dense layers in between do not count. What the first one's
-            ``target_recall`` asks for holds for all of them: a follower's own has no effect (unless it is 1.0:
-            dense). A layer that cannot use the choice before it (another mask, length or number of heads)
-            chooses for itself and for those after it, and the report says so. Under activation checkpointing
-            layers share as without it; a group's choice is then kept for the backward, a byte for each pair of
-            blocks and query head. Block granularity.
 
     Raises:
         ConfigError: On a wrong type, range or combination.
 
-    Source: PAPER "Query selection", "KV selection with head-level dynamic budget allocation"; Kascade
-    (arXiv 2512.16391) for layers that share a choice. Our choice: each head takes the choice of the head with its own
-    number; ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see README "Defaults". Query heads
+    Source: PAPER "Query selection", "KV selection with head-level dynamic budget allocation". Our
+    choice: ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see README "Defaults". Query heads
     that choose, with 32 dims, are the best rule without training that we measured on SmolLM2, as masks
     (``benchmarks/quality``, row "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1": density 0.304,
     +0.79 % perplexity; the group's choice, "mean" in the row's name, +1.33 % at that density).
@@ -106,11 +95,14 @@ class OmniSparseConfig:
     min_peak: float | tuple[float, ...] = MIN_PEAK
     max_kv_budget: int | None = None
     lazy_threshold: float | str | None = "auto"
-    lazy_mode: str = "local"
     sink_size: int = 64
     window_size: int = 256
     last_rows: int = 64
-    share_layers: int = 1
+
+    def __new__(cls, *args: Any, **fields: Any) -> OmniSparseConfig:
+        """Say of a removed field what stands in its place; ``__init__`` would only call it unexpected."""
+        refuse_removed(fields)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         """Normalise ``target_recall`` and check every field."""
@@ -120,6 +112,7 @@ class OmniSparseConfig:
         for recall in self.recalls:
             require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
         _one_of("granularity", self.granularity, tuple(SCORINGS))
+        refuse_removed_scoring(self.scoring)
         _one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
         ok = type(self.key_block) is int and self.key_block in KEY_BLOCKS
         require(ok, "key_block", f"be one of {', '.join(map(str, KEY_BLOCKS))}", self.key_block)
@@ -133,10 +126,6 @@ class OmniSparseConfig:
         require(ok, "segment_size", f"be a multiple of {SEGMENT_UNIT}", self.segment_size)
         _count("last_rows", self.last_rows, minimum=0)
         require(self.last_rows % 2 == 0, "last_rows", "be even", self.last_rows)
-        _count("share_layers", self.share_layers, minimum=1)
-        ok = self.share_layers == 1 or self.granularity == "block"
-        require(ok, "share_layers", "be 1 at token granularity", self.share_layers)
-        _one_of("lazy_mode", self.lazy_mode, LAZY_MODES)
         if isinstance(self.budget, str):
             _one_of("budget", self.budget, BUDGETS)
         else:
@@ -159,15 +148,12 @@ class OmniSparseConfig:
         for peak in self.peaks:
             require(_is_real(peak) and 0 <= peak < 1, "min_peak", "be in [0, 1)", self.min_peak)
         if self.budget == "peak":
-            ok = self.scorer == "sampled_rows"
-            require(ok, "scoring", 'be "sampled_rows" for budget="peak"', self.scoring)
+            require(self.scorer == "sampled_rows", "scoring", 'be "sampled_rows" for budget="peak"', self.scoring)
             require(self.max_kv_budget is None, "max_kv_budget", 'be None for budget="peak"', self.max_kv_budget)
-            require(self.share_layers == 1, "share_layers", 'be 1 for budget="peak"', self.share_layers)
-        else:
-            ok = self.scorer != "sampled_rows"
-            require(ok, "scoring", 'be another than "sampled_rows" without budget="peak"', self.scoring)
-            rule = f'be {MIN_PEAK} without budget="peak", which alone reads it'
-            require(self.min_peak == MIN_PEAK, "min_peak", rule, self.min_peak)
+            return
+        require(self.scorer != "sampled_rows", "budget", 'be "peak" for scoring="sampled_rows"', self.budget)
+        rule = f'be left at {MIN_PEAK} without budget="peak", which alone reads it'
+        require(self.min_peak == MIN_PEAK, "min_peak", rule, self.min_peak)
 
     def _check_scoring_dims(self) -> None:
         if self.scoring_dims is None:
@@ -203,7 +189,7 @@ class OmniSparseConfig:
     @property
     def scorer(self) -> str:
         """``scoring`` with ``"auto"`` resolved."""
-        if self.scoring == "auto" and self.budget == "peak":
+        if self.scoring == "auto" and self.budget == "peak" and self.granularity == "block":
             return "sampled_rows"
         return SCORINGS[self.granularity][0] if self.scoring == "auto" else self.scoring
 
@@ -258,12 +244,11 @@ class OmniSparseConfig:
             granularity="token",
             budget="flattest_head",
             lazy_threshold=0.05,
-            lazy_mode="local",
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict that ``from_dict`` reads back."""
-        fields = dataclasses.asdict(self)
+        """A JSON-ready dict that ``from_dict`` reads back, of this version or a later one."""
+        fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
         if isinstance(self.target_recall, tuple):
             fields["target_recall"] = list(self.target_recall)
         if isinstance(self.min_peak, tuple):
@@ -272,12 +257,14 @@ class OmniSparseConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> OmniSparseConfig:
-        """Build a config from ``to_dict``'s output.
+        """Build a config from ``to_dict``'s output, of this version or an earlier one.
 
         Raises:
-            ConfigError: On unknown fields or invalid values.
+            ConfigError: On unknown or removed fields, invalid values, and the schema of a later version.
         """
         require(isinstance(fields, Mapping), "config", "be a mapping of field names to values", fields)
+        fields = migrated(fields)
+        refuse_removed(fields)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         require(not unknown, "config", f"hold only the fields {sorted(known)}", unknown)

@@ -1,5 +1,12 @@
 """The two ways this library fails: by the user's mistake, or by ours."""
 
+import os
+
+#: Set to a non-empty value other than 0, what fails inside the backend is raised and not made a skipped site.
+RAISE_VARIABLE = "OMNISPARSE_RAISE_BUGS"
+#: How the reason begins of a site that stays dense because our own code failed.
+BUG = "our bug, please report"
+
 
 class ConfigError(ValueError):
     """A user's mistake: a wrong type, range or combination.
@@ -27,3 +34,14 @@ def require(condition: bool, name: str, rule: str, value: object) -> None:
     """
     if not condition:
         raise ConfigError(f"{name} must {rule}, got {value!r}")
+
+
+def raises_bugs() -> bool:
+    """Whether ``OMNISPARSE_RAISE_BUGS`` asks for the exception itself, as this project's own tests do."""
+    return os.environ.get(RAISE_VARIABLE, "") not in ("", "0")
+
+
+def bug(what: str, error: BaseException) -> str:
+    """The reason of a site that stays dense because ``what`` failed: one line, the error's kind and text in it."""
+    lines = str(error).strip().splitlines()
+    return f"{BUG}: {what} failed with {type(error).__name__}" + (f": {lines[0][:300]}" if lines else "")

@@ -25,9 +25,6 @@ MAP_LIMIT = (64, 256, 256)
 class LayerStats:
     """One layer of the last sparse forward.
 
-    A layer that uses another's choice of blocks (``share_layers``) pays for no selection; its budget, active and
-    discarded shares, flattest head and overflow are those of the layer that chose, its density and recalls its own.
-
     Attributes:
         layer: Decoder layer, 0-based.
         density: Kept share of the layer's dense causal attention FLOPs, selection included; 0-1.
@@ -82,7 +79,7 @@ class Stats:
         return (sum(layer.density for layer in sparse) + total - len(sparse)) / total
 
     def block_maps(self, layer: int) -> Tensor | None:
-        """uint8 (H, rows, columns) of ``masks.record`` cell values for one layer, or None."""
+        """uint8 (H, rows, columns) of ``masks.statistics`` cell values for one layer, or None."""
         return None if self.maps is None else self.maps[layer].cpu()
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from omnisparse_flex.passes.find_sites import BINDS
-from omnisparse_flex.passes.nodes import op_name
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.state import Rewrite
+from omnisparse_flex.passes.writes import writes
 
 
 def clean_up(rewrite: Rewrite) -> None:
@@ -66,6 +66,4 @@ def _is_pure(node: Node) -> bool:
     """Whether an unread node may go; in-place spellings of Dynamo graphs are not in FX's own list."""
     if node.op in ("placeholder", "output"):
         return False
-    name = op_name(node)
-    in_place = name.endswith("_") or name == "setitem" or "out" in node.kwargs
-    return not in_place and not node.is_impure()
+    return not writes(node) and not node.is_impure()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 from omnisparse_flex.attention.functional import DTYPES, HEAD_DIMS, autocast_dtype
 from omnisparse_flex.cost_model import Shape
@@ -13,7 +14,7 @@ from omnisparse_flex.passes.state import Rewrite, Settings, Site
 
 def decide(rewrite: Rewrite) -> None:
     """Refuse the sites that must or should stay dense, before anything is changed."""
-    for site in rewrite.open_sites():
+    for site in rewrite.visit(rewrite.open_sites()):
         reason = _unsupported(site, rewrite.settings) or _unprofitable(site, rewrite.settings)
         if reason:
             site.refuse(reason)
@@ -23,6 +24,8 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
     query, key, value = (value_of(x) for x in (site.query, site.key, site.value))
     if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (query, key, value)):
         return "query, key and value are not (B, H, N, D)"
+    if (mismatch := _mismatch(site)) is not None:
+        return mismatch
     if site.dropout > 0:
         return f"attention dropout is {site.dropout}: no flex kernel drops weights"
     if settings.lists and query.dtype not in DTYPES and not _autocasts(query):
@@ -31,14 +34,33 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
         return f"head_dim {int(query.shape[3])} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
     if query.shape[1] % key.shape[1] != 0:
         return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
-    learned = any(value_of(leaf.node).requires_grad for leaf in site.bias_leaves if _is_tensor(leaf.node))
-    if settings.config.granularity == "token" and learned:
+    dense = settings.config.is_dense(site.layer)
+    if settings.config.granularity == "token" and not dense and _learns_scores(site):
         return "a learned bias has no gradient at token granularity"
     dims = settings.config.scoring_dims
     if dims is not None and dims > query.shape[3]:
         return f"scoring_dims = {dims} is more than head_dim {int(query.shape[3])}"
     if _is_zero(query.shape[2]) or _is_zero(key.shape[2]) or _is_zero(query.shape[0]):
         return "the sequence is empty"
+    return None
+
+
+def _mismatch(site: Site) -> str | None:
+    """What dense attention would broadcast and a kernel of ours would not."""
+    query, key, value, out = (shape_of(x) for x in (site.query, site.key, site.value, site.node))
+    sizes = {
+        "batch": (query[0], key[0], value[0]),
+        "key heads": (key[1], value[1]),
+        "keys": (key[2], value[2]),
+        "head_dim": (query[3], key[3]),
+        "query heads of the output": (query[1], *out[1:2]),
+    }
+    for name, found in sizes.items():
+        if len({str(size) for size in found}) > 1:
+            return f"{name} is broadcast: {' against '.join(str(size) for size in found)}"
+    dtypes = {value_of(x).dtype for x in (site.query, site.key, site.value)}
+    if len(dtypes) > 1 and autocast_dtype(value_of(site.query).device.type) is None:
+        return f"query, key and value differ in dtype: {', '.join(sorted(str(x) for x in dtypes))}"
     return None
 
 
@@ -73,8 +95,12 @@ def _autocasts(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and autocast_dtype(x.device.type) is not None
 
 
-def _is_tensor(node: object) -> bool:
-    return isinstance(value_of(node), torch.Tensor)
+def _learns_scores(site: Site) -> bool:
+    """Whether a tensor that changes the logits wants a gradient."""
+    operands = [leaf.node for leaf in site.bias_leaves if not leaf.detached]
+    operands += [x for x in (site.mods[2] if site.mods is not None else ()) if isinstance(x, Node)]
+    values = [value_of(x) for x in operands]
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
 
 
 def _is_zero(size: object) -> bool:

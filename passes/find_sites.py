@@ -11,22 +11,25 @@ from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
 from torch.fx import GraphModule, Node
 
 import omnisparse_flex.ops  # noqa: F401  (defines the marker)
+from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.state import Rewrite, Site
+from omnisparse_flex.passes.writes import changes_between
 
 MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
 BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)
 #: Higher-order calls ``op(body, *operands)`` whose body we may extend by inputs.
 BODY_CALLS = ("tag_activation_checkpoint", "wrap")
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 #: Of the flex operator's block-mask tuple: its last entry is the mask graph.
 MASK_GRAPH = -1
 
 
 def find_sites(rewrite: Rewrite) -> None:
     """Fill ``scopes``, ``sites`` and ``state``; changes nothing."""
-    rewrite.scopes = list(_scopes(rewrite.root))
+    rewrite.scopes = list(scopes_of(rewrite.root))
     for scope in rewrite.scopes:
         for node in scope.graph_module.graph.nodes:
             if node.op != "call_function":
@@ -34,13 +37,20 @@ def find_sites(rewrite: Rewrite) -> None:
             if node.target in BINDS:
                 rewrite.state = tuple(a if isinstance(a, Node) else None for a in node.args)
                 continue
-            site = _match(scope, node)
-            if site is not None:
-                rewrite.sites.append(site)
+            site = _match_or_refuse(scope, node)
+            if site is None:
+                continue
+            rewrite.sites.append(site)
+            for value, reader in site.reads:
+                if changes_between(value, reader, site.node):
+                    site.refuse(f"{value.name} is changed in place before the attention that reads it is done")
     _number_layers(rewrite.sites)
+    for place, reason in rewrite.refused.items():
+        rewrite.sites[place].refuse(reason)
 
 
-def _scopes(scope: Scope) -> list[Scope]:
+def scopes_of(scope: Scope) -> list[Scope]:
+    """A graph and the bodies that it calls, parents first."""
     found = [scope]
     for node in scope.graph_module.graph.nodes:
         if node.op != "call_function" or str(node.target).rsplit(".", 1)[-1] not in BODY_CALLS:
@@ -49,8 +59,20 @@ def _scopes(scope: Scope) -> list[Scope]:
         if isinstance(body, Node) and body.op == "get_attr":
             graph_module = getattr(scope.graph_module, str(body.target))
             if isinstance(graph_module, GraphModule):
-                found += _scopes(Scope(graph_module, scope, node))
+                found += scopes_of(Scope(graph_module, scope, node))
     return found
+
+
+def _match_or_refuse(scope: Scope, node: Node) -> Site | None:
+    """The site at ``node``, if there is one; refused where reading it failed."""
+    try:
+        return _match(scope, node)
+    except Exception as error:
+        if raises_bugs():
+            raise
+        site = Site("unread", scope, node, node, node, node)
+        site.refuse(bug("matching", error))
+        return site
 
 
 def _match(scope: Scope, node: Node) -> Site | None:
@@ -89,9 +111,9 @@ def _marker(scope: Scope, node: Node) -> Site:
 
 
 def _sdpa(scope: Scope, node: Node) -> Site:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return Site(
+    given: dict[str, Any] = dict(zip(_SDPA, node.args, strict=False)) | dict(node.kwargs)
+    causal = given.get("is_causal") or False
+    site = Site(
         "sdpa",
         scope,
         node,
@@ -99,10 +121,16 @@ def _sdpa(scope: Scope, node: Node) -> Site:
         given["key"],
         given["value"],
         mask=given.get("attn_mask"),
-        causal="upper_left" if given.get("is_causal") else "none",
+        causal="upper_left" if causal is True else "none",
         scale=number_of(given.get("scale")),
         dropout=_probability(given.get("dropout_p", 0.0)),
     )
+    unknown = sorted(given.keys() - set(_SDPA))
+    if unknown:
+        site.refuse(f"scaled_dot_product_attention has an argument that is not known here: {', '.join(unknown)}")
+    if not isinstance(causal, bool):
+        site.refuse("is_causal is not known before the run")
+    return site
 
 
 def _probability(p: Any) -> float:
@@ -124,6 +152,7 @@ def _flex(scope: Scope, node: Node) -> Site:
         value,  # type: ignore[arg-type]
         scale=number_of(scale),
         mods=(graphs[0], graphs[1], tuple(score_operands), tuple(mask_operands)),  # type: ignore[arg-type]
+        lists=tuple(block_mask),  # type: ignore[arg-type]
     )
     outputs = [user for user in node.users if user.args[1:2] == (0,)]
     others = [user for user in node.users if user not in outputs and user.users]
@@ -131,6 +160,8 @@ def _flex(scope: Scope, node: Node) -> Site:
         site.refuse("flex_attention returns its log-sum-exp")
     else:
         site.node = outputs[0]
+    read = (query, key, value, *score_operands, *mask_operands, *block_mask)  # type: ignore[misc]
+    site.reads = tuple((x, node) for x in read if isinstance(x, Node))  # type: ignore[union-attr]
     return site
 
 

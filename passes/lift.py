@@ -6,14 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
 from omnisparse_flex.masks.expr.expr import Apply, Const, Expr
-from omnisparse_flex.masks.expr.program import cast_of
+from omnisparse_flex.masks.expr.program import HALVES, cast_of
+from omnisparse_flex.passes.arguments import arguments, is_plain
 from omnisparse_flex.passes.lift_base import Indices, LiftError
 from omnisparse_flex.passes.lift_shapes import ShapeRules
-from omnisparse_flex.passes.nodes import mutations, op_name, value_of
+from omnisparse_flex.passes.nodes import op_name, value_of
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.passes.writes import mutations
 
 #: Dynamo-level operation name -> name in ``masks.expr.OPS``.
 POINTWISE: dict[str, str] = {
@@ -48,6 +51,14 @@ POINTWISE: dict[str, str] = {
     "min": "minimum",
     "max": "maximum",
 }
+#: Operations with one operand.
+_ONE = ("neg", "abs", "log", "exp", "sqrt", "tanh", "not")
+#: Operations whose result a narrow type rounds.
+_ROUNDS = ("add", "sub", "mul", "div", "floor_divide", "remainder", "log", "exp", "sqrt", "tanh")
+#: Types of integers in which positions do not fit.
+_NARROW = (torch.int8, torch.uint8, torch.int16)
+#: Types that hold positions exactly, for up to 2^24 tokens.
+_EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 _SAME = ("contiguous", "clone", "detach", "alias", "requires_grad_", "expand", "expand_as", "broadcast_to")
 _CASTS = ("to", "type", "type_as", "bool", "float", "int", "long", "half", "bfloat16", "double")
 _FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
@@ -90,9 +101,12 @@ class Lifter(ShapeRules):
         rule = self._rule(node)
         if rule is None:
             return self._leaf(node, scope, at)
-        outer_reader, self.reader = self.reader, node
+        value = value_of(node)
+        before = self.reader, self.detached
+        # No gradient passes a value that requires none: detached, compared, made without gradients.
+        self.reader, self.detached = node, self.detached or not value.requires_grad
         result = rule(node, scope, at)
-        self.reader = outer_reader
+        self.reader, self.detached = before
         return result
 
     def _check_unchanged(self, node: Node) -> None:
@@ -135,22 +149,24 @@ class Lifter(ShapeRules):
 
     def _pointwise(self, node: Node, scope: Scope, at: Indices) -> Expr:
         op = POINTWISE[op_name(node)]
-        if op == "div" and node.kwargs.get("rounding_mode") == "floor":
+        given = arguments(node, "condition", "input", "other", "rounding_mode", "alpha")
+        rounding = None if given is None else given["rounding_mode"]
+        if given is None or rounding not in (None, "floor") or given["alpha"] not in (None, 1):
+            return self._leaf(node, scope, at)
+        if op == "div" and rounding == "floor":
             op = "floor_divide"
-        args = list(node.args)
+        wanted = {"where": ("condition", "input", "other")}.get(op, ("input",) if op in _ONE else ("input", "other"))
+        args = [given[name] for name in wanted]
+        if any(arg is None for arg in args):  # of another signature: where(condition), max(x)
+            return self._leaf(node, scope, at)
         if op in ("and", "or", "xor", "not"):
             if value_of(node).dtype != torch.bool:  # of bits, not of truth values
                 return self._leaf(node, scope, at)
             return Apply(op, tuple(self._truth(arg, scope, at) for arg in args))
-        if node.kwargs.get("rounding_mode") == "trunc":
-            return self._leaf(node, scope, at)
-        if (op == "where" and len(args) != 3) or (op in ("minimum", "maximum") and len(args) != 2):
-            return self._leaf(node, scope, at)
         if op in ("minimum", "maximum") and not isinstance(args[1], Node):
             return self._leaf(node, scope, at)
-        if node.kwargs.get("alpha", 1) != 1:
-            return self._leaf(node, scope, at)
-        return Apply(op, tuple(self._operand(arg, scope, at) for arg in args))
+        result = Apply(op, tuple(self._operand(arg, scope, at) for arg in args))
+        return _rounded(result, value_of(node).dtype) if op in _ROUNDS else result
 
     def _truth(self, arg: Any, scope: Scope, at: Indices) -> Expr:
         value, inner = value_of(arg), self._operand(arg, scope, at)
@@ -158,62 +174,85 @@ class Lifter(ShapeRules):
         return inner if is_bool else Apply("cast_bool", (inner,))
 
     def _clamp(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        names = ("input", "max", "min") if op_name(node) == "clamp_max" else ("input", "min", "max")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        given = arguments(node, "input", "min", "max")
+        if given is None:
+            return self._leaf(node, scope, at)
         result = self._operand(given["input"], scope, at)
         for name, op in (("min", "maximum"), ("max", "minimum")):
-            bound = given.get(name)
-            if bound is not None:
-                result = Apply(op, (result, self._operand(bound, scope, at)))
+            if given[name] is not None:
+                result = Apply(op, (result, self._operand(given[name], scope, at)))
         return result
 
     def _broadcast(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        return self._operand(node.args[0], scope, at)
+        known = is_plain(node, "size", "other", "implicit") and isinstance(node.args[0], Node)
+        return self._operand(node.args[0], scope, at) if known else self._leaf(node, scope, at)
 
     def _cast(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        source = node.args[0]
-        inner = self._operand(source, scope, at)
-        before, after = value_of(source).dtype, value_of(node).dtype
-        return inner if before == after else Apply(cast_of(after), (inner,))
+        source, after = node.args[0], value_of(node).dtype
+        if not is_plain(node, "dtype", "other") or not isinstance(source, Node) or after in _NARROW:
+            return self._leaf(node, scope, at)
+        inner, before = self._operand(source, scope, at), value_of(source).dtype
+        return inner if before == after else _rounded(Apply(cast_of(after), (inner,)), after)
 
     def _fill(self, node: Node, scope: Scope, at: Indices) -> Expr:
         name = op_name(node)
         if name in _FILLS:
-            number: Any = _FILLS[name]
+            number: Any = _FILLS[name] if is_plain(node, "size", "dtype", "input") else None
         else:
-            position = 2 if name == "new_full" else 1
-            number = node.kwargs.get("fill_value", node.args[position] if len(node.args) > position else None)
+            number = (arguments(node, "size", "input", "fill_value", "dtype") or {}).get("fill_value")
         if not isinstance(number, (bool, int, float)):
             return self._leaf(node, scope, at)
-        dtype = value_of(node).dtype
-        return Const(bool(number) if dtype == torch.bool else float(number) if dtype.is_floating_point else number)
+        return _constant(number, value_of(node).dtype)
 
     def _arange(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        bounds = [node.kwargs[k] for k in ("start", "end", "step") if k in node.kwargs]
-        bounds = [*node.args, *bounds]
-        start, step = (bounds[0] if len(bounds) > 1 else 0), (bounds[2] if len(bounds) > 2 else 1)
+        given = arguments(node, "start", "end", "step", "dtype")
+        if given is None or value_of(node).dtype not in _EXACT:
+            return self._leaf(node, scope, at)
+        start, step = given["start"] if given["end"] is not None else 0, given["step"]
+        start, step = (0 if start is None else start), (1 if step is None else step)
+        if any(isinstance(value_of(x), (float, torch.SymFloat)) for x in (start, step)):
+            return self._leaf(node, scope, at)  # their multiples are rounded
         moved = at[0] if step == 1 else Apply("mul", (at[0], self.lift(step, scope, ())))
         return moved if start == 0 else Apply("add", (moved, self.lift(start, scope, ())))
 
     def _masked_fill(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        source, condition, fill = node.args[:3]
-        return Apply("where", tuple(self._operand(x, scope, at) for x in (condition, fill, source)))
+        given = arguments(node, "input", "mask", "value")
+        if given is None:
+            return self._leaf(node, scope, at)
+        return Apply("where", tuple(self._operand(given[x], scope, at) for x in ("mask", "value", "input")))
 
     def _embedding(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        index, weight = node.args[:2]
-        if not isinstance(weight, Node):
+        given = arguments(node, "input", "weight") if node.target is F.embedding else None
+        if given is None or not isinstance(given["weight"], Node):
             return self._leaf(node, scope, at)
-        return self._captured(weight, scope, (self._operand(index, scope, at[:-1]), at[-1]))
+        return self._captured(given["weight"], scope, (self._operand(given["input"], scope, at[:-1]), at[-1]))
 
     def _triangle(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        diagonal = node.kwargs.get("diagonal", node.args[1] if len(node.args) > 1 else 0)
+        given = arguments(node, "input", "diagonal")
+        if given is None:
+            return self._leaf(node, scope, at)
+        diagonal = 0 if given["diagonal"] is None else given["diagonal"]
         edge = Apply("add", (at[-2], self.lift(diagonal, scope, ()))) if diagonal != 0 else at[-2]
         inside = Apply("le" if op_name(node) == "tril" else "ge", (at[-1], edge))
         zero = Const(False) if value_of(node).dtype == torch.bool else Const(0)
-        return Apply("where", (inside, self._operand(node.args[0], scope, at), zero))
+        return Apply("where", (inside, self._operand(given["input"], scope, at), zero))
 
     def _power(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        if node.args[1] != 2:
+        given = arguments(node, "input", "exponent")
+        if given is None or given["exponent"] != 2:
             return self._leaf(node, scope, at)
-        base = self._operand(node.args[0], scope, at)
-        return Apply("mul", (base, base))
+        base = self._operand(given["input"], scope, at)
+        return _rounded(Apply("mul", (base, base)), value_of(node).dtype)
+
+
+def _rounded(expr: Expr, dtype: torch.dtype) -> Expr:
+    """``expr`` as a tensor of ``dtype`` holds it, where that is less than float32 holds."""
+    name = HALVES.get(dtype)
+    return expr if name is None else Apply(name, (expr,))
+
+
+def _constant(number: Any, dtype: torch.dtype) -> Const:
+    """What a tensor of ``dtype`` holds of a number."""
+    if dtype == torch.bool:
+        return Const(bool(number))
+    return Const(torch.tensor(number, dtype=dtype).item())

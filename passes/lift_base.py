@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from omnisparse_flex.masks.expr.expr import Const, Expr, Load, axes
-from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
+from omnisparse_flex.passes.nodes import shape_of, value_of
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.state import Leaf
+from omnisparse_flex.passes.writes import mutations
 
 Indices = tuple[Expr, ...]
 
@@ -42,6 +45,7 @@ class Reader(abc.ABC):
         self.inputs = inputs or {}
         self.outer = outer or {}
         self.reader: Node | None = reader
+        self.detached = False
 
     @abc.abstractmethod
     def lift(self, node: Any, scope: Scope, at: Indices) -> Expr:
@@ -54,9 +58,13 @@ class Reader(abc.ABC):
             shape = tuple(shape_of(node))
             raise LiftError(f"mask {node.name} {shape} is a query-by-key tensor, not a function of indices")
         leaf = self.outer.get(node, Leaf(node, scope))
+        if self.detached and _learns(leaf.node):
+            leaf = dataclasses.replace(leaf, detached=True)
         value = value_of(leaf.node)
         if isinstance(value, (bool, int, float)):
             return Const(value)
+        if not isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat)):
+            raise LiftError(f"mask {node.name} is neither a tensor nor a number")
         if leaf not in self.leaves:
             self.leaves.append(leaf)
         return Load(self.leaves.index(leaf), at)
@@ -79,6 +87,11 @@ class Reader(abc.ABC):
         if mutations(source):
             raise LiftError(f"mask {source.name} is changed in place")
         return self._leaf(source, scope, at)
+
+
+def _learns(node: Node | None) -> bool:
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _collapse(at: Indices, shape: Sequence[Any]) -> Indices:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from omnisparse_flex.masks.expr.expr import (
     KV,
@@ -19,22 +22,22 @@ from omnisparse_flex.masks.expr.expr import (
     causal,
     causal_offset,
     conjunction,
-    is_boolean,
     simplify,
 )
+from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
 from omnisparse_flex.passes.lift import Lifter
-from omnisparse_flex.passes.lift_base import LiftError
-from omnisparse_flex.passes.nodes import mutations, shape_of, value_of
+from omnisparse_flex.passes.lift_base import LiftError, is_one
+from omnisparse_flex.passes.nodes import dtype_of, shape_of, value_of
 from omnisparse_flex.passes.scope import Scope
-from omnisparse_flex.passes.state import Leaf, Rewrite, Site
+from omnisparse_flex.passes.state import Leaf, Listed, Rewrite, Site
 
-#: An additive mask value at or under this means "not allowed" (finfo.min of half is -65504).
-NEGATIVE = -1e4
+#: What the flex operator's block mask begins with; it ends in the two sides of a block and the mask graph.
+_LISTS = ("q_len", "kv_len", "counts", "indices", "full_counts", "full_indices")
 
 
 def lift_masks(rewrite: Rewrite) -> None:
     """Fill ``expr``, ``bias``, their leaves and ``offset`` of every open site."""
-    for site in rewrite.open_sites():
+    for site in rewrite.visit(rewrite.open_sites()):
         try:
             _lift_site(site)
         except LiftError as error:
@@ -53,7 +56,7 @@ def _lift_site(site: Site) -> None:
     if site.mask is not None:
         parts.append(_lift_tensor(site, site.mask))
     if site.mods is not None:
-        parts.append(_lift_mask_graph(site))
+        parts += [_lift_mask_graph(site), _lift_score_graph(site)]
     site.expr = simplify(conjunction(*parts))
     if site.offset is None:
         site.offset = causal_offset(site.expr)
@@ -64,16 +67,24 @@ def _lift_site(site: Site) -> None:
 
 def _lift_tensor(site: Site, mask: Node) -> Expr:
     """A mask tensor broadcastable to (B, Hq, L, S); its additive part goes to ``site.bias``."""
-    shape = shape_of(mask)
+    shape, whole = shape_of(mask), (*shape_of(site.query)[:3], shape_of(site.key)[2])
+    if len(shape) > 4 or any(
+        str(size) not in ("1", str(own)) for size, own in zip(shape, whole[4 - len(shape) :], strict=True)
+    ):
+        raise LiftError(f"mask {mask.name} {shape} does not broadcast to the logits {whole}")
+    reader = site.mask_reader or site.node
     at = tuple(
         Const(0) if isinstance(size, int) and size == 1 else axis
         for axis, size in zip((B, H, Q, KV)[4 - len(shape) :], shape, strict=True)
     )
     if value_of(mask).dtype == torch.bool:
-        expr = simplify(Lifter(site.leaves, reader=site.node).lift(mask, site.scope, at))
+        leaves: list[Leaf] = []
+        expr = simplify(Lifter(leaves, reader=reader).lift(mask, site.scope, at))
+        expr = _adopt(site, expr, leaves)
         return Apply("not", (expr,)) if site.mask_blocks else expr
-    leaves: list[Leaf] = []
-    allowed, site.bias = split_additive(simplify(Lifter(leaves, reader=site.node).lift(mask, site.scope, at)))
+    leaves = []
+    lifted = simplify(Lifter(leaves, reader=reader).lift(mask, site.scope, at))
+    allowed, site.bias = split_additive(lifted, [dtype_of(leaf.node) for leaf in leaves])
     site.bias_leaves = leaves if site.bias is not None else []
     return _adopt(site, allowed, leaves)
 
@@ -82,6 +93,8 @@ def _adopt(site: Site, expr: Expr, leaves: list[Leaf]) -> Expr:
     """Move an expression's loads onto the site's own leaf list."""
     if isinstance(expr, Load):
         leaf = leaves[expr.slot]
+        if isinstance(value := value_of(leaf.node), torch.Tensor) and value.requires_grad:
+            leaf = dataclasses.replace(leaf, detached=True)  # what is allowed has no gradient
         if leaf not in site.leaves:
             site.leaves.append(leaf)
         return Load(site.leaves.index(leaf), tuple(_adopt(site, a, leaves) for a in expr.at))
@@ -90,65 +103,64 @@ def _adopt(site: Site, expr: Expr, leaves: list[Leaf]) -> Expr:
     return expr
 
 
-def split_additive(expr: Expr) -> tuple[Expr, Expr | None]:
-    """Split an additive mask into what it forbids and what it adds.
-
-    ``where(allowed, x, -inf)`` forbids; sums forbid what any term forbids.
-
-    Returns:
-        ``(allowed, bias)``; bias None where nothing is added.
-    """
-    match expr:
-        case Const(value):
-            return (Const(False), None) if value <= NEGATIVE else (TRUE, None if value == 0 else expr)
-        case Apply("add", (a, b)):
-            (allow_a, bias_a), (allow_b, bias_b) = split_additive(a), split_additive(b)
-            biases = [x for x in (bias_a, bias_b) if x is not None]
-            total = Apply("add", (biases[0], biases[1])) if len(biases) == 2 else biases[0] if biases else None
-            return conjunction(allow_a, allow_b), total
-        case Apply("where", (condition, Const(value), other)) if value <= NEGATIVE:
-            allowed, bias = split_additive(other)
-            return conjunction(Apply("not", (condition,)), allowed), bias
-        case Apply("where", (condition, other, Const(value))) if value <= NEGATIVE:
-            allowed, bias = split_additive(other)
-            return conjunction(condition, allowed), bias
-        case Apply("mul", (a, Const(value))) if value <= NEGATIVE and (blocked := _indicator(a)) is not None:
-            return Apply("not", (blocked,)), None
-        case Apply("mul", (Const(value), a)) if value <= NEGATIVE and (blocked := _indicator(a)) is not None:
-            return Apply("not", (blocked,)), None
-        case Apply("cast_float", (inner,)) if not is_boolean(inner):
-            return split_additive(inner)
-    return TRUE, expr
-
-
-def _indicator(expr: Expr) -> Expr | None:
-    """The condition of a 0 / 1 valued expression, or None."""
-    match expr:
-        case Apply("cast_float", (inner,)):
-            return inner if is_boolean(inner) else _indicator(inner)
-        case Apply("sub", (Const(1 | 1.0), inner)):
-            inverse = _indicator(inner)
-            return None if inverse is None else Apply("not", (inverse,))
-    return expr if is_boolean(expr) and axes(expr) else None
-
-
 def _lift_mask_graph(site: Site) -> Expr:
     """The mask_mod of a flex_attention site, read from its own sub-graph."""
     assert site.mods is not None
-    _, graph_module, _, operands = site.mods
+    lifted, leaves = _lift_graph(site, site.mods[1], site.mods[3], (B, H, Q, KV))
+    expr = _adopt(site, simplify(lifted), leaves)
+    if not axes(expr):
+        raise LiftError("flex_attention has a block mask without a mask_mod: its lists alone define it")
+    return _within_lists(site, expr)
+
+
+def _within_lists(site: Site, allowed: Expr) -> Expr:
+    """The mask that the kernel computes: ``allowed`` inside the blocks that are listed, all of those listed as full.
+
+    The lists are the caller's mask as much as the function is: nobody knows before the run that they say the same.
+    """
+    lists = dict(zip(_LISTS, site.lists, strict=False))
+    block_q, block_k, _ = site.lists[-3:]
+    if not isinstance(lists["counts"], Node) or not (isinstance(block_q, int) and isinstance(block_k, int)):
+        raise LiftError("flex_attention has a block mask of a form that is not known here")
+
+    def listed(counts: Node, indices: Node) -> Expr:
+        leaf = Leaf(counts, site.scope, listed=Listed(indices, lists["kv_len"], block_k))
+        site.leaves.append(leaf)
+        shape = shape_of(counts)
+        at = tuple(Const(0) if is_one(size) else axis for size, axis in zip(shape, (B, H), strict=False))
+        rows, columns = (Apply("floor_divide", (x, Const(n))) for x, n in ((Q, block_q), (KV, block_k)))
+        return Load(len(site.leaves) - 1, (*at, rows, columns))
+
+    inside = conjunction(listed(lists["counts"], lists["indices"]), allowed)
+    if lists["full_counts"] is None:
+        return inside
+    return Apply("or", (inside, listed(lists["full_counts"], lists["full_indices"])))
+
+
+def _lift_score_graph(site: Site) -> Expr:
+    """What the score_mod of a flex_attention site forbids; nothing where it cannot be read: it is applied anyway."""
+    assert site.mods is not None
+    try:
+        lifted, leaves = _lift_graph(site, site.mods[0], site.mods[2], (SCORE, B, H, Q, KV))
+    except LiftError:
+        return TRUE
+    allowed, _ = split_additive(simplify(lifted), [dtype_of(leaf.node) for leaf in leaves])
+    return TRUE if not axes(allowed) else _adopt(site, simplify(allowed), leaves)
+
+
+def _lift_graph(
+    site: Site, graph_module: GraphModule, operands: tuple[Any, ...], coordinates: tuple[Expr, ...]
+) -> tuple[Expr, list[Leaf]]:
+    """The result of a mod's sub-graph, and what it reads; its first inputs are ``coordinates``."""
     placeholders = graph_module.graph.find_nodes(op="placeholder", sort=True)
-    inputs: dict[Node, Expr] = dict(zip(placeholders, (B, H, Q, KV), strict=False))
-    outer = {node: Leaf(value, site.scope) for node, value in zip(placeholders[4:], operands, strict=True)}
-    for value in operands:
-        if isinstance(value, Node) and any(change < site.node for change in mutations(value)):
-            raise LiftError(f"mask {value.name} is changed in place before it is read")
+    inputs: dict[Node, Expr] = dict(zip(placeholders, coordinates, strict=False))
+    own = placeholders[len(coordinates) :]
+    outer = {node: Leaf(value, site.scope) for node, value in zip(own, operands, strict=True)}
+    leaves: list[Leaf] = []
     (output,) = graph_module.graph.find_nodes(op="output")
     result = output.args[0]
     result = result[0] if isinstance(result, (tuple, list)) else result
-    expr = simplify(Lifter(site.leaves, inputs, outer).lift(result, Scope(graph_module), ()))
-    if not axes(expr):
-        raise LiftError("flex_attention has a block mask without a mask_mod: its lists alone define it")
-    return expr
+    return Lifter(leaves, inputs, outer).lift(result, Scope(graph_module), ()), leaves
 
 
 def _length_difference(site: Site) -> Expr:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from omnisparse_flex.masks.expr.expr import Apply, Const, Expr
+from omnisparse_flex.passes.arguments import arguments, is_plain
 from omnisparse_flex.passes.lift_base import Indices, Reader, is_one
 from omnisparse_flex.passes.nodes import shape_of, value_of
 from omnisparse_flex.passes.scope import Scope
@@ -18,20 +20,25 @@ class ShapeRules(Reader):
     """Where an element of the result comes from in the source."""
 
     def _unsqueeze(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if not isinstance(dim, int):
+        given = arguments(node, "input", "dim")
+        if given is None or not isinstance(given["dim"], int):
             return self._leaf(node, scope, at)
-        dim %= len(at)
-        return self.lift(node.args[0], scope, at[:dim] + at[dim + 1 :])
+        dim = given["dim"] % len(at)
+        return self.lift(given["input"], scope, at[:dim] + at[dim + 1 :])
 
     def _transpose(self, node: Node, scope: Scope, at: Indices) -> Expr:
+        given = arguments(node, "input", "dim0", "dim1")
+        if given is None or not (isinstance(given["dim0"], int) and isinstance(given["dim1"], int)):
+            return self._leaf(node, scope, at)
         moved = list(at)
-        a, b = (int(d) % len(at) for d in node.args[1:3])  # type: ignore[arg-type]
+        a, b = given["dim0"] % len(at), given["dim1"] % len(at)
         moved[a], moved[b] = moved[b], moved[a]
-        return self.lift(node.args[0], scope, tuple(moved))
+        return self.lift(given["input"], scope, tuple(moved))
 
     def _permute(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        order: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        order: Any = node.args[1:2] and (node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
+        if not is_plain(node) or len(order) != len(at) or not all(isinstance(d, int) for d in order):
+            return self._leaf(node, scope, at)
         moved = list(at)
         for position, source in enumerate(order):
             moved[source % len(at)] = at[position]
@@ -40,7 +47,7 @@ class ShapeRules(Reader):
     def _view(self, node: Node, scope: Scope, at: Indices) -> Expr:
         """Reshapes that only insert or drop dimensions of size 1."""
         source = node.args[0]
-        if not isinstance(source, Node):
+        if not isinstance(source, Node) or value_of(source).dtype != value_of(node).dtype:  # view(dtype)
             return self._leaf(node, scope, at)
         kept = [(size, index) for size, index in zip(shape_of(node), at, strict=True) if not is_one(size)]
         wanted = [size for size in shape_of(source) if not is_one(size)]
@@ -52,27 +59,40 @@ class ShapeRules(Reader):
     def _getitem(self, node: Node, scope: Scope, at: Indices) -> Expr:
         source, key = node.args[0], node.args[1]
         key = key if isinstance(key, tuple) else (key,)
-        if not isinstance(source, Node):
-            return self._leaf(node, scope, at)
+        if not isinstance(source, Node) or not (source in self.inputs or isinstance(value_of(source), torch.Tensor)):
+            return self._leaf(node, scope, at)  # of several results
         if any(_is_tensor(k) or k in self.inputs for k in key if isinstance(k, Node)):
             return self._gather(node, source, key, scope, at)
-        rank = len(shape_of(source))
+        shape = shape_of(source)
         own = list(at)
         indices: list[Expr] = []
-        for item in _expand_ellipsis(key, rank):
+        for item in _expand_ellipsis(key, len(shape)):
             if item is None:
                 own.pop(0)
-            elif isinstance(item, slice):
-                index = own.pop(0)
-                if item.step not in (None, 1) or _is_negative(item.start):
-                    return self._leaf(node, scope, at)
-                shift = item.start not in (None, 0)
-                indices.append(Apply("add", (index, self.lift(item.start, scope, ()))) if shift else index)
-            elif isinstance(item, int) and item >= 0:
-                indices.append(Const(item))
-            else:
+                continue
+            place = self._place(item, shape[len(indices)], own, scope)
+            if place is None:
                 return self._leaf(node, scope, at)
+            indices.append(place)
         return self.lift(source, scope, tuple(indices) + tuple(own))
+
+    def _place(self, item: Any, size: Any, own: list[Expr], scope: Scope) -> Expr | None:
+        """The index into a dimension of ``size`` that ``item`` picks; a slice takes the next of ``own``.
+
+        None where it is not known before the run: what counts from the end of a length that may be any.
+        """
+        if isinstance(item, bool) or not isinstance(item, (int, slice)):
+            return None
+        if isinstance(item, int):
+            known = item >= 0 or isinstance(size, int)
+            return Const(item if item >= 0 else size + item) if known else None
+        step = 1 if item.step is None else item.step
+        start = _start(0 if item.start is None else item.start, size)
+        if not isinstance(step, int) or step < 1 or start is None:
+            return None
+        index = own.pop(0)
+        moved = index if step == 1 else Apply("mul", (index, Const(step)))
+        return moved if start == 0 else Apply("add", (moved, self.lift(start, scope, ())))
 
     def _gather(self, node: Node, source: Node, key: Sequence[Any], scope: Scope, at: Indices) -> Expr:
         """``source[:, i, j]``: the index tensors broadcast, side by side; whole dimensions may stand around them."""
@@ -97,8 +117,21 @@ def _is_tensor(key: Any) -> bool:
     return isinstance(key, Node) and isinstance(value_of(key), torch.Tensor)
 
 
-def _is_negative(start: Any) -> bool:
-    return isinstance(start, int) and start < 0
+def _start(start: Any, size: Any) -> Any:
+    """Where a slice starts, counted from the front: a number, or a node that is surely not negative; else None."""
+    if isinstance(start, bool) or not isinstance(start, (int, Node)):
+        return None
+    if isinstance(start, Node):
+        value = value_of(start)
+        if isinstance(value, int):
+            start = value
+        elif isinstance(value, torch.SymInt) and statically_known_true(value >= 0):
+            return start
+        else:
+            return None
+    if start >= 0:
+        return start
+    return max(size + start, 0) if isinstance(size, int) else None
 
 
 def _expand_ellipsis(key: Sequence[Any], rank: int) -> list[Any]:

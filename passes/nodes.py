@@ -1,4 +1,4 @@
-"""What a node tells of itself: the value recorded for it, its shape, its operation, and what changes it in place."""
+"""What a node tells of itself: the value recorded for it, its shape and dtype, its operation."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def value_of(node: Any) -> Any:
     return value
 
 
+def dtype_of(node: Any) -> torch.dtype:
+    """The dtype that a node's value has as a tensor; numbers count as those that they become."""
+    value = value_of(node)
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return torch.float32 if isinstance(value, (float, torch.SymFloat)) else torch.int64
+
+
 def shape_of(node: Node) -> tuple[Any, ...]:
     """A node's recorded shape, () if it has none."""
     value = value_of(node)
@@ -29,12 +37,17 @@ def number_of(x: Any) -> float | None:
 
 
 def op_name(node: Node) -> str:
-    """One vocabulary for ``operator.and_``, ``torch.bitwise_and``, ``Tensor.__and__`` and methods."""
+    """One vocabulary for ``operator.and_``, ``torch.bitwise_and``, ``Tensor.__and__`` and methods.
+
+    A function of somebody else's has its module in its name, and so is none of them.
+    """
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":
         packet = getattr(node.target, "overloadpacket", node.target)
         name = str(getattr(packet, "__name__", packet))
+        if not _is_torchs(packet):
+            return f"{getattr(packet, '__module__', '')}.{name}"
     else:
         return node.op
     if name.startswith("__") and name.endswith("__"):
@@ -42,30 +55,9 @@ def op_name(node: Node) -> str:
     return name[:-1] if name in ("and_", "or_", "not_") else name
 
 
-_RESHAPES = ("view", "view_as", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "expand", "expand_as")
-_OTHERS = ("getitem", "narrow", "select", "unbind", "transpose", "permute", "t", "mT", "getattr", "to", "contiguous")
-#: Operations whose result may share memory with their first argument.
-_VIEWS = frozenset((*_RESHAPES, *_OTHERS, "detach", "alias", "broadcast_to", "swapaxes", "type", "type_as", "float"))
-
-
-def writes(node: Node) -> bool:
-    """Whether ``node`` changes its first argument in place."""
-    name = op_name(node)
-    if node.op == "call_function":
-        return name in ("setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior") or name.endswith("_")
-    return node.op == "call_method" and name.endswith("_")
-
-
-def mutations(node: Node) -> list[Node]:
-    """Nodes of the graph that change the value of ``node`` in place after it was made, also through views."""
-    base = node
-    while (writes(base) or op_name(base) in _VIEWS) and base.args and isinstance(base.args[0], Node):
-        base = base.args[0]
-    found, aliases = [], [base]
-    while aliases:
-        alias = aliases.pop()
-        for user in alias.users:
-            if user.args and user.args[0] is alias and (writes(user) or op_name(user) in _VIEWS):
-                aliases.append(user)
-                found += [user] if writes(user) and node < user else []
-    return found
+def _is_torchs(function: Any) -> bool:
+    """Whether a function is torch's or Python's; ``aten`` for operators: anybody may name one ``add``."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return str(function._qualified_op_name).startswith("aten::")
+    module = getattr(function, "__module__", None) or "builtins"  # a method descriptor has none
+    return module in ("torch", "_operator", "operator", "builtins") or module.startswith("torch.")

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.attention.call import Site as AttentionSite
-from omnisparse_flex.attention.functional import attend, autocast, autocast_dtype, scalar
-from omnisparse_flex.attention.select import choose
-from omnisparse_flex.attention.select_op import PARTS
+from omnisparse_flex.attention.functional import attend, autocast_dtype, scalar
 from omnisparse_flex.compilation.cache_names import importable
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.blocks.block_lists import map_of_lists
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout
-from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of
-from omnisparse_flex.masks.expr.expr import Const, Expr, Load
+from omnisparse_flex.masks.blocks.select import grid_of
+from omnisparse_flex.masks.expr.expr import Expr, number_in
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.statistics import Measured
 from omnisparse_flex.passes.nodes import value_of
@@ -54,7 +53,7 @@ class Constants:
         query: Tensor,
         key: Tensor,
         sinks: Tensor | None,
-        given: Layout | BlockSelection | None,
+        layout: Layout | None,
         visual: Tensor | None,
         recall: Tensor | None,
         stats: Tensor | None,
@@ -62,10 +61,9 @@ class Constants:
         recalls: Tensor | None,
         *rest: Any,
     ) -> AttentionSite:
-        """The site with this call's tensors; ``given`` is the layout, or a choice of blocks that holds it."""
+        """The site with this call's tensors."""
         mask, q_offset = _mask(self.expr, self.offset, query, key, rest[: self.leaves])
         scores = self.leaves + self.bias_leaves
-        choice = given if isinstance(given, BlockSelection) else None
         return AttentionSite(
             mask=mask,
             bias_buffers=_as_tensors(rest[self.leaves : scores], query, key),
@@ -75,8 +73,7 @@ class Constants:
             visual=None if visual is None else visual.to(query.device),
             q_offset=q_offset,
             sinks=sinks,
-            layout=given.layout if isinstance(given, BlockSelection) else given,
-            choice=choice,
+            layout=layout,
             write=None if stats is None else _writer(self.layer, stats, maps, recalls),
             exact=recalls is not None,
             **self.fixed,
@@ -96,7 +93,7 @@ def layout_function(site: Site, config: OmniSparseConfig) -> Callable[..., Layou
 
 
 def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
-    """``(query, key, value, sinks, layout or choice, *state, *leaves, *score operands)`` to the attention's output."""
+    """``(query, key, value, sinks, layout, *state, *leaves, *score operands)`` to the attention's output."""
 
     def call(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *rest: Any) -> Tensor:
         return attend(query, key, value, constants.attention(query, key, sinks, *rest))
@@ -104,42 +101,13 @@ def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
     return _named(call, f"omnisparse_layer_{site.layer}", site)
 
 
-def choice_function(site: Site, constants: Constants, *, whole: bool) -> Callable[..., BlockSelection]:
-    """``(query, key, layout, *state, *leaves, *score operands)`` to the blocks of several layers, by this one.
+def listed_function(block: int) -> Callable[..., Tensor]:
+    """``(counts, indices, keys)`` to the map of blocks of ``block`` keys that they list."""
 
-    ``whole``: with all that a record tells, whether this layer has one or not.
-    """
-    if whole:
-        constants = dataclasses.replace(constants, fixed={**constants.fixed, "whole": True})
+    def call(counts: Tensor, indices: Tensor, kv_len: int) -> Tensor:
+        return map_of_lists(counts, indices, (kv_len + block - 1) // block)
 
-    def call(query: Tensor, key: Tensor, *rest: Any) -> BlockSelection:
-        query, key = autocast(query, key)
-        return choose(query.detach(), key.detach(), constants.attention(query, key, None, *rest))
-
-    return _named(call, f"omnisparse_choice_{site.layer}", site)
-
-
-def part_function(name: str) -> Callable[[BlockSelection], Tensor]:
-    """``choice`` to one of its tensors: only tensors go from graph to graph."""
-
-    def call(choice: BlockSelection) -> Tensor:
-        part: Tensor = getattr(choice, name)
-        return part
-
-    return importable(_renamed(call, f"omnisparse_{name}"), None)
-
-
-def given_function(names: tuple[str, ...]) -> Callable[..., BlockSelection]:
-    """``(layout, keep, *parts)`` to a choice that was made in another graph; what is not among ``names`` is empty."""
-
-    def call(layout: Layout, *parts: Tensor) -> BlockSelection:
-        blank = {name: parts[0].new_empty(0, dtype=dtype) for name, dtype, _ in PARTS}
-        # Copies: a node of this body that no other body has. The partitioner then keeps what it reads for the
-        # backward. Without it, the lead's lists and ours are one computation, the lead's, and so is choosing anew.
-        given = {name: part.clone() for name, part in zip(names, parts, strict=True)}
-        return BlockSelection(layout=layout, **(blank | given))
-
-    return importable(_renamed(call, "omnisparse_given"), None)
+    return importable(_renamed(call, "omnisparse_listed"), None)
 
 
 def _named(call: Callable[..., Any], name: str, site: Site) -> Callable[..., Any]:
@@ -181,11 +149,8 @@ def _mask(
     expr: Expr, offset: Expr | None, query: Tensor, key: Tensor, leaves: Sequence[Any]
 ) -> tuple[MaskProgram, Tensor | int]:
     """The lifted mask over its leaves, and the position of query 0."""
-    buffers = _as_tensors(leaves, query, key)
-    if isinstance(offset, Const):
-        return MaskProgram(expr, buffers), int(offset.value)
-    assert isinstance(offset, Load) and not offset.at, f"offset {offset} is not a number or a scalar"
-    return MaskProgram(expr, buffers), buffers[offset.slot]
+    mask = MaskProgram(expr, _as_tensors(leaves, query, key))
+    return mask, 0 if offset is None else number_in(offset, mask.buffers, query.device)
 
 
 def _as_tensors(leaves: Sequence[Any], query: Tensor, key: Tensor) -> tuple[Tensor, ...]:

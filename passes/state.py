@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -23,16 +23,35 @@ class Skip:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Listed:
+    """Block lists beside their counts.
+
+    Attributes:
+        indices: int (B, H, NQ, W).
+        kv_len: Number of keys, an int or its node.
+        block: Keys of a block.
+    """
+
+    indices: Node
+    kv_len: Node | int
+    block: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
     """A small tensor (or size) that a lifted mask reads.
 
     Attributes:
         node: Its node; None stands for S - L, which the lowered call reads off its operands.
         home: The graph that holds ``node``.
+        detached: The model has no gradient through it here, though it may require one.
+        listed: What else belongs to block lists whose counts ``node`` are: the tensor is the map that they stand for.
     """
 
     node: Node | None
     home: Scope
+    detached: bool = False
+    listed: Listed | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,6 +67,8 @@ class Site:
         value: (B, Hkv, S, Dv).
         mask: bool or additive mask node, or None.
         mask_blocks: A bool ``mask`` says where attention is *not* allowed.
+        mask_reader: The node that reads ``mask``; None: ``node``.
+        reads: What the site reads elsewhere than at ``node``, and the nodes that read it: (value, reader).
         padding: bool (B, S) node, or None.
         causal: ``"none"``, ``"upper_left"`` (SDPA) or ``"lower_right"`` (decoders with a cache).
         scale: Logit scale, None: 1 / sqrt(D).
@@ -57,6 +78,7 @@ class Site:
         layer: Decoder layer, 0-based; order of appearance where the model does not say.
         path: Module path, for the report.
         mods: A flex site's ``(score graph, mask graph, score operands, mask operands)``.
+        lists: A flex site's block mask as the operator takes it, its mask graph last.
         expr: The lifted mask.
         bias: The lifted additive part, or None.
         leaves: What ``expr`` reads, by slot.
@@ -65,8 +87,6 @@ class Site:
         skip: Set by the first pass that refuses the site.
         rewritten: Set when ``lower`` has replaced the site.
         flash_refused: Why a wanted FLASH kernel does not run it, "" otherwise.
-        lead: The site whose choice of blocks it uses, None: its own.
-        alone: Why it could not use the choice of the sites before it, "" where it does or need not.
     """
 
     kind: str
@@ -77,6 +97,8 @@ class Site:
     value: Node
     mask: Node | None = None
     mask_blocks: bool = False
+    mask_reader: Node | None = None
+    reads: tuple[tuple[Node, Node], ...] = ()
     padding: Node | None = None
     causal: str = "none"
     scale: float | None = None
@@ -86,6 +108,7 @@ class Site:
     layer: int = -1
     path: str = ""
     mods: tuple[GraphModule, GraphModule, tuple[Any, ...], tuple[Any, ...]] | None = None
+    lists: tuple[Any, ...] = ()
     expr: Expr = TRUE
     bias: Expr | None = None
     leaves: list[Leaf] = dataclasses.field(default_factory=list)
@@ -94,8 +117,6 @@ class Site:
     skip: Skip | None = None
     rewritten: bool = False
     flash_refused: str = ""
-    lead: Site | None = None
-    alone: str = ""
 
     def refuse(self, reason: str) -> None:
         """Leave the site dense; the first reason stands."""
@@ -136,6 +157,9 @@ class Rewrite:
         state: Operands of the ``bind`` op (visual, recall, stats, maps, recalls), if there is one.
         orphans: Nodes whose readers a pass removed; the clean-up erases the dead ones.
         modified: Whether any graph changed.
+        refused: Reasons of sites that are to stay dense whatever the passes find, by their place in ``sites``.
+        visited: The site that a pass works on, or None.
+        dumped_to: The folder of this run's dump, if one was asked for.
     """
 
     root: Scope
@@ -145,10 +169,20 @@ class Rewrite:
     state: tuple[Node | None, ...] = (None, None, None, None, None)
     orphans: list[Leaf] = dataclasses.field(default_factory=list)
     modified: bool = False
+    refused: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    visited: Site | None = None
+    dumped_to: str | None = None
 
     def open_sites(self) -> list[Site]:
         """Sites that no pass has refused."""
         return [site for site in self.sites if site.skip is None]
+
+    def visit(self, sites: Iterable[Site]) -> Iterator[Site]:
+        """The sites one by one, each ``visited`` while it is worked on: what fails then is its own failure."""
+        for self.visited in sites:
+            assert self.visited is not None
+            yield self.visited
+        self.visited = None
 
     def moved(self, old: Node, new: Node) -> None:
         """Let sites that attend over another site's output (no projection in between) follow its rewrite."""

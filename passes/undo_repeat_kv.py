@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from omnisparse_flex.passes.nodes import op_name, shape_of
+from omnisparse_flex.passes.arguments import arguments, is_plain
+from omnisparse_flex.passes.nodes import number_of, op_name, shape_of
 from omnisparse_flex.passes.state import Rewrite
+from omnisparse_flex.passes.writes import changes_between
+
+_ALL = slice(None)
 
 
 def undo_repeat_kv(rewrite: Rewrite) -> None:
@@ -14,9 +18,12 @@ def undo_repeat_kv(rewrite: Rewrite) -> None:
     ``expand -> reshape`` (transformers) and ``repeat_interleave`` (everybody else) order
     repeated heads alike: head h of the copy is head h // n of the original.
     """
-    for site in rewrite.open_sites():
+    for site in rewrite.visit(rewrite.open_sites()):
         key, value = _source(site.key), _source(site.value)
-        if key is not None and value is not None and shape_of(key)[1] == shape_of(value)[1]:
+        if key is None or value is None or shape_of(key)[1] != shape_of(value)[1]:
+            continue
+        # The copies were made before; what they are of may have been written to since.
+        if not any(changes_between(new, old, site.node) for new, old in ((key, site.key), (value, site.value))):
             site.key, site.value = key, value
 
 
@@ -25,23 +32,46 @@ def _source(node: Node) -> Node | None:
     if len(shape_of(node)) != 4:
         return None
     if op_name(node) == "repeat_interleave":
-        source = node.args[0]
-        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-        return source if isinstance(source, Node) and dim in (1, -3) and len(shape_of(source)) == 4 else None
+        return _interleaved(node)
     if op_name(node) == "contiguous":
         return _source(node.args[0]) if isinstance(node.args[0], Node) else None
-    if op_name(node) not in ("reshape", "view", "flatten"):
+    if op_name(node) not in ("reshape", "view", "flatten") or not is_plain(node, "shape", "start_dim", "end_dim"):
         return None
     expanded = node.args[0]
     if not isinstance(expanded, Node) or op_name(expanded) not in ("expand", "expand_as", "broadcast_to"):
         return None
     inserted = expanded.args[0]
-    if not isinstance(inserted, Node) or len(shape_of(inserted)) != 5:
+    if not isinstance(inserted, Node) or op_name(inserted) not in ("getitem", "unsqueeze", "view", "reshape"):
         return None
     source = inserted.args[0] if inserted.args else None
-    if not isinstance(source, Node) or len(shape_of(source)) != 4:
+    if not isinstance(source, Node) or len(shape_of(source)) != 4 or not _inserts(inserted):
         return None
     batch, heads, length, dim = shape_of(source)
     repeats = shape_of(expanded)[2]
     is_insert = shape_of(inserted) == (batch, heads, 1, length, dim)
-    return source if is_insert and shape_of(node) == (batch, heads * repeats, length, dim) else None
+    is_repeat = shape_of(expanded) == (batch, heads, repeats, length, dim)
+    return source if is_insert and is_repeat and shape_of(node) == (batch, heads * repeats, length, dim) else None
+
+
+def _interleaved(node: Node) -> Node | None:
+    """What ``repeat_interleave`` repeats, every head the same number of times."""
+    given = arguments(node, "input", "repeats", "dim")
+    if given is None or given["dim"] not in (1, -3) or not isinstance(given["input"], Node):
+        return None
+    often, shape = number_of(given["repeats"]), shape_of(given["input"])
+    # A tensor of repeats has a number for each head, and its values are known at run time only.
+    return given["input"] if often is not None and len(shape) == 4 else None
+
+
+def _inserts(node: Node) -> bool:
+    """Whether ``node`` is its source with one more dimension at place 2 and nothing else changed."""
+    if op_name(node) == "unsqueeze":
+        given = arguments(node, "input", "dim")
+        return given is not None and given["dim"] in (2, -3)
+    if op_name(node) in ("view", "reshape"):
+        return is_plain(node, "shape", "size")  # the order of elements stays
+    key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if any(k is not None and k is not Ellipsis and k != slice(None) for k in key):
+        return False
+    # x[:, :, None, ...] or x[..., None, :, :]
+    return key.count(None) == 1 and (key[:3] == (_ALL, _ALL, None) or key[-3:] == (None, _ALL, _ALL))

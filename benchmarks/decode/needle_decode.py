@@ -35,6 +35,7 @@ from benchmarks.decode.needle_items import WORDS_PER_ANSWER, Items, make_items
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.cache.choose_keys import Choice, choose, ranked
 from omnisparse_flex.cache.layer import TAIL_STEP
+from omnisparse_flex.model.cache_argument import as_cache_argument
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +150,7 @@ def run(model: Any, variant: Variant, items: Items, span: list[int]) -> tuple[Te
     for question in range(2):
         said = []
         for _ in range(WORDS_PER_ANSWER):
-            logits = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(input_ids=tokens, **as_cache_argument(model.forward, cache), logits_to_keep=1).logits
             span[0] = 0
             tokens = logits[:, -1].argmax(-1, keepdim=True)
             said.append(tokens)

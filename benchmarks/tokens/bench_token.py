@@ -30,13 +30,12 @@ from benchmarks.common.gpu_timing import dense_attention, kernel_milliseconds
 from omnisparse_flex.attention.call import Site, register
 from omnisparse_flex.attention.tokens.dispatch import (
     attend_and_select,
-    attend_near,
     attend_tokens,
-    choose,
     segments_of_site,
     takes_kernels,
 )
 from omnisparse_flex.attention.tokens.op import call_token_op
+from omnisparse_flex.attention.tokens.tensor_code import attend_near, choose
 from omnisparse_flex.calibration.timing import milliseconds
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.select import BLOCK

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from omnisparse_flex.kernels.fallback import guarded
+from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.types import MaskMod
+
+KERNEL = ("block_lists.lists_in_one", "the kernel for block lists failed, they are made in tensor code")
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +48,21 @@ def wider(keep: Tensor, full: Tensor, split: int) -> tuple[Tensor, Tensor]:
     kept, whole = (x.expand_as(keep).to(torch.uint8) for x in (keep, keep & full))
     parts = [F.pad(x, (0, short)).unflatten(-1, (-1, split)) for x in (kept, whole)]
     return parts[0].amax(-1) > 0, parts[1].amin(-1) > 0
+
+
+def map_of_lists(counts: Tensor, indices: Tensor, least: int = 0) -> Tensor:
+    """The inverse of ``block_lists``: bool (B, H, NQ, width), True at the listed blocks.
+
+    Args:
+        counts: int (B, H, NQ), how many of each row's indices count.
+        indices: int (B, H, NQ, W), below ``width``; what lies behind the count may be anything.
+        least: ``width`` is W, or this where it is more.
+    """
+    width = max(indices.shape[-1], least)
+    used = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    places = torch.where(used, indices.clamp(min=0, max=width - 1), width).long()
+    blank = torch.zeros((*indices.shape[:-1], width + 1), dtype=torch.bool, device=indices.device)
+    return blank.scatter(-1, places, True)[..., :width]
 
 
 def block_mask_from_maps(
@@ -96,10 +110,10 @@ def block_mask_from_maps(
     )
 
 
-def _map_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _map_lists(keep: Tensor, full: Tensor) -> Lists:
     full = full.expand_as(keep)
-    if keep.is_cuda and (kernel := _kernel()) is not None:
-        made = kernel(keep, full)
+    if keep.is_cuda and (kernel := load(*KERNEL)) is not None:
+        made: Lists | None = kernel(keep, full)
         if made is not None:
             return made
     lists = (*block_lists(keep & ~full), *block_lists(keep & full))
@@ -108,16 +122,7 @@ def _map_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return number, indices, full_number, full_indices
 
 
-@functools.cache
-def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor] | None] | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from omnisparse_flex.kernels.block_lists import lists_in_one
-
-    return guarded(lists_in_one, "the kernel for block lists failed, they are made in tensor code")
-
-
-def _fake_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_lists(keep: Tensor, full: Tensor) -> Lists:
     numbers = keep.new_empty(keep.shape[:-1], dtype=torch.int32)
     indices = keep.new_empty(keep.shape, dtype=torch.int32)
     return numbers, indices, torch.empty_like(numbers), torch.empty_like(indices)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.masks.blocks.block_lse import block_lse
+from omnisparse_flex.masks.blocks.mean_pool import for_products
 from omnisparse_flex.masks.blocks.row_mass import key_units, normalised, within
 from omnisparse_flex.masks.expr.causal_padding import plain_mask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
@@ -42,8 +43,7 @@ def with_last_rows(
         scale: Logit scale.
         block: Tokens per query block.
         key_block: Tokens per key block.
-        adjust: The model's own change of the logits at block centres, ``(logits, blocks=slice)``
-            over the query blocks that the slice names; or None.
+        adjust: The model's own change of the logits at given positions, see ``Scorer``, or None.
         mask: The model's own mask.
 
     Returns:
@@ -60,7 +60,7 @@ def with_last_rows(
     vectors = query.index_select(2, rows.flatten())
     plain = plain_mask(mask, query.shape[0], key.shape[2], query.device) if adjust is None else None
     if plain is None:
-        lse = _lse_by_pairs(vectors, key, rows, slice(blocks - last, None), scale, key_block, adjust, mask.pairs)
+        lse = _lse_by_pairs(vectors, key, rows, scale, key_block, adjust, mask.pairs)
     else:
         everything = torch.full_like(rows, key.shape[2] - 1)
         seen_to = everything if plain.offset is None else rows + plain.offset
@@ -78,7 +78,6 @@ def _lse_by_pairs(
     vectors: Tensor,
     key: Tensor,
     rows: Tensor,
-    last: slice,
     scale: float,
     block: int,
     adjust: Callable[..., Tensor] | None,
@@ -89,15 +88,17 @@ def _lse_by_pairs(
     kv_heads = key.shape[1]
     units = key_units(key, block, 1)
     grouped = vectors.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits = (grouped @ units.vectors.transpose(-1, -2)).unflatten(-1, (-1, block))
+    logits = (for_products(grouped) @ for_products(units.vectors).transpose(-1, -2)).unflatten(-1, (-1, block))
     logits = logits.unflatten(2, (heads // kv_heads, *rows.shape))
     # Rows and the keys of a block first: (R, block, B, Hq, last, NK), to which a change of the logits broadcasts.
     logits = logits.permute(3, 6, 0, 1, 2, 4, 5).flatten(3, 4).float() * scale
+    # Each row by its position and each key by its own: a change of the logits sees what attention sees.
+    places = rows.view(-1, 1, 1, 1, rows.shape[1], 1)
     if adjust is not None:
-        logits = adjust(logits, blocks=last)
+        logits = adjust(logits, q=places, kv=units.positions)
     b = torch.arange(batch, device=key.device).view(-1, 1, 1, 1)
     h = torch.arange(heads, device=key.device).view(-1, 1, 1)
-    pairs = allowed(b, h, rows.view(-1, 1, 1, 1, rows.shape[1], 1), units.positions).to(torch.bool)
+    pairs = allowed(b, h, places, units.positions).to(torch.bool)
     logits = (logits + units.weights).masked_fill(~pairs, float("-inf"))
     return torch.logsumexp(logits, dim=1).permute(1, 2, 0, 3, 4)
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.blocks.text_runs import text_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid, any_in_blocks
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.text_runs import text_blocks
 
 
 class Layout(NamedTuple):
@@ -102,8 +102,14 @@ def _rescue(mask: MaskProgram | OpaqueMask, some: Tensor, grid: Grid, q_offset: 
 
     Rows that may see their own position are covered by the window. For the others (padded
     queries) the first allowed block is enough when the mask is causal and otherwise a
-    matter of keys alone; under any other mask the whole row of blocks stays
-    (``MaskProgram.blind_rows_need``).
+    matter of keys alone: bounds are exact in those (``terms.mask_bounds``). Under any other mask the
+    whole row of blocks stays (``MaskProgram.blind_rows_need``).
+
+    Args:
+        mask: The model's own mask.
+        some: bool (B or 1, Hq or 1, NQ, NK), blocks that may hold an allowed pair.
+        grid: The site's blocks.
+        q_offset: Position of query 0.
 
     Returns:
         bool (B or 1, Hq or 1, NQ, NK).

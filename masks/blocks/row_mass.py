@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+from omnisparse_flex.masks.blocks.mean_pool import for_products, live_counts
 
 
 class Units(NamedTuple):
@@ -16,13 +18,15 @@ class Units(NamedTuple):
 
     Attributes:
         vectors: (B, Hkv, NK * c, E), in order of position.
-        positions: int64 (c, 1, 1, 1, NK), the key position that stands for each unit.
-        weights: float32 (c, 1, 1, 1, NK), log of the share of the unit that exists; -inf past the last key.
+        positions: int64 (c, 1 or B, 1, 1, NK), the key position that stands for each unit.
+        weights: float32 (c, 1 or B, 1, 1, NK), log of the share of the unit that is live; -inf past the last key.
+        centres: int64 (c, 1 or B, 1, 1, NK), the key position at which a change of its logits is asked for.
     """
 
     vectors: Tensor
     positions: Tensor
     weights: Tensor
+    centres: Tensor
 
 
 class Rows(NamedTuple):
@@ -32,11 +36,13 @@ class Rows(NamedTuple):
         vectors: (B, Hq, NQ, E).
         positions: int64 (NQ, 1), the query position that stands for each row.
         exist: bool (NQ, 1); False for rows past the last query.
+        centres: int64 (NQ, 1), the query position at which a change of its logits is asked for.
     """
 
     vectors: Tensor
     positions: Tensor
     exist: Tensor
+    centres: Tensor
 
 
 def add_rows(
@@ -46,7 +52,7 @@ def add_rows(
     some: Tensor,
     *,
     scale: float,
-    adjust: Callable[[Tensor], Tensor] | None,
+    adjust: Callable[..., Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
     """Add one row's exact softmax mass to what the rows before it gave.
@@ -60,7 +66,7 @@ def add_rows(
         units: What they look at.
         some: bool (B or 1, Hq or 1, NQ, NK).
         scale: Logit scale.
-        adjust: The model's own change of the logits at block centres, or None.
+        adjust: The model's own change of the logits, see ``Scorer``, or None.
         allowed: The model's mask, ``(b, h, q, kv) -> bool``.
 
     Returns:
@@ -70,11 +76,13 @@ def add_rows(
     batch, heads, q_blocks, _ = rows.vectors.shape
     kv_heads, kv_blocks, per_block = units.vectors.shape[1], some.shape[-1], units.positions.shape[0]
     grouped = rows.vectors.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits = (grouped @ units.vectors.transpose(-1, -2)).unflatten(-1, (kv_blocks, per_block))
+    logits = (for_products(grouped) @ for_products(units.vectors).transpose(-1, -2)).unflatten(
+        -1, (kv_blocks, per_block)
+    )
     # Units first: a change of the logits then broadcasts over them.
     logits = logits.unflatten(2, (heads // kv_heads, q_blocks)).flatten(1, 2).permute(4, 0, 1, 2, 3).float() * scale
     if adjust is not None:
-        logits = adjust(logits)
+        logits = adjust(logits, q=rows.centres, kv=units.centres)
 
     b = torch.arange(batch, device=some.device).view(-1, 1, 1, 1)
     h = torch.arange(heads, device=some.device).view(-1, 1, 1)
@@ -95,7 +103,7 @@ def tile_mass(
     length: int,
     block: int,
     scale: float,
-    adjust: Callable[[Tensor], Tensor] | None,
+    adjust: Callable[..., Tensor] | None,
     allowed: Callable[..., Tensor],
 ) -> Tensor:
     """Mass by rows of tiles of consecutive queries, each tile a row of its own; its last query stands for it.
@@ -107,7 +115,7 @@ def tile_mass(
         length: Number of queries.
         block: Tokens per block.
         scale: Logit scale.
-        adjust: The model's own change of the logits at block centres, or None.
+        adjust: The model's own change of the logits, see ``Scorer``, or None.
         allowed: The model's mask.
 
     Returns:
@@ -119,7 +127,8 @@ def tile_mass(
     for row in range(count):
         last = torch.full_like(starts, (row + 1) * size - 1)
         exist = (starts + row * size < length).unsqueeze(1)
-        rows = Rows(tiles[:, :, :, row], row_positions(last, length, block), exist)
+        places = (row_positions(x, length, block) for x in (last, last - size // 2))
+        rows = Rows(tiles[:, :, :, row], next(places), exist, next(places))
         total = add_rows(total, rows, units, some, scale=scale, adjust=adjust, allowed=allowed)
     assert total is not None  # a block holds at least one tile
     return normalised(total, some)
@@ -157,30 +166,39 @@ def row_positions(offsets: Tensor, length: int, block: int) -> Tensor:
     return within(starts + offsets, length).unsqueeze(1)
 
 
-def key_units(key: Tensor, block: int, size: int) -> Units:
-    """Keys of whole blocks, folded ``size`` consecutive tokens to a unit; the first token stands for it.
+def key_units(key: Tensor, block: int, size: int, live: Tensor | None = None) -> Units:
+    """Keys of whole blocks, folded ``size`` consecutive tokens to a unit; the first live token stands for it.
 
     Args:
         key: (B, Hkv, S, D).
         block: Tokens per block, a multiple of ``size``.
         size: Tokens per unit.
+        live: bool (B, S), keys that count; of a unit the others are 0, and the rest the larger for it. None: all.
 
     Returns:
         The units, with E = ``size`` * D.
     """
     count = (key.shape[2] + block - 1) // block
+    if live is not None and size > 1:
+        share = (live_counts(live, size) / size).clamp(min=1 / size).repeat_interleave(size, 1)[:, : key.shape[2]]
+        key = torch.where(live[:, None, :, None], key / share[:, None, :, None].to(key.dtype), 0.0)
     vectors = whole_blocks(key, block).unflatten(2, (count * (block // size), size)).flatten(3)
-    return Units(vectors, *unit_places(key, block, size))
+    return Units(vectors, *unit_places(key, block, size, live))
 
 
-def unit_places(key: Tensor, block: int, size: int) -> tuple[Tensor, Tensor]:
-    """``positions`` and ``weights`` of the ``Units`` of ``size`` consecutive keys (B, Hkv, S, D)."""
+def unit_places(key: Tensor, block: int, size: int, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``positions``, ``weights`` and ``centres`` of the ``Units`` of ``size`` consecutive keys (B, Hkv, S, D)."""
     length = key.shape[2]
     count = (length + block - 1) // block
     starts = torch.arange(count * (block // size), device=key.device) * size
     first = starts.view(count, block // size).transpose(0, 1).view(-1, 1, 1, 1, count)
+    if live is not None and size > 1:
+        own = F.pad(live.to(torch.uint8), (0, count * block - length)).unflatten(1, (count, block // size, size))
+        own = own.permute(2, 0, 1, 3)[:, :, None, None]  # (c, B, 1, 1, NK, size)
+        place = within(first + own.argmax(-1), length)
+        return place, (own.sum(-1, dtype=torch.float32) / size).log(), place
     share = (length - first).clamp(min=0, max=size).to(torch.float32) / size
-    return within(first, length), share.log()
+    return within(first, length), share.log(), within(first + size // 2, length)
 
 
 def within(positions: Tensor, length: int) -> Tensor:

@@ -20,8 +20,9 @@ class Scorer(Protocol):
         scale: float,
         block: int,
         key_block: int,
-        adjust: Callable[[Tensor], Tensor] | None,
+        adjust: Callable[..., Tensor] | None,
         allowed: Callable[..., Tensor],
+        live: Tensor | None = None,
     ) -> Tensor:
         """Estimated attention mass that each query block gives to each key block.
 
@@ -32,9 +33,10 @@ class Scorer(Protocol):
             scale: Logit scale.
             block: Tokens per query block.
             key_block: Tokens per key block.
-            adjust: The model's own change of the logits (bias, soft cap) at block centres,
-                (..., B, Hq, NQ, NK) -> the same shape, or None.
+            adjust: The model's own change of the logits (bias, soft cap), (..., B, Hq, NQ, NK) -> the same shape; at
+                the positions ``q`` and ``kv`` where they are given, else over whole blocks; or None.
             allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices.
+            live: bool (B, S), keys that the mask leaves of the sequence; the others must not enter a mean. None: all.
 
         Returns:
             float32 (B, Hq, NQ, NK): the mean over the rows of logits that stand for a query block; a row sums to 1,

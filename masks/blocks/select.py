@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,40 +11,31 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks.blocks.antidiagonal import STRIDE, antidiagonal
 from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.blocks.last_rows import with_last_rows
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout, own_positions
 from omnisparse_flex.masks.blocks.lazy import active_rows
 from omnisparse_flex.masks.blocks.mean_pool import block_mean, mean_pool
-from omnisparse_flex.masks.blocks.sampled_rows import PROBES, probe
+from omnisparse_flex.masks.blocks.peak import Peaks
+from omnisparse_flex.masks.blocks.peak_op import peaks_of
+from omnisparse_flex.masks.blocks.peak_rows import ROWS
 from omnisparse_flex.masks.blocks.scorer import Scorer
 from omnisparse_flex.masks.blocks.tile_pool import TILE, tile_pool
 from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.live_keys import live_keys
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.peak import Peaks
-from omnisparse_flex.masks.peak_op import peaks_of
-from omnisparse_flex.masks.peak_rows import ROWS
 
-#: Side of a block, in tokens: of queries, and of keys unless ``config.key_block`` is less. The sm90 backward takes no
-#: other (DESIGN, FACTS).
+#: Side of a block, in tokens: of queries, and of keys unless ``config.key_block`` is less. FlexAttention's backward
+#: takes no other size on sm90.
 BLOCK = 128
 
-SCORERS: dict[str, Scorer] = {
-    "mean_pool": mean_pool,
-    "tile_pool": tile_pool,
-    "antidiagonal": antidiagonal,
-    "probe": probe,
-}
+#: Logits under it stand for pairs that are not allowed, whoever says so.
+FORBIDDEN = -1e6
+
+SCORERS: dict[str, Scorer] = {"mean_pool": mean_pool, "tile_pool": tile_pool}
 #: A scorer's products for a pair of blocks, as a share of what attention itself computes for it (QK and PV).
-COSTS = {
-    "mean_pool": 0.5 / BLOCK**2,
-    "tile_pool": 0.5 / TILE**2,
-    "antidiagonal": 0.5 / STRIDE,
-    "probe": 0.5 * PROBES / BLOCK,
-    "sampled_rows": 0.5 * ROWS / BLOCK,
-}
+COSTS = {"mean_pool": 0.5 / BLOCK**2, "tile_pool": 0.5 / TILE**2, "sampled_rows": 0.5 * ROWS / BLOCK}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +47,7 @@ class BlockSelection:
         layout: What does not depend on queries and keys.
         recall: float32 (B, Hq, NQ), what of its mass a row block keeps: by the estimate, or of an exact row.
         scored: float32 (B, Hq, NQ), key blocks whose keys were multiplied, where the rule chooses which.
-        mass: float32 (B, Hq, NQ, NK), the estimate; empty for the peak rule, which makes none.
+        mass: float32 (B, Hq, NQ, NK), the estimate; NK = 0 for the peak rule, which makes none.
         needs: int64 (B, Hq, NQ), blocks each head would need.
         budget: int64 (B, Hq, NQ), blocks each head got, at most ``max_kv_budget``.
         active: bool (B, Hq, NQ).
@@ -103,7 +95,7 @@ def select_blocks(
         visual: bool (B, S), visual tokens; of the others long runs are always kept, see ``text_blocks``.
             None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
-        adjust: The model's own change of the logits at block centres, see ``at_centres``, for the rules that count.
+        adjust: The model's own change of the logits, see ``change_of_logits``, for the rules that count.
         min_peak: Share of a row that is a peak, number or 0-d tensor, for the peak rule.
         score: The model's own change of a logit, ``(logits, b, h, q, kv) -> logits``, or None, for the peak rule.
         layout: What ``block_layout`` gives for these inputs, where layers share it; None: made here.
@@ -124,7 +116,8 @@ def select_blocks(
         )  # fmt: skip
         return _by_peaks(peaks, layout)
     sides: dict[str, Any] = {"scale": scale, "block": BLOCK, "key_block": grid.kv_block, "adjust": adjust}
-    mass = SCORERS[config.scorer](query, key, layout.some, allowed=mask.pairs, **sides)
+    live = live_keys(mask, query.shape[0], key.shape[2], query.device)
+    mass = SCORERS[config.scorer](query, key, layout.some, allowed=mask.pairs, live=live, **sides)
     if config.last_rows > 0:
         mass = with_last_rows(mass, query, key, layout.some, config.last_rows, mask=mask, **sides)
     local_mass = (mass * layout.near).sum(-1)
@@ -135,8 +128,6 @@ def select_blocks(
     needs, overflow = _capped(needs, config.max_kv_budget, grid.kv_block)
     budget = shared_budget(needs, active, _blocks_of(config.budget, grid.kv_block))
     keep = layout.forced | keep_top(order, layout.eligible, budget)
-    if config.lazy_mode == "skip":
-        keep = keep & (active | ~lazy).unsqueeze(-1)
     recall = (mass * keep).sum(-1)
     scored = torch.zeros_like(recall)
     return BlockSelection(keep, layout, recall, scored, mass, needs, budget, active, lazy, overflow & active)
@@ -182,26 +173,42 @@ def _capped(needs: Tensor, max_kv_budget: int | None, block: int) -> tuple[Tenso
     return needs.clamp(max=limit), needs > limit
 
 
-def at_centres(grid: Grid, score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A pointwise score change, applied to block logits as if each block were its middle pair.
+#: Pairs of a block, evenly spaced on its diagonal, at which a change of the logits is asked for where none is named.
+SAMPLES = 4
 
-    Our choice: exact for biases linear in the distance, and block means resolve no more.
+
+def change_of_logits(grid: Grid, score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A pointwise score change as estimators apply it: at their own positions, or to the logits of whole blocks.
 
     Args:
         grid: The site's blocks.
         score: ``(logits, b, h, q, kv) -> logits`` over broadcastable indices.
 
     Returns:
-        A function of float32 (..., B, Hq, NQ, NK) logits, NQ all query blocks or those of the slice ``blocks``.
+        A function of float32 (..., B, Hq, NQ, NK) logits. With ``q`` and ``kv``, int64 positions that broadcast to
+        them, it is exact. Without, NQ and NK are all blocks, and a block's logit becomes the mean, as softmax takes
+        it, of what some of its pairs would make of it. Our choice: a block all of whose sampled pairs are forbidden
+        keeps its logit, because others may not be.
     """
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
-    q = torch.arange(grid.q_blocks, device=grid.device).view(1, 1, -1, 1) * grid.block + grid.block // 2
-    kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.kv_block + grid.kv_block // 2
-    q, kv = q.clamp(max=grid.q_len - 1), kv.clamp(max=grid.kv_len - 1)
+    first_q = torch.arange(grid.q_blocks, device=grid.device).view(1, 1, -1, 1) * grid.block
+    first_kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.kv_block
 
-    def adjusted(logits: Tensor, blocks: slice = slice(None)) -> Tensor:
-        changed: Tensor = score(logits, b, h, q[:, :, blocks], kv).expand_as(logits)
+    def at_samples(logits: Tensor) -> Tensor:
+        total = None
+        for sample in range(SAMPLES):
+            of_q, of_kv = ((2 * sample + 1) * side // (2 * SAMPLES) for side in (grid.block, grid.kv_block))
+            q, kv = (first_q + of_q).clamp(max=grid.q_len - 1), (first_kv + of_kv).clamp(max=grid.kv_len - 1)
+            changed = score(logits, b, h, q, kv).expand_as(logits)
+            total = changed if total is None else torch.logaddexp(total, changed)
+        assert total is not None
+        return torch.where(total > FORBIDDEN, total - math.log(SAMPLES), logits)
+
+    def adjusted(logits: Tensor, *, q: Tensor | None = None, kv: Tensor | None = None) -> Tensor:
+        if q is None or kv is None:
+            return at_samples(logits)
+        changed: Tensor = score(logits, b, h, q, kv).expand_as(logits)
         return changed
 
     return adjusted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -22,21 +21,23 @@ def tile_pool(
     scale: float,
     block: int,
     key_block: int,
-    adjust: Callable[[Tensor], Tensor] | None,
+    adjust: Callable[..., Tensor] | None,
     allowed: Callable[..., Tensor],
+    live: Tensor | None = None,
 ) -> Tensor:
     """Means of ``TILE`` queries attend to means of ``TILE`` keys.
 
     A tile of queries goes through a softmax of its own, so that one tile that looks far is not
     hidden by its neighbours, and a key block weighs what its heaviest tiles weigh.
 
-    Args, Returns: see ``Scorer``. ``allowed`` is read at each tile's last query and first key.
+    Args, Returns: see ``Scorer``. ``allowed`` is read at each tile's last query and first live key.
 
     Source: Our choice, between block means and the tiles of XAttention, arXiv 2503.16428. One
     tile of every query block at a time: B * Hq * NQ * (S / ``TILE``) products are in memory.
     """
-    tile = math.gcd(key_block, TILE)
-    units = Units(whole_blocks(block_mean(key, tile), key_block // tile), *unit_places(key, key_block, tile))
+    tile = min(key_block, TILE)
+    vectors = whole_blocks(block_mean(key, tile, live), key_block // tile)
+    units = Units(vectors, *unit_places(key, key_block, tile, live))
     tiles = whole_blocks(block_mean(query, tile), block // tile).unflatten(2, (some.shape[-2], block // tile))
     length = query.shape[2]
     return tile_mass(tiles, units, some, length=length, block=block, scale=scale, adjust=adjust, allowed=allowed)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnisparse_flex.masks.expr.expr import Apply, Const, Expr, Index, Load, axes
+import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+from omnisparse_flex.masks.expr.expr import Apply, Const, Expr, Index, Load, axes, evaluate, plain_load
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,12 +127,16 @@ def _of_axis(axis: str, grid: Grid) -> tuple[int, int, int]:
 def _load_bounds(buffer: Tensor, at: tuple[Expr, ...], buffers: Sequence[Tensor], grid: Grid) -> Bounds:
     """Bounds of a captured tensor's element.
 
-    Dimensions read at plain q or kv are pooled block by block; dimensions read at an
+    Dimensions read at plain q or kv, or at q // n or kv // n, are pooled block by block; dimensions read at an
     expression of batch and head alone are looked up; any other dimension is bounded over
     its whole extent. Rows and columns keep (q, kv) as the last two axes.
     """
     low = high = buffer
+    if buffer.dtype.is_floating_point:
+        # A comparison with NaN is false; one with a bound that is NaN would say so of its whole block.
+        low, high = (torch.where(buffer.isnan(), bound, buffer) for bound in (-torch.inf, torch.inf))
     pooled: list[Expr] = []
+    strided: dict[Expr, Expr] = {}
     for dim, index in reversed(list(enumerate(at))):
         if isinstance(index, Index) and index.axis in ("q", "kv"):
             length, count, block = _of_axis(index.axis, grid)
@@ -140,9 +145,52 @@ def _load_bounds(buffer: Tensor, at: tuple[Expr, ...], buffers: Sequence[Tensor]
             low = _pool(low.narrow(dim, 0, length), dim, count, block, highest=False)
             high = _pool(high.narrow(dim, 0, length), dim, count, block, highest=True)
             pooled.append(index)
+        elif (stride := _stride(index)) is not None and index.args[0] not in pooled:  # type: ignore[union-attr]
+            axis = index.args[0]  # type: ignore[union-attr]
+            places = _strided_places(axis, stride, grid)
+            if buffer.shape[dim] * stride < (grid.q_len if axis == Index("q") else grid.kv_len):
+                return None
+            low, high = _pool_places(low, dim, places, highest=False), _pool_places(high, dim, places, highest=True)
+            strided[index] = axis
+            pooled.append(axis)
         elif not axes(index) <= {"b", "h"}:
             low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
+    at = tuple(strided.get(index, index) for index in at)
     return _read(low, at, pooled, buffers, grid), _read(high, at, pooled, buffers, grid)
+
+
+#: Fewest consecutive positions that share an element of a table for it to be pooled block by block.
+_LEAST_STRIDE = 8
+
+
+def _stride(index: Expr) -> int | None:
+    """``n`` of the index ``q // n`` or ``kv // n``."""
+    match index:
+        case Apply("floor_divide", (Index("q" | "kv"), Const(n))) if isinstance(n, int) and n >= _LEAST_STRIDE:
+            return n
+    return None
+
+
+def _strided_places(axis: Expr, stride: int, grid: Grid) -> list[Tensor]:
+    """Elements of a table that each block's positions read: int64 tensors (blocks,), enough of them to name all."""
+    length, count = (grid.q_len, grid.q_blocks) if axis == Index("q") else (grid.kv_len, grid.kv_blocks)
+    first = torch.arange(count, device=grid.device) * grid.block
+    last = (first + grid.block - 1).clamp(max=length - 1) // stride
+    found = [torch.minimum(first // stride + step, last) for step in range((grid.block + stride - 2) // stride + 1)]
+    # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.
+    return [torch.ops.omnisparse.realize(x) for x in found]
+
+
+def _pool_places(x: Tensor, dim: int, places: Sequence[Tensor], *, highest: bool) -> Tensor:
+    """Maximum (or minimum) of what each block reads of ``dim``."""
+    found = [x.index_select(dim, place) for place in places]
+    result = found[0]
+    for other in found[1:]:
+        if x.dtype == torch.bool:
+            result = result | other if highest else result & other
+        else:
+            result = torch.maximum(result, other) if highest else torch.minimum(result, other)
+    return result
 
 
 def _read(pool: Tensor, at: tuple[Expr, ...], pooled: list[Expr], buffers: Sequence[Tensor], grid: Grid) -> Tensor:
@@ -156,18 +204,29 @@ def _read(pool: Tensor, at: tuple[Expr, ...], pooled: list[Expr], buffers: Seque
             count = grid.q_blocks if axis == 2 else grid.kv_blocks
             indices.append(torch.arange(count, device=grid.device).view(shape))
         elif axes(index) <= {"b", "h"}:
-            exact = _bounds(index, buffers, grid)
-            if exact is None:
-                raise NotImplementedError(f"no bounds for the index {index}")
-            indices.append(exact[0].long())
+            indices.append(_exact_index(index, buffers, grid))
         else:
             indices.append(torch.zeros((1, 1, 1, 1), dtype=torch.long, device=grid.device))
     return pool[tuple(indices)] if indices else pool.view(1, 1, 1, 1)
 
 
+def _exact_index(index: Expr, buffers: Sequence[Tensor], grid: Grid) -> Tensor:
+    """An index of batch and head alone, at each of them: int64 (B or 1, H or 1, 1, 1)."""
+    b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
+    h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
+    origin = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=grid.device)
+    at: Tensor = evaluate(index, plain_load(buffers), b, h, origin, origin).long()
+    return at
+
+
 def any_in_blocks(x: Tensor, dim: int, count: int, block: int) -> Tensor:
     """Whether each block of a bool tensor's ``dim`` holds a true element."""
     return _pool(x, dim, count, block, highest=True)
+
+
+def all_in_blocks(x: Tensor, dim: int, count: int, block: int) -> Tensor:
+    """Whether each block of a bool tensor's ``dim`` holds true elements alone; places past the end do not count."""
+    return _pool(x, dim, count, block, highest=False)
 
 
 def _pool(x: Tensor, dim: int, count: int, block: int, *, highest: bool) -> Tensor:
@@ -214,22 +273,23 @@ def _mul(a: Interval, b: Interval) -> Interval:
 
 
 def _floor_divide(a: Interval, b: Interval) -> Interval:
-    """Exact for a positive divisor known exactly; nothing else occurs in masks."""
-    low, high = (torch.div(x, b[0], rounding_mode="floor") for x in a)
+    """Exact for a known positive divisor; else as wide as a divisor of at least 1 makes it, or unbounded."""
     safe = (b[0] == b[1]) & (b[0] > 0)
-    span = torch.maximum(a[0].abs(), a[1].abs())
-    return torch.where(safe, low, -span - 1), torch.where(safe, high, span + 1)
+    divisor = torch.where(safe, b[0], 1)  # by 0 integers are not divided
+    low, high = (torch.div(x, divisor, rounding_mode="floor") for x in a)
+    span = torch.maximum(a[0].abs(), a[1].abs()) + 1
+    if low.dtype.is_floating_point:
+        span = torch.full_like(low, torch.inf)
+    return torch.where(safe, low, -span), torch.where(safe, high, span)
 
 
 def _remainder(a: Interval, b: Interval) -> Interval:
-    same_lap = (torch.div(a[0], b[0], rounding_mode="floor") == torch.div(a[1], b[1], rounding_mode="floor")) & (
-        b[0] == b[1]
-    )
+    divisor = torch.where(b[0] == 0, 1, b[0])  # by 0 integers are not divided
+    laps = [torch.div(x, divisor, rounding_mode="floor") for x in a]
+    same_lap = (laps[0] == laps[1]) & (b[0] == b[1]) & (b[0] != 0)
     bound = torch.maximum(b[0].abs(), b[1].abs())
-    return (
-        torch.where(same_lap, torch.remainder(a[0], b[0]), -bound),
-        torch.where(same_lap, torch.remainder(a[1], b[1]), bound),
-    )
+    low, high = (torch.remainder(x, divisor) for x in a)
+    return torch.where(same_lap, low, -bound), torch.where(same_lap, high, bound)
 
 
 def _abs(a: Interval) -> Interval:
@@ -282,6 +342,8 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "cast_bool": lambda a: ((a[0] > 0) | (a[1] < 0), (a[0] != 0) | (a[1] != 0)),
     "cast_int": _monotone(lambda x: x.to(torch.int64)),
     "cast_float": _monotone(lambda x: x.to(torch.float32)),
+    "cast_half": _monotone(lambda x: x.to(torch.float16).to(torch.float32)),
+    "cast_bfloat16": _monotone(lambda x: x.to(torch.bfloat16).to(torch.float32)),
     "tanh": _monotone(torch.tanh),
     "exp": _monotone(torch.exp),
 }

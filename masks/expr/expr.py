@@ -9,6 +9,7 @@ captured tensor.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
@@ -85,7 +86,13 @@ OPS: dict[str, Callable[..., Any]] = {
     "cast_bool": lambda a: a.to(torch.bool),
     "cast_int": lambda a: a.to(torch.int64),
     "cast_float": lambda a: a.to(torch.float32),
+    # What a narrow type keeps of a number.
+    "cast_half": lambda a: a.to(torch.float16).to(torch.float32),
+    "cast_bfloat16": lambda a: a.to(torch.bfloat16).to(torch.float32),
 }
+
+#: Operations that round to a narrow type.
+ROUNDINGS = ("cast_half", "cast_bfloat16")
 
 Loader: TypeAlias = Callable[[int, tuple[Tensor, ...]], Tensor]
 
@@ -128,6 +135,16 @@ def evaluate(expr: Expr, load: Loader, b: Tensor, h: Tensor, q: Tensor, kv: Tens
 
     value = walk(expr)
     return value if isinstance(value, Tensor) else torch.full_like(kv, value, dtype=_dtype_of(value))
+
+
+def number_in(expr: Expr, buffers: Sequence[Tensor], device: torch.device) -> Tensor | int:
+    """The whole number that an expression without coordinates comes to: a 0-d int64 tensor, where it reads tensors."""
+    if isinstance(expr, Const):
+        return math.floor(expr.value)
+    origin = torch.zeros((), dtype=torch.int64, device=device)
+    value = evaluate(expr, plain_load(buffers), origin, origin, origin, origin)
+    whole: Tensor = (value.floor() if value.is_floating_point() else value).to(torch.int64).reshape(())
+    return whole
 
 
 def plain_load(buffers: Sequence[Tensor]) -> Loader:
@@ -194,11 +211,34 @@ def simplify(expr: Expr) -> Expr:
         return args[1] if args[0] == Const(1) else args[0]
     if expr.op == "cast_bool" and is_boolean(args[0]):
         return args[0]
+    if expr.op in ROUNDINGS and (indicator(args[0]) is not None or _is_whole(args[0])):
+        return args[0]
     if expr.op == "where" and args[1:] == (TRUE, Const(False)) and is_boolean(args[0]):
         return args[0]
     if expr.op == "not" and isinstance(args[0], Apply):
         return _negated(args[0])
     return Apply(expr.op, args)
+
+
+def indicator(expr: Expr) -> Expr | None:
+    """The condition of a 0 / 1 valued expression, or None."""
+    match expr:
+        case Apply(op, (inner,)) if op == "cast_float" or op in ROUNDINGS:
+            return inner if is_boolean(inner) else indicator(inner)
+        case Apply("sub", (Const(1 | 1.0), inner)):
+            inverse = indicator(inner)
+            return None if inverse is None else Apply("not", (inverse,))
+    return expr if is_boolean(expr) and axes(expr) else None
+
+
+def _is_whole(expr: Expr) -> bool:
+    """Whether every narrow type holds the value: 0, 1, infinity, and choices among them."""
+    match expr:
+        case Const(value):
+            return value in (0, 1, math.inf, -math.inf)
+        case Apply("where", (_, a, b)):
+            return _is_whole(a) and _is_whole(b)
+    return False
 
 
 def _negated(expr: Apply) -> Expr:

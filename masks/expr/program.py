@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from omnisparse_flex.masks.expr.block_bounds import Grid, block_bounds
+from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import (
     KV,
     TRUE,
@@ -29,6 +29,7 @@ from omnisparse_flex.masks.expr.expr import (
     simplify,
     walk,
 )
+from omnisparse_flex.masks.expr.terms import mask_bounds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class MaskProgram:
         return evaluate(self.expr, load, b, h, q, kv)
 
     def bounds(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """``(full, some)`` per block; see ``interval.block_bounds``."""
-        return block_bounds(self.expr, self.buffers, grid)
+        """``(full, some)`` per block; see ``terms.mask_bounds``."""
+        return mask_bounds(self.expr, self.buffers, grid)
 
     def joined(self, other: MaskProgram) -> MaskProgram:
         """Pairs that both programs allow."""
@@ -88,12 +89,15 @@ class UntraceableError(Exception):
     """A mask function uses operations that have no index-expression form."""
 
 
-def read_scalar_graph(graph: GraphModule, captures: tuple[Tensor, ...] = ()) -> MaskProgram:
-    """Read an aten graph over scalar indices ``(b, h, q, kv, *captures)``.
+def read_scalar_graph(
+    graph: GraphModule, captures: tuple[Tensor, ...] = (), first: tuple[Expr, ...] = ()
+) -> MaskProgram:
+    """Read an aten graph over scalars ``(*first, b, h, q, kv, *captures)``.
 
     Args:
         graph: What ``make_fx`` (or the flex HOP) recorded.
         captures: Values of the placeholders beyond the four indices.
+        first: What stands for the placeholders before them.
 
     Returns:
         The program; tensors the graph owns are appended to ``captures``.
@@ -101,7 +105,7 @@ def read_scalar_graph(graph: GraphModule, captures: tuple[Tensor, ...] = ()) -> 
     Raises:
         UntraceableError: On an operation outside the vocabulary.
     """
-    reader = _ScalarReader(graph, list(captures))
+    reader = _ScalarReader(graph, list(captures), first)
     result = reader.run()
     return MaskProgram(simplify(result), tuple(reader.buffers))
 
@@ -109,14 +113,15 @@ def read_scalar_graph(graph: GraphModule, captures: tuple[Tensor, ...] = ()) -> 
 class _ScalarReader:
     """One walk over a scalar aten graph; each node becomes an ``Expr`` or a captured slot."""
 
-    def __init__(self, graph: GraphModule, buffers: list[Tensor]) -> None:
+    def __init__(self, graph: GraphModule, buffers: list[Tensor], first: tuple[Expr, ...]) -> None:
+        self.first = first
         self.graph = graph
         self.buffers = buffers
         self.slots: dict[Node, int] = {}
         self.values: dict[Node, Expr] = {}
 
     def run(self) -> Expr:
-        inputs: list[Expr] = [Index("b"), Index("h"), Index("q"), Index("kv")]
+        inputs: list[Expr] = [*self.first, Index("b"), Index("h"), Index("q"), Index("kv")]
         captured = 0
         for node in self.graph.graph.nodes:
             if node.op == "placeholder":
@@ -160,7 +165,10 @@ class _ScalarReader:
         elif name == "full" or name == "full_like":
             self.values[node] = Const(node.args[1])  # type: ignore[arg-type]
         elif name == "_to_copy":
-            self.values[node] = Apply(cast_of(node.kwargs["dtype"]), (self._expr(node.args[0]),))  # type: ignore[arg-type]
+            dtype = cast(torch.dtype, node.kwargs["dtype"])
+            if dtype in (torch.int8, torch.uint8, torch.int16):
+                raise UntraceableError(f"mask_mod casts to {dtype}, in which positions do not fit")
+            self.values[node] = self._rounded(node, Apply(cast_of(dtype), (self._expr(node.args[0]),)))
         else:
             self.values[node] = self._pointwise(node, name)
 
@@ -183,7 +191,12 @@ class _ScalarReader:
             ]
         if (alpha := node.kwargs.get("alpha", 1)) != 1:
             args[1] = Apply("mul", (args[1], self._expr(alpha)))
-        return Apply(op, tuple(args))
+        return self._rounded(node, Apply(op, tuple(args)))
+
+    def _rounded(self, node: Node, expr: Expr) -> Expr:
+        """``expr`` as a tensor of the node's type holds it, where that is less than float32 holds."""
+        name = HALVES.get(node.meta["val"].dtype)
+        return expr if name is None else Apply(name, (expr,))
 
     def _expr(self, value: object) -> Expr:
         if isinstance(value, Node):
@@ -226,6 +239,10 @@ def cast_of(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "cast_bool"
     return "cast_float" if dtype.is_floating_point else "cast_int"
+
+
+#: Types that hold less than float32, by the operation that rounds to them.
+HALVES = {torch.float16: "cast_half", torch.bfloat16: "cast_bfloat16"}
 
 
 def _dtype_of(value: object) -> torch.dtype | None:

@@ -61,7 +61,7 @@ def one_pass(
         for a segment without rows that see a key.
 
     Source: PAPER "Scores". Our choice: measured on real weights against exact mass
-    (``benchmarks/quality``, rows "one-pass"); on CUDA the products are float8 (``one_pass_kernel``).
+    (``benchmarks/quality``, rows "one-pass"); on CUDA the products are float8 (``kernels.column_mass``).
     """
     rules: dict[str, Any] = {"block": block, "scale": scale, "score": score, "first": first}
     guess = guessed_lse(query, key, near_lse, eligible, config.segment_size, **rules)

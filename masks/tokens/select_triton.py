@@ -44,7 +44,7 @@ def select_quickly(
     real: Tensor | None,
     columns: Tensor | None = None,
 ) -> TokenSelection:
-    """Choose the active queries and the keys of every segment, under a ``PlainMask`` and with ``scoring="one_pass"``.
+    """Choose the active queries and the keys of every segment, under a ``PlainMask``.
 
     Args:
         query: (B, Hq, L, D), last dimension contiguous.

@@ -45,10 +45,8 @@ class Site:
         static: Graphs are of one length each.
         kernel_options: Options for the flex kernel.
         layout: The part of the selection that layers of one mask share; None: made here.
-        choice: Another layer's choice of blocks, of this layout, to be used in place of an own one; or None.
         write: Called with what the selection left behind, to record statistics; or None.
         exact: ``write`` wants true recalls too.
-        whole: Without ``write``, too, all of the selection is wanted: the record of a layer that uses it tells of it.
         rules: Name under which the operators know this site's constants, where a graph is traced; or "".
     """
 
@@ -69,10 +67,8 @@ class Site:
     static: bool = False
     kernel_options: tuple[tuple[str, Any], ...] = ()
     layout: Layout | None = None
-    choice: BlockSelection | None = None
     write: Callable[[Measured], None] | None = None
     exact: bool = False
-    whole: bool = False
     rules: str = ""
 
     @property
@@ -85,13 +81,13 @@ class Site:
         return query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
-        """The record of a selection that this site made, or was given (``choice``)."""
+        """The record of a selection that this site made."""
         assert self.config is not None
         scale = self.scale_for(query)
         score = self.plain_score if self.changes_scores else None
         return measure(
             selection, query, key, self.mask, self.config,
-            scale=scale, score=score, exact=self.exact, chose=self.choice is None,
+            scale=scale, score=score, exact=self.exact,
         )  # fmt: skip
 
     def score(self, load: Loader, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *own: Tensor) -> Tensor:
@@ -135,7 +131,6 @@ def register(site: Site) -> str:
         q_offset=0,
         sinks=None,
         layout=None,
-        choice=None,
         write=None,
         exact=False,
     )

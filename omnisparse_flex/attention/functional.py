@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,18 +12,19 @@ from omnisparse_flex.attention import sink_copies
 from omnisparse_flex.attention.call import Site
 from omnisparse_flex.attention.flex import call_flex
 from omnisparse_flex.attention.logit_sinks import check_sinks, discount
+from omnisparse_flex.attention.score_captures import with_captures
 from omnisparse_flex.attention.select import choose
 from omnisparse_flex.attention.sink_block import with_sink_block
 from omnisparse_flex.attention.sink_copies import original, spread
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.attention.tokens.op import call_token_op
-from omnisparse_flex.attention.trace_mask import trace_mask_mod
+from omnisparse_flex.attention.trace_mask import trace_forbidden, trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks.blocks.block_lists import wider
 from omnisparse_flex.masks.blocks.select import BLOCK, dense_selection
 from omnisparse_flex.masks.expr.captures import Captures
-from omnisparse_flex.masks.expr.expr import Const, Load, causal, causal_offset
+from omnisparse_flex.masks.expr.expr import Const, Load, causal, causal_offset, number_in
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram, UntraceableError
 from omnisparse_flex.types import MaskMod, ScoreMod
@@ -52,8 +54,7 @@ def sparse_attention(
         query: (B, Hq, L, D), float16 / bfloat16 / float32 (float64 eagerly).
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
-        config: Selection rules. Only the first ``target_recall`` is used if it lists layers; ``share_layers`` is
-            without effect, this being one layer.
+        config: Selection rules. Only the first ``target_recall`` is used if it lists layers.
         visual_mask: bool (B, S), visual tokens. The text before and after them, and runs of text of 128 tokens and
             more, are always kept; shorter runs between them are eligible as they are. None: every token is eligible.
         is_causal: Query i sees keys up to i + S - L (lower-right causality).
@@ -79,18 +80,24 @@ def sparse_attention(
     if sinks is not None:
         check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]
-    offset = kv_len - q_len if is_causal else 0
+    offset: Tensor | int = kv_len - q_len if is_causal else 0
     order = causal_program(offset, query.device) if is_causal else NO_MASK
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
+    if score_mod is not None and isinstance(mask, MaskProgram) and not torch.compiler.is_dynamo_compiling():
+        mask = mask.joined(trace_forbidden(score_mod, query.dtype, query.device))
     if mask_mod is not None and not is_causal and isinstance(mask, MaskProgram):
         own = causal_offset(mask.expr)  # causality that came in the mask_mod says where queries sit
-        offset = int(own.value) if isinstance(own, Const) else offset
+        offset = offset if own is None else number_in(own, mask.buffers, query.device)
+    learned: tuple[Tensor, ...] = ()
+    if score_mod is not None and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
+        score_mod, learned = with_captures(score_mod, query.dtype, query.device)
     site = Site(
         config=config,
         target=config.recall_of(0),
         min_peak=config.min_peak_of(0),
         mask=mask,
         score_mod=score_mod,
+        score_buffers=learned,
         scale=scale,
         visual=visual_mask,
         q_offset=offset,
@@ -230,7 +237,9 @@ def _with_mask_mod(order: MaskProgram, mask_mod: MaskMod, device: torch.device) 
     if torch.compiler.is_dynamo_compiling():
         return OpaqueMask(order, mask_mod)
     try:
-        return order.joined(trace_mask_mod(mask_mod, device))
+        traced = trace_mask_mod(mask_mod, device)
+        # What is allowed has no gradient, and the operator refuses tensors that want one.
+        return order.joined(dataclasses.replace(traced, buffers=tuple(x.detach() for x in traced.buffers)))
     except UntraceableError:
         return OpaqueMask(order, mask_mod)
 

@@ -11,6 +11,7 @@ import builtins
 import functools
 import hashlib
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from omnisparse_flex.attention.call import Site, registered
 from omnisparse_flex.compilation.cache_names import importable
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph
-from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of, select_blocks
 from omnisparse_flex.masks.expr.program import MaskProgram
@@ -41,6 +42,8 @@ RECOMPILE_LIMIT = 32
 KEPT = 64
 #: Graphs compiled so far in this process.
 graphs = 0
+#: Rules, with and without a record, whose compiled selection failed.
+failed: set[tuple[str, bool]] = set()
 #: What a graph of the selection calls; each has globals of its own, which hold its own.
 FUNCTION: Callable[..., tuple[Tensor, ...]]
 #: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
@@ -68,7 +71,7 @@ def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         site: A site with a layout and a name for its rules, whose logits are plain products.
 
     Returns:
-        The selection; without ``site.write`` or ``site.whole`` only ``layout`` and the first ``ALWAYS`` of ``PARTS`` hold anything.
+        The selection; without ``site.write`` only ``layout`` and the first ``ALWAYS`` of ``PARTS`` hold anything.
     """
     assert site.layout is not None and isinstance(site.mask, MaskProgram)
     parts = torch.ops.omnisparse.select_blocks(
@@ -79,7 +82,7 @@ def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         torch.as_tensor(site.min_peak, dtype=torch.float32, device=query.device),
         list(site.mask.buffers),
         site.rules,
-        site.write is not None or site.whole,
+        site.write is not None,
     )
     return BlockSelection(layout=site.layout, **{name: x for (name, *_), x in zip(PARTS, parts, strict=True)})
 
@@ -94,9 +97,29 @@ def _select(
     # Dynamo guards on grad mode, autocast and dispatch keys: one state for all. The inputs have followed autocast.
     below = torch._C._AutoDispatchBelowADInplaceOrView()  # where a first call is, and later ones are not
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False), below, limits:
-        made = run(query.detach(), key.detach(), target, min_peak, *layout, *buffers)
+        inputs = (query.detach(), key.detach(), target, min_peak, *layout, *buffers)
+        made = _run_or_plain(run, rules, record, len(layout), inputs)
     blank = (query.new_empty(0, dtype=dtype) for _, dtype, _ in PARTS[len(made) :])
     return (*made, *blank)
+
+
+def _run_or_plain(
+    run: Callable[..., tuple[Tensor, ...]], rules: str, record: bool, maps: int, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The compiled selection; where it fails, the same in tensor code, from then on."""
+    if (rules, record) in failed:
+        return _plain(rules, record, maps)(*inputs)
+    try:
+        return run(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if raises_bugs() or capturing:
+            raise
+        failed.add((rules, record))
+        warnings.warn(f"omnisparse: {bug('the compiled selection', error)}; in tensor code there", stacklevel=2)
+        return _plain(rules, record, maps)(*inputs)
 
 
 def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -157,14 +180,9 @@ def _fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     config = registered(rules).config
     assert config is not None
-    return empty_parts(query, key, len(PARTS) if record else ALWAYS, config)
-
-
-def empty_parts(query: Tensor, key: Tensor, wanted: int, config: OmniSparseConfig) -> tuple[Tensor, ...]:
-    """Tensors of the sizes of a selection's ``PARTS``; those past the first ``wanted`` hold nothing."""
-    grid = grid_of(query, key, config.split)
+    wanted, grid = len(PARTS) if record else ALWAYS, grid_of(query, key, config.split)
     shape = (query.shape[0], query.shape[1], grid.q_blocks, grid.kv_blocks)
-    sizes = {name: (shape if keys else shape[:3]) for name, _, keys in PARTS}
+    sizes = {name: shape if keys else shape[:3] for name, _, keys in PARTS}
     if config.budget == "peak":
         sizes["mass"] = (*shape[:3], 0)
     return tuple(

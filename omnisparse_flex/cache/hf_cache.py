@@ -24,7 +24,8 @@ from omnisparse_flex.model.compiled_module import Entry, entry_of
 class OmniSparseCache:
     """A key-value cache whose heads hold only the visual keys that they use.
 
-    ``model.generate(**inputs, past_key_values=OmniSparseCache(model))``. A prompt is computed
+    ``model.generate(**inputs, cache=OmniSparseCache(model))``; before transformers 5.24 the argument is
+    called ``past_key_values``, which later versions convert until 6.0. A prompt is computed
     with all its keys; as soon as a layer is done, its *lazy* heads keep text, sinks and recent
     tokens, its *fetching* heads also their own k* visual keys. Logical positions and lengths
     are those of a full cache. Greedy search, sampling, beam search, assisted decoding, batches

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisparse_flex.attention.lse_attention import attend_parts, takes_token, token_kernel
+from omnisparse_flex.cache.attend import TOKEN_KERNEL, attend_parts, takes_token
 from omnisparse_flex.cache.choose_keys import (
     PATTERN_QUERIES,
     Chooser,
@@ -23,6 +23,7 @@ from omnisparse_flex.cache.choose_keys import (
 from omnisparse_flex.cache.host_memory import Copies, HostSpan, send
 from omnisparse_flex.cache.kept_keys import Rectangle, cropped, cut
 from omnisparse_flex.errors import PassError
+from omnisparse_flex.kernels.fallback import load
 
 #: Tokens that the memory for new tokens grows by at least and at most: it doubles in between. Our choice: a short
 #: answer wastes little, and a long one seldom moves what a recorded step reads.
@@ -218,12 +219,13 @@ class SlimLayer:
         Returns:
             (B, Hq, L, Dv) in query's dtype.
         """
-        if takes_token(query, value) and (kernel := token_kernel()) is not None:
+        if takes_token(query, value) and (kernel := load(*TOKEN_KERNEL)) is not None:
             own = (x.contiguous() for x in (query, key, value))
             bits = None if padding is None else padding.contiguous().view(torch.uint8)
             own_sinks = None if sinks is None else sinks.contiguous()
             tail = (*self._room(key, value), self._count(query.device), self.prefix)
-            out = kernel(*own, self.rectangles, *self._table(), *tail, bits, scale, own_sinks)
+            parts = [(part.keys, part.values) for part in self.rectangles]
+            out: Tensor | None = kernel(*own, parts, *self._table(), *tail, bits, scale, own_sinks)
             if out is not None:
                 self.tail += 1
                 return out

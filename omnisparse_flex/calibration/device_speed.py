@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omnisparse_flex.backend import Backend
+from omnisparse_flex.calibration.fit import Sample, fit
 from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.calibration.timing import milliseconds
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost_model import Costs, Sample, Shape, fit
+from omnisparse_flex.cost_model import Costs, Shape
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.program import MaskProgram

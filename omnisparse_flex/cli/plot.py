@@ -27,7 +27,7 @@ def mask_cells(blocks: Tensor) -> Tensor:
     """Classes of a head's block pairs.
 
     Args:
-        blocks: uint8 (rows, columns), ``masks.record`` cell values of a self-attention prefill.
+        blocks: uint8 (rows, columns), ``masks.statistics`` cell values of a self-attention prefill.
 
     Returns:
         uint8 (rows, columns) of ``DROPPED``, ``CHOSEN``, ``ALWAYS``, ``FUTURE``.

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnisparse_flex.cache.kept_keys import Rectangle
-
 #: Programs per GPU multiprocessor that the runs are cut for.
 WAVES = 3
 #: Keys that a program takes at least, and at a time.
@@ -124,7 +122,7 @@ def _merge(
 
 
 def attend_token(
-    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Rectangle], columns: Tensor, counts: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[tuple[Tensor, Tensor]], columns: Tensor, counts: Tensor,
     tail_key: Tensor, tail_value: Tensor, tail: Tensor, first: int, padding: Tensor | None, scale: float,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -137,8 +135,8 @@ def attend_token(
         query: (B, Hq, 1, D), contiguous.
         key: (B, Hkv, 1, D), contiguous, the token's own.
         value: (B, Hkv, 1, D), contiguous.
-        parts: One or two rectangles, (B, h, n, D) contiguous.
-        columns: int32 (Hkv,), each KV head's place in the rectangles' heads, one after the other.
+        parts: One or two parts of the kept keys and values, each (B, h, n, D) contiguous.
+        columns: int32 (Hkv,), each KV head's place in the parts' heads, one after the other.
         counts: int32 (B, Hkv), keys of each head that count.
         tail_key: (B, Hkv, room, D), written; at least one place is free.
         tail_value: (B, Hkv, room, D), written.
@@ -153,8 +151,8 @@ def attend_token(
     """
     batch, heads, _, dim = query.shape
     kv_heads, room = tail_key.shape[1], tail_key.shape[2]
-    left, right = parts[0], parts[-1]
-    longest = max(left.keys.shape[2], right.keys.shape[2])
+    (key_0, value_0), (key_1, value_1) = parts[0], parts[-1]
+    longest = max(key_0.shape[2], key_1.shape[2])
     run = _run_length(longest, batch * kv_heads, query.device)
     prefix_runs = triton.cdiv(longest, run)
     runs = prefix_runs + triton.cdiv(room, run)
@@ -164,10 +162,10 @@ def attend_token(
     out = torch.empty_like(query)
     fixed: dict[str, Any] = {"GROUP": group, "DIM": dim}
     _runs[(batch * kv_heads, runs)](
-        query, key, value, left.keys, left.values, right.keys, right.values,
+        query, key, value, key_0, value_0, key_1, value_1,
         tail_key, tail_value, columns, counts, tail,
         query if padding is None else padding, partial, lse,
-        left.keys.shape[2], right.keys.shape[2], left.keys.shape[1], right.keys.shape[1],
+        key_0.shape[2], key_1.shape[2], key_0.shape[1], key_1.shape[1],
         room, first, 0 if padding is None else padding.shape[1], prefix_runs, scale * LOG2_E,
         KV_HEADS=kv_heads, ROWS=max(ROWS, triton.next_power_of_2(group)), BLOCK=BLOCK, STEPS=run // BLOCK,
         PADDED=padding is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", **fixed,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_ops import Owner
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.
@@ -92,8 +93,9 @@ class Entry:
         if checkpoints and not is_disabled() and hasattr(getattr(self.module, "config", None), "use_cache"):
             # transformers does the same, with a log line that breaks the graph.
             kwargs["use_cache"] = False
+        kwargs = with_cache_renamed(self.module.forward, kwargs)
         self.prepare(kwargs, functools.partial(self._prepare, args, kwargs))
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_in(self.module.forward, kwargs)
         if not hasattr(cache, "omnisparse_call"):
             return self.run(args, kwargs)
         # A keyword argument of ours reaches every layer's attention.
@@ -113,7 +115,7 @@ class Entry:
             kwargs: The call's.
             act: Does it.
         """
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_in(self.module.forward, kwargs)
         if hasattr(cache, "omnisparse_waits") and cache.omnisparse_waits(kwargs):
             cache.omnisparse_later.append(act)
         else:
@@ -121,7 +123,7 @@ class Entry:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module, its state prepared."""
-        later = getattr(kwargs.get("past_key_values"), "omnisparse_later", ())
+        later = getattr(cache_in(self.module.forward, kwargs), "omnisparse_later", ())
         while later:
             later.pop(0)()
         if is_disabled():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import omnisparse_flex.model.cache_ops  # noqa: F401  (defines operators that the attention function calls)
 from omnisparse_flex.attention.logit_sinks import check_sinks
 from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.model.cache_argument import cache_in
 from omnisparse_flex.model.compiled_module import Entry, VisualMask, check_visual
 from omnisparse_flex.ops import dense_attention
 
@@ -232,6 +233,7 @@ class VisualMaskHook:
         """
         ids = [getattr(model.config, field, None) for field in VISUAL_TOKEN_FIELDS]
         self.token_ids = sorted({token for token in ids if isinstance(token, int)})
+        self.forward = type(receiver).forward
         self.signature = inspect.signature(receiver.forward)
         self.entry: Entry | None = entry
         self.given = given
@@ -239,7 +241,8 @@ class VisualMaskHook:
     def __deepcopy__(self, memo: dict[int, Any]) -> VisualMaskHook:
         """A copied model has no entry: its hook does nothing, and drags no compiled graph along."""
         twin = object.__new__(type(self))
-        twin.token_ids, twin.signature, twin.entry, twin.given = self.token_ids, self.signature, None, self.given
+        twin.token_ids, twin.signature, twin.forward = self.token_ids, self.signature, self.forward
+        twin.entry, twin.given = None, self.given
         return twin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -247,7 +250,7 @@ class VisualMaskHook:
         if torch.compiler.is_compiling() or self.entry is None:
             return
         # The first step of a call: what is there yet is left of one that an exception ended before the decoder.
-        getattr(kwargs.get("past_key_values"), "omnisparse_later", []).clear()
+        getattr(cache_in(module.forward, kwargs), "omnisparse_later", []).clear()
         self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
 
     def tell(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -263,7 +266,7 @@ class VisualMaskHook:
     def visual(self, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Tensor | None:
         """The mask over all keys of this call, bool (B, S), or None: every token is eligible."""
         tokens = self._own(args, kwargs, named)
-        cache = named.get("past_key_values")
+        cache = cache_in(self.forward, named)
         past = int(cache.get_seq_length()) if cache is not None else 0
         if tokens is None and (past == 0 or getattr(cache, HISTORY, None) is None):
             return None

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omnisparse_flex.config import KEY_BLOCKS, LAZY_MODES, SCORINGS, Budget, OmniSparseConfig
+from omnisparse_flex.config import KEY_BLOCKS, SCORINGS, Budget, OmniSparseConfig
 from omnisparse_flex.masks.causal import causal
 from omnisparse_flex.masks.combine import intersect, union
 from omnisparse_flex.masks.document import document, document_ids
@@ -59,7 +59,6 @@ def configs(draw: st.DrawFn) -> OmniSparseConfig:
         budget=draw(st.sampled_from(budgets) | fixed),
         max_kv_budget=max_kv_budget,
         lazy_threshold=draw(st.sampled_from((None, "auto")) | st.floats(0.0, 1.0)),
-        lazy_mode=draw(st.sampled_from(LAZY_MODES)),
         sink_size=draw(st.integers(0, 200)),
         window_size=draw(st.integers(1, 300)),
     )

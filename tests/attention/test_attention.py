@@ -14,7 +14,7 @@ from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks import causal, intersect, padding
-from omnisparse_flex.masks.blocks.select import BLOCK, at_centres, select_blocks
+from omnisparse_flex.masks.blocks.select import BLOCK, change_of_logits, select_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, Apply, Const, H, Load, Q, causal_offset
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
@@ -201,7 +201,7 @@ def test_changed_logits(name, device):
     program = MaskProgram(causal_expr())
     site = Site(config=SPARSE, target=0.6, mask=program, **fields)
     tensors = inputs(shape, device)
-    adjust = at_centres(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
+    adjust = change_of_logits(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
     mask = selected(shape, *tensors[:2], program, SPARSE, target=0.6, adjust=adjust)
     out = attend(*tensors, site)
     check(out, tensors, mask, **{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in oracle.items()})

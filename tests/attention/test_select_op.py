@@ -19,7 +19,7 @@ from tests.helpers.tiny import build
 
 CONFIGS = [
     OmniSparseConfig(target_recall=0.7, window_size=100),
-    OmniSparseConfig(budget="per_head", max_kv_budget=256, lazy_mode="skip", lazy_threshold=0.4, last_rows=0),
+    OmniSparseConfig(budget="per_head", max_kv_budget=256, lazy_threshold=0.4, last_rows=0),
 ]
 
 

@@ -15,6 +15,7 @@ from benchmarks.model import bench_compile
 from omnisparse_flex.cache.choose_keys import Choice
 from omnisparse_flex.cache.layer import SlimLayer
 from omnisparse_flex.cache.store import SlimStore
+from tests.helpers.tiny import cached
 
 
 @pytest.mark.slow
@@ -64,7 +65,7 @@ def test_dense_and_ours_have_the_same_decoder(whole):
     bench.TURN[0] = 0
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "SCALE", 16**-0.5)
-        expected = model(**token, past_key_values=cache).last_hidden_state
+        expected = model(**token, **cached(cache)).last_hidden_state
         bench.FULL[:] = [tuple(torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in pair) for pair in past]
         model.set_attn_implementation(bench.NAME)
         for _ in range(2):

@@ -9,7 +9,7 @@ import transformers
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
 from omnisparse_flex.cache.choose_keys import Choice
 from tests.helpers.slim_oracle import kept, masked_like
-from tests.helpers.tiny import MODELS, VIDEO, build
+from tests.helpers.tiny import MODELS, VIDEO, build, cached
 from tests.model.test_transformers import bracket
 from tests.model.test_visual_mask import video_inputs
 
@@ -77,7 +77,7 @@ def half_lazy(mass, layer):
 
 def generate(model, inputs, cache=None, *, new=10, seed=0, **mode):
     torch.manual_seed(seed)
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, **mode)
+    return model.generate(**inputs, **cached(cache), max_new_tokens=new, min_new_tokens=new, **mode)
 
 
 def longer(inputs, tokens, device, seed):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from omnisparse_flex.kernels.fallback import load
 from tests.helpers.interpreter import needs_interpreter, run_interpreted
 
 CASES = [  # B, Hkv, group, D, keys of the two rectangles, tail, with padding
@@ -62,7 +63,8 @@ def check(device: str) -> None:
                 sinks = 5 + torch.randn(query.shape[1], device=device).to(dtype) if split else None
                 bits = None if padding is None else padding.view(torch.uint8)
                 tail = (*layer._room(key, value), layer._count(query.device), layer.prefix)
-                out = attend_token(query, key, value, layer.rectangles, *layer._table(), *tail, bits, 0.2, sinks)
+                parts = [(part.keys, part.values) for part in layer.rectangles]
+                out = attend_token(query, key, value, parts, *layer._table(), *tail, bits, 0.2, sinks)
                 layer.tail += 1
                 assert layer.counter.item() == layer.tail == case[5]
                 assert torch.equal(layer.tail_keys[:, :, layer.tail - 1 : layer.tail], key)
@@ -91,16 +93,15 @@ def test_in_the_interpreter():
 
 @pytest.mark.gpu
 def test_a_kernel_that_fails_leaves_dense_kernels(monkeypatch):
-    from omnisparse_flex.attention import lse_attention as decode
     from omnisparse_flex.kernels import decode_token as decode_kernel
 
     monkeypatch.setattr(decode_kernel, "_runs", None)
-    decode.token_kernel.cache_clear()
+    load.cache_clear()
     layer, padding = layer_of(CASES[0], torch.float16, "cuda", True)
     inputs = token_of(CASES[0], torch.float16, "cuda")
     with pytest.warns(UserWarning, match="the decode kernel failed, decoding runs on dense kernels"):
         out = layer.attend(*inputs, padding, 0.2)
-    decode.token_kernel.cache_clear()
+    load.cache_clear()
     assert layer.tail == 5 and torch.equal(out, layer._attend_parts(inputs[0], padding, 0.2))
 
 

@@ -12,17 +12,18 @@ import torch
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse, remove_omnisparse
 from omnisparse_flex.api import dense
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
 from tests.cache.test_cache import changed, generate, half_lazy, is_visual, longer, prompt, steps
 from tests.helpers.slim_oracle import kept
-from tests.helpers.tiny import build
+from tests.helpers.tiny import build, cached
 
 SPAN = ((10, 60),)
 
 
 def forward(model, ids, cache, **keywords):
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=cache, **keywords).logits
+        return model(input_ids=ids, **cached(cache), **keywords).logits
 
 
 def lazy_cache(device, name="llama", **keywords):
@@ -165,7 +166,7 @@ def test_the_pattern_is_read_again_while_decoding(device, monkeypatch):
     assert not close(logits[:, 19], expected), "the hidden states of earlier tokens were computed on the slim cache"
     key = cache.layers[0].restore(cache.get_seq_length(), *stand_ins(cache), cache.store.copies)[0]
     with torch.no_grad():
-        full = build("llama", device)(inputs["input_ids"], use_cache=True).past_key_values
+        full = cache_of(build("llama", device)(inputs["input_ids"], use_cache=True))
     assert close(key[:, :, :90], full.layers[0].keys)
 
 
@@ -336,7 +337,7 @@ def test_another_model_batch_or_mask(device):
     with pytest.raises(ConfigError, match="attention_mask must cover 93 tokens"):
         forward(model, ids[:, :3], cache, attention_mask=mask[:, :50])
     with torch.enable_grad(), pytest.raises(ConfigError, match="cache must be used without gradients"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **cached(cache))
     assert cache.get_seq_length() == 90, "what is refused changes nothing"
     forward(model, ids[:, :1], cache)
     remove_omnisparse(model)

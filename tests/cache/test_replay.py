@@ -17,9 +17,11 @@ import torch
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import ConfigError, OmniSparseCache, collect_stats, rewrite_report
 from omnisparse_flex.cache.step_replay import Replay
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import entry_of
 from tests.cache.test_cache import changed, generate, half_lazy, longer, prompt, steps
 from tests.cache.test_cache_use import close, everything
+from tests.helpers.tiny import cached
 
 SPAN = ((10, 50),)
 
@@ -191,7 +193,7 @@ def feed(model, cache, ids, start):
     with torch.no_grad():
         for i in range(ids.shape[1]):
             at = torch.full((ids.shape[0], 1), start + i, device=ids.device)
-            out.append(model(input_ids=ids[:, i : i + 1], position_ids=at, past_key_values=cache).logits)
+            out.append(model(input_ids=ids[:, i : i + 1], position_ids=at, **cached(cache)).logits)
     return torch.cat(out, 1)
 
 
@@ -201,7 +203,7 @@ def test_a_crop_between_two_tokens(device):
 
     def act(model, cache):
         with torch.no_grad():
-            model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+            model(**prompt(device, (90,), spans=SPAN), **cached(cache))
         first = feed(model, cache, ids[:, :20], 90)
         cache.crop(-7)
         second = feed(model, cache, ids[:, 20:40], 103)
@@ -218,7 +220,7 @@ def test_rows_are_reordered_between_tokens(device):
 
     def act(model, cache):
         with torch.no_grad():
-            model(input_ids=inputs, past_key_values=cache)
+            model(input_ids=inputs, **cached(cache))
         first = feed(model, cache, ids[:, :10], 90)
         cache.reorder_cache(torch.tensor([1, 0], device=device))
         second = feed(model, cache, ids[:, 10:20], 100)
@@ -246,7 +248,7 @@ def test_two_conversations_take_turns(device):
         caches = [make(), make()]
         with torch.no_grad():
             for one, cache in zip(prompts, caches, strict=True):
-                model(**one, past_key_values=cache)
+                model(**one, **cached(cache))
         outs = [feed(model, cache, ids[:, i : i + 1], 90 + i) for i in range(24) for cache in caches]
         results.append(torch.cat(outs, 1))
     assert torch.equal(*results)
@@ -259,12 +261,12 @@ def test_results_belong_to_the_caller(device):
     cache, recorder = recording(model)
     kept = []
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
         for i in range(10):
             token = torch.full((1, 1), 20 + i, device=device)
             at = torch.full((1, 1), 90 + i, device=device)
-            out = model.model(input_ids=token, position_ids=at, past_key_values=cache)
-            assert out.past_key_values is cache and type(out).__name__ == "BaseModelOutputWithPast"
+            out = model.model(input_ids=token, position_ids=at, **cached(cache))
+            assert cache_of(out) is cache and type(out).__name__ == "BaseModelOutputWithPast"
             kept.append((out.last_hidden_state, out.last_hidden_state.clone()))
     assert recorder.runs > 5 and all(torch.equal(a, b) for a, b in kept)
     assert len({a.data_ptr() for a, _ in kept}) == len(kept)
@@ -276,8 +278,8 @@ def test_positions_from_a_length_are_never_recorded(device):
 
     def act(model, cache):
         with torch.no_grad():
-            model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
-            return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in ids.split(1, 1)], 1)
+            model(**prompt(device, (90,), spans=SPAN), **cached(cache))
+            return torch.cat([model(input_ids=part, **cached(cache)).logits for part in ids.split(1, 1)], 1)
 
     recorder, model = equal("llama", device, act)
     assert recorder.made == []
@@ -307,12 +309,12 @@ def test_a_mask_that_forbids_a_decoded_token(replays, device):
     def act(cache, **extra):
         out = []
         with torch.no_grad():
-            model(input_ids=inputs, past_key_values=cache)
+            model(input_ids=inputs, **cached(cache))
             for i in range(30):
                 own = {"attention_mask": mask[:, : 91 + i], "input_ids": ids[:, i : i + 1]}
                 at = torch.full((2, 1), 90 + i, device=device)
                 cache.store.padded = extra.get("padded", cache.store.padded)
-                out.append(model(**own, position_ids=at, past_key_values=cache).logits)
+                out.append(model(**own, position_ids=at, **cached(cache)).logits)
         return torch.cat(out, 1)
 
     model = changed("llama", device)
@@ -322,7 +324,7 @@ def test_a_mask_that_forbids_a_decoded_token(replays, device):
     assert not torch.equal(act(plain(model)), feed(model, filled(model, inputs), ids, 90)), "the zeros change nothing"
     short = mask[:, :50]
     with pytest.raises(ConfigError, match="attention_mask must cover 121 tokens"), torch.no_grad():
-        model(input_ids=ids[:, :1], attention_mask=short, past_key_values=cache)
+        model(input_ids=ids[:, :1], attention_mask=short, **cached(cache))
 
 
 def test_marks_of_inference_mode_are_written_outside_of_it(device):
@@ -340,7 +342,7 @@ def test_marks_of_inference_mode_are_written_outside_of_it(device):
 def filled(model, ids):
     cache = plain(model)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cached(cache))
     return cache
 
 
@@ -350,7 +352,7 @@ def test_weights_that_move_end_a_recorded_step(device):
     results = []
     for cache in (plain(model), recording(model)[0]):
         with torch.no_grad():
-            model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+            model(**prompt(device, (90,), spans=SPAN), **cached(cache))
             first = feed(model, cache, ids[:, :8], 90)
             weight = model.model.layers[1].mlp.down_proj.weight
             old = weight.data
@@ -379,7 +381,7 @@ def test_an_argument_on_another_device_is_not_recorded(device):
     """The host would read it once, while the step is recorded."""
     cache, _ = recording(model := changed("llama", device))
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
     call = SimpleNamespace(entry=entry_of(model), cache=cache, leaves=[torch.zeros(1, device="meta")])
     assert cache.replay._reason(call, {}) == "an argument lies on another device"
 
@@ -389,7 +391,7 @@ def test_statistics_end_a_recorded_step(device):
     cache, recorder = recording(model)
     ids = prompt(device, (20,), 3, spans=())["input_ids"]
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
     feed(model, cache, ids[:, :8], 90)
     runs = recorder.runs
     with collect_stats(model):
@@ -470,10 +472,10 @@ def test_arguments_may_be_slices_and_expanded(device):
     positions = torch.arange(90, 120, device=device)[None]
     cache, recorder = recording(model)
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
         for i in range(30):
             at = positions[:, i : i + 1] if i % 2 else positions[0, i].expand(1, 1)
-            model(input_ids=ids[:, i : i + 1], position_ids=at, past_key_values=cache)
+            model(input_ids=ids[:, i : i + 1], position_ids=at, **cached(cache))
     assert entry_of(model).backend.log.graphs == 2 and (len(recorder.made), recorder.runs) == (1, 27)
 
 

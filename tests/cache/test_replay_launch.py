@@ -13,7 +13,7 @@ from omnisparse_flex.cache.recorded_step import Memory, Places
 from omnisparse_flex.cache.step_inputs import Call
 from tests.cache.test_cache import changed, longer, prompt
 from tests.cache.test_replay import SPAN, feed, plain, recording
-from tests.helpers.tiny import VIDEO
+from tests.helpers.tiny import VIDEO, cached
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def started(device, make=recording, **changes):
     cache, recorder = made if isinstance(made, tuple) else (made, None)
     ids = prompt(device, (6,), 3, spans=())["input_ids"]
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
     feed(model, cache, ids, 90)
     assert recorder is None or cache.replay.recorded is not None
     return model, cache, recorder
@@ -53,7 +53,7 @@ def calls_before_launch(layers, device):
     with torch.no_grad():
         sys.setprofile(seen)
         try:
-            model(input_ids=token, position_ids=at, past_key_values=cache)
+            model(input_ids=token, position_ids=at, **cached(cache))
         finally:
             sys.setprofile(None)
     assert len(count) == 2, "the step was not replayed"
@@ -178,7 +178,7 @@ def test_visual_tokens_of_replayed_steps_are_remembered(device):
         history = torch.cat([prompt(device, (90,), spans=SPAN)["input_ids"], ids[:, :6], ids], 1)
         question = longer(inputs, history, device, 5)["input_ids"][:, 108:]
         with torch.no_grad():
-            out.append(model(input_ids=question, past_key_values=cache).logits)
+            out.append(model(input_ids=question, **cached(cache)).logits)
         results.append(torch.cat(out, 1))
     assert recorder.runs > 12
     assert torch.equal(*histories) and histories[0][0, 96:].tolist() == (ids[0] == VIDEO).tolist()
@@ -228,7 +228,7 @@ def test_a_refused_thread_takes_nothing_from_the_call_in_progress(device):
     model, cache, _ = started(device)
     other, _ = recording(model)
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=other)
+        model(**prompt(device, (90,), spans=SPAN), **cached(other))
     feed(model, other, prompt(device, (6,), 3, spans=())["input_ids"], 90)
     feed_, refused = cache.replay._feed, []
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from omnisparse_flex.model.cache_argument import as_cache_argument
+
 VOCAB, IMAGE, VIDEO = 200, 190, 191
+#: Of a clip: steps of two frames, and patches along both sides; four patches are one token.
+GRID = (4, 4, 4)
 QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
 QWEN_TOKENS = {
     "image_token_id": IMAGE,
@@ -12,6 +16,13 @@ QWEN_TOKENS = {
     "vision_start_token_id": 192,
     "vision_end_token_id": 193,
 }
+
+
+def cached(cache):
+    """The KV cache as a keyword argument, under the name that the installed transformers has for it."""
+    from transformers import LlamaModel
+
+    return as_cache_argument(LlamaModel.forward, cache)
 
 
 def text_config(**changes):
@@ -128,6 +139,23 @@ def batch(lengths, device: torch.device | str = "cpu", *, left: bool = True, see
     real = torch.stack([(places >= longest - n) if left else (places < n) for n in lengths])
     ids = ids.masked_fill(~real, 3)
     return {"input_ids": ids.to(device), "attention_mask": real.long().to(device)}
+
+
+def video_inputs(device: torch.device | str = "cpu", rows: int = 2):
+    """What a processor makes of a clip of 16 tokens between two pieces of text, for ``qwen2_5_vl``."""
+    torch.manual_seed(0)
+    text = lambda n: torch.randint(10, 180, (rows, n), device=device)  # noqa: E731
+    span = torch.full((rows, GRID[0] * GRID[1] * GRID[2] // 4), VIDEO, device=device)
+    edge = lambda token: torch.full((rows, 1), token, device=device)  # noqa: E731
+    ids = torch.cat([text(30), edge(192), span, edge(193), text(20)], 1)
+    patches = GRID[0] * GRID[1] * GRID[2]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == VIDEO).int() * 2,
+        "pixel_values_videos": torch.randn(rows * patches, 3 * 2 * 14 * 14, device=device),
+        "video_grid_thw": torch.tensor([GRID] * rows, device=device),
+    }
 
 
 class Spy:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import ConfigError, OmniSparseConfig
 from omnisparse_flex.masks.blocks.last_rows import BLOCKS, with_last_rows
-from omnisparse_flex.masks.blocks.select import SCORERS, at_centres, select_blocks
+from omnisparse_flex.masks.blocks.select import SCORERS, change_of_logits, select_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
@@ -80,14 +80,13 @@ def test_few_rows_are_spread_over_what_a_block_holds(length, count):
     assert ((after - want / want.sum(-1, keepdim=True)).abs() <= ROUNDING).all()
 
 
-def test_a_models_own_change_of_the_logits_is_made_at_block_centres():
+def test_a_models_own_change_of_the_logits_is_made_at_each_row_and_key():
     query, key = torch.randn(2, 2, 4, 100, 16, generator=torch.Generator().manual_seed(0))
     grid = Grid(2, 4, 100, 100, BLOCK, query.device)
-    adjust = at_centres(grid, lambda x, b, h, q, kv: torch.tanh(x) * (1 + h) - (q - kv).abs() * 0.01)
-    centre = lambda places: (places // BLOCK * BLOCK + BLOCK // 2).clamp(max=99)  # noqa: E731
+    adjust = change_of_logits(grid, lambda x, b, h, q, kv: torch.tanh(x) * (1 + h) - (q - kv).abs() * 0.01)
 
     def change(logits, places):
-        far = (centre(places)[:, None] - centre(torch.arange(100))).abs() * 0.01
+        far = (places[:, None] - torch.arange(100)).abs() * 0.01
         return torch.tanh(logits) * (1 + torch.arange(4).view(-1, 1, 1)) - far
 
     want = exact(query, key, torch.ones(100, 100, dtype=torch.bool), BLOCK, held(100, BLOCK), change)

@@ -1,4 +1,4 @@
-"""DESIGN's invariants of block selection, as properties over configs, shapes, masks, padding and offsets."""
+"""The invariants of block selection, as properties over configs, shapes, masks, padding and offsets."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,13 @@ from omnisparse_flex.masks import document_ids
 from omnisparse_flex.masks.blocks import select
 from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps, wider
 from omnisparse_flex.masks.blocks.select import BlockSelection, dense_selection, select_blocks
+from omnisparse_flex.masks.blocks.text_runs import LONG_RUN
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Load, Q, causal
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.text_runs import LONG_RUN
 from omnisparse_flex.testing import AttentionShape, assert_block_mask_equals, configs, mask_mods
 from omnisparse_flex.testing.oracle import expand_block_map, materialize_mask
-from tests.test_text_runs import kept_text
+from tests.masks.test_text_runs import kept_text
 
 CPU = torch.device("cpu")
 
@@ -149,22 +149,15 @@ def cases(draw, masks=plain_masks):
 
 @given(cases() | cases(any_masks))
 def test_kept_blocks_may_be_seen_and_no_row_loses_every_key(case):
-    selection, allowed = case.select(lazy_mode="local"), case.allowed
+    selection, allowed = case.select(), case.allowed
     assert not (selection.keep & ~selection.layout.some).any(), "a block without an allowed pair is computed"
     sees = allowed.any(-1)
     assert torch.equal((case.tokens(selection) & allowed).any(-1), sees), "a row with an allowed key keeps none"
 
 
-@given(cases())
-def test_a_skipped_row_keeps_nothing_and_the_others_what_they_kept(case):
-    local, skip = (case.select(lazy_mode=mode) for mode in ("local", "skip"))
-    skipped = (skip.lazy & ~skip.active).unsqueeze(-1)
-    assert torch.equal(skip.keep, local.keep & ~skipped)
-
-
 @given(cases() | cases(any_masks))
 def test_window_text_and_first_keys_are_kept_by_every_row(case):
-    selection, allowed, config = case.select(lazy_mode="local"), case.allowed, case.config
+    selection, allowed, config = case.select(), case.allowed, case.config
     lost = allowed & ~case.tokens(selection)
     keys = torch.arange(case.shape.kv_len)
     assert not (lost & ((case.positions - keys).abs() < config.window_size)).any()
@@ -178,7 +171,7 @@ def test_window_text_and_first_keys_are_kept_by_every_row(case):
 
 @given(cases())
 def test_sinks_are_the_first_keys_a_row_may_see(case):
-    lost = case.allowed & ~case.tokens(case.select(lazy_mode="local"))
+    lost = case.allowed & ~case.tokens(case.select())
     assert not (lost & (case.allowed.cumsum(-1) <= case.config.sink_size)).any()
 
 

@@ -35,7 +35,7 @@ class Capture(Backend):
     def calls(self):
         """Names of the functions that the graph and its sub-graphs call."""
         return [
-            re.sub(r"_[0-9a-f]{16}$", "", op_name(node))  # our calls end in a digest of their constants
+            re.sub(r"_[0-9a-f]{16}$", "", op_name(node).rpartition(".")[2])  # ours end in a digest of their constants
             for module in self.graph_module.modules()
             if isinstance(module, torch.fx.GraphModule)
             for node in module.graph.nodes

@@ -1,4 +1,4 @@
-"""Token attention on CUDA: the same three steps as ``token_attention``, in Triton kernels.
+"""Token attention on CUDA: the same three steps as ``tensor_code``, in Triton kernels.
 
 Beside its results it holds no more than the layer's keys and values take: queries attend a stretch after the other, a
 stretch's selection is made and attended to a few segments at a time, and is kept as bits.
@@ -24,10 +24,10 @@ from omnisparse_flex.attention.tokens.tensor_code import listed_gradients
 from omnisparse_flex.attention.tokens.triton_backward import gradients_by_heads
 from omnisparse_flex.kernels.attend_lists import Lists, attend_lists
 from omnisparse_flex.kernels.fallback import guarded
-from omnisparse_flex.kernels.head_dims import loudest_quickly
+from omnisparse_flex.kernels.head_dims import sums_of_squares
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.causal_padding import PlainMask
-from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.head_dims import loudest, loudest_of
 from omnisparse_flex.masks.tokens.segments import SegmentLayout
 from omnisparse_flex.masks.tokens.select import TokenSelection
 from omnisparse_flex.masks.tokens.select_triton import select_quickly
@@ -134,7 +134,7 @@ def gradients_quickly(
 
 @torch.no_grad()
 def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, out: Tensor) -> Attended:
-    """Both parts, the second from where the first ends; then the sinks, which have no value, and the skipped rows.
+    """Both parts, the second from where the first ends; then the sinks, which have no value.
 
     Query and ``out``, which is written, are those of the span.
     """
@@ -154,16 +154,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, o
     if sinks is not None:
         out.mul_(keys_share(lse, sinks).unsqueeze(-1))
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    if config.lazy_mode == "skip":
-        skipped = selection.lazy & ~selection.active
-        out.masked_fill_(skipped.unsqueeze(-1), 0.0)
-        lse.masked_fill_(skipped, -torch.inf)
     return Attended(span.heads, span.own, lse, near, selection)
 
 
 #: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
 _attended = guarded(_attend, "the token kernels failed, token attention runs in tensor code")
-_loudest = guarded(loudest_quickly, "the kernel of the loudest coordinates failed, they are found in tensor code")
+_squares = guarded(sums_of_squares, "the kernel of the loudest coordinates failed, they are found in tensor code")
 _gradients = guarded(gradients_by_heads, "the token kernels failed, gradients of token attention run in tensor code")
 
 
@@ -204,10 +200,16 @@ def _spans(
     (heads, kv_heads), config, columns = (query.shape[1], key.shape[1]), site.config, None
     if config.scoring_dims is not None:
         # Of the whole call: a stretch's own would be others.
-        wanted = (query, key, config.choices(heads, kv_heads), config.scoring_dims)
-        columns = _loudest(*wanted)
-        columns = loudest(*wanted).int() if columns is None else columns
+        columns = _loudest(query, key, config.choices(heads, kv_heads), config.scoring_dims)
     return spans(key, heads // kv_heads, config, plain, segments, text, columns)
+
+
+def _loudest(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
+    """``loudest`` in one launch for queries and one for keys, int32."""
+    of_query, of_key = _squares(query), _squares(key)
+    if of_query is None or of_key is None:
+        return loudest(query, key, choices, dims).int()
+    return loudest_of(of_query, of_key, choices, dims).int()
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:

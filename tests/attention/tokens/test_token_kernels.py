@@ -10,6 +10,7 @@ import torch
 
 from omnisparse_flex.attention.call import Site, register
 from omnisparse_flex.attention.tokens import dispatch as token_attention
+from omnisparse_flex.attention.tokens import tensor_code
 from omnisparse_flex.attention.tokens.op import call_token_op
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.kernels.fallback import guarded
@@ -119,9 +120,9 @@ def check_selection(shape, device, config, dtype=torch.float32, make=tensors):
     choices = config.choices(shape.heads, shape.kv_heads)
     inputs[1:] = [per_member(x, choices // shape.kv_heads) for x in inputs[1:]]
     segments = token_attention.segments_of_site(*inputs[:2], site)
-    near_lse = token_attention.attend_near(*inputs, segments, site)[1]
+    near_lse = tensor_code.attend_near(*inputs, segments, site)[1]
     text = torch.zeros((1, shape.q_len), dtype=torch.bool, device=device)
-    plain = token_attention.choose(*inputs[:2], near_lse, segments, text, site)
+    plain = tensor_code.choose(*inputs[:2], near_lse, segments, text, site)
     assert (quick.active == plain.active).float().mean() > 0.98
     packed = segments_of(quick.active.unsqueeze(-1), choices, config.segment_size)
     assert torch.equal(quick.row_count, packed.sum((3, 4)))
@@ -244,7 +245,7 @@ def check_interpreted():
     check_selection(SMALL[1], "cpu", dataclasses.replace(CONFIG, budget="per_head", lazy_threshold=None))
     check_selection(SMALL[0], "cpu", dataclasses.replace(CONFIG, max_kv_budget=20))
     takes = mock.patch.object(token_attention, "takes_kernels", lambda *_: True)
-    with takes, mock.patch.object(token_attention, "attend_gathered", None):
+    with takes, mock.patch.object(tensor_code, "attend_gathered", None):
         check_operator(SMALL[1], "cpu")
 
 
@@ -297,7 +298,7 @@ def test_in_the_interpreter():
 @pytest.mark.gpu
 def test_a_site_runs_in_the_kernels_and_its_gradients_too(monkeypatch):
     """Through ``attend_tokens``: nobody calls the tensor code."""
-    monkeypatch.setattr(token_attention, "attend_gathered", None)
+    monkeypatch.setattr(tensor_code, "attend_gathered", None)
     inputs = tensors(SHAPES[1], "cuda", torch.bfloat16)
     token_attention.attend_tokens(*inputs, site_of(SHAPES[1], "cuda")).sum().backward()
     assert all(x.grad.isfinite().all() and x.grad.any() for x in inputs)

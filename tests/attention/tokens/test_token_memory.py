@@ -26,7 +26,7 @@ UNBOUNDED = OmniSparseConfig(granularity="token", target_recall=0.95, lazy_thres
 CONFIGS = {
     "flattest": UNBOUNDED,
     "all_active": dataclasses.replace(UNBOUNDED, lazy_threshold=None),
-    "sinks_skip": dataclasses.replace(UNBOUNDED, budget="per_head", lazy_mode="skip"),
+    "sinks": dataclasses.replace(UNBOUNDED, budget="per_head"),
     "bounded": dataclasses.replace(UNBOUNDED, max_kv_budget=1024),
     "heads": dataclasses.replace(UNBOUNDED, gqa_choice="head", scoring_dims=32, lazy_threshold=0.1),
 }
@@ -70,7 +70,7 @@ def inputs(tokens, device, heads=(HEADS, KV_HEADS, KV_HEADS)):
 
 
 def site_of(config, name, device):
-    sinks = torch.zeros(HEADS, dtype=torch.bfloat16, device=device) if name == "sinks_skip" else None
+    sinks = torch.zeros(HEADS, dtype=torch.bfloat16, device=device) if name == "sinks" else None
     return Site(config=config, target=0.95, mask=MaskProgram(causal()), sinks=sinks)
 
 
