@@ -18,8 +18,7 @@ from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.blocks.peak import (
     CANDIDATE,
-    FLOOR_RATIO,
-    FLOOR_STEPS,
+    LOWEST,
     Maps,
     Peaks,
     PeakSite,
@@ -98,7 +97,7 @@ def _find_peaks(
     keys = Keys(key, block_mean(key, key_block), key_block)
     if takes and (kernel := load(*KERNEL)) is not None:
         given = (*maps, places, count, base, floor, real, offset)
-        numbers = (CANDIDATE, FLOOR_STEPS, FLOOR_RATIO)
+        numbers = (CANDIDATE, LOWEST)
         made = kernel(query, *keys[:2], *given, scale, key_block, extra_phases(last_rows), numbers)
         if made is not None:
             chosen, recall, scored = made

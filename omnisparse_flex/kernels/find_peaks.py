@@ -86,7 +86,7 @@ def _find_peaks(
     kv_len, tiles, further, last, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     SIZE: tl.constexpr, KB: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
-    ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr, STEPS: tl.constexpr, RATIO: tl.constexpr,
+    ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr, LOWEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th query block, from the last one on, which sees most."""
@@ -215,6 +215,7 @@ def _find_peaks(
         total += others * KB
         normal = tl.where(total > 0, tl.minimum(tl.log2(total), 30000.0), 0.0)
         always, far = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+        power = tl.where(least > 0, tl.exp2(tl.ceil(tl.log2(tl.maximum(least, 1e-30)))), 0.0)
         for s in range(0, ragged, SLOTS):
             slots = s + tl.arange(0, SLOTS)
             valid = slots < ragged
@@ -222,27 +223,28 @@ def _find_peaks(
             y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
             share = tl.exp2(y - normal[None, :])
             always += tl.sum(tl.where(must[:, None], share, 0.0), 0)
-            far += tl.sum(tl.where(~must[:, None] & (share >= least), share, 0.0), 0)
-        threshold = tl.where(always + far >= floor_share, least, 0.0)
+            far += tl.sum(tl.where(~must[:, None] & (share >= power), share, 0.0), 0)
+        threshold = tl.zeros((M,), tl.float32) + least
         short = tl.max(tl.where(mine & (always + far < floor_share), 1, 0), 0)
         if short > 0:
-            steps = tl.arange(0, 16)
-            reached = tl.zeros((M, 16), tl.float32)
+            STEPS: tl.constexpr = 16
+            steps = tl.arange(0, STEPS)
+            reached = tl.zeros((M, STEPS), tl.float32)
             for s in range(0, ragged, SLOTS):
                 slots = s + tl.arange(0, SLOTS)
                 valid = slots < ragged
                 must = ((tl.load(lists + slots, mask=valid, other=0) >> 28) & 1) > 0
                 y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
                 share = tl.where(must[:, None], 0.0, tl.exp2(y - normal[None, :]))
-                tried = least
+                tried = power * 0.5
                 for step in tl.static_range(STEPS):
                     part_sum = tl.sum(tl.where(share >= tried, share, 0.0), 0)
                     reached += tl.where(steps[None, :] == step, part_sum[:, None], 0.0)
-                    tried = tried * RATIO
-            enough = (always[:, None] + reached >= floor_share) & (steps[None, :] < STEPS)
-            first = tl.min(tl.where(enough, steps[None, :], 99), 1)
-            lower = least * tl.exp2(first.to(tl.float32) * tl.log2(tl.full((M,), RATIO, tl.float32)))
-            threshold = tl.where(first < 99, lower, 0.0)
+                    tried = tried * 0.5
+            lower = power * tl.exp2(-1.0 - steps.to(tl.float32))
+            enough = (always[:, None] + reached >= floor_share) & (lower[None, :] >= 2.0**LOWEST)
+            found = tl.max(tl.where(enough, lower[None, :], 0.0), 1)
+            threshold = tl.where(always + far >= floor_share, threshold, found)
 
         # 5. Blocks that one of a head's rows has a peak in, and what the witness row keeps with them.
         line = keep + ((batch * KV_HEADS * GROUP).to(tl.int64) * q_blocks + block) * kv_blocks
@@ -361,7 +363,7 @@ class Inputs(NamedTuple):
 def find_peaks(
     query: Tensor, key: Tensor, means: Tensor, full: Tensor, some: Tensor, forced: Tensor, places: Tensor, count: Tensor,
     base: Tensor, floor: Tensor, real: Tensor | None, offset: Tensor | None, scale: float, key_block: int, phases: int,
-    numbers: tuple[float, int, float],
+    numbers: tuple[float, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The peak rule (``masks.blocks.peak``) for a plain mask and logits that are products alone.
 
@@ -381,7 +383,7 @@ def find_peaks(
         scale: Logit scale, above 0.
         key_block: Tokens of a key block, 64 or 128.
         phases: Further sets of rows of the last two blocks.
-        numbers: ``CANDIDATE``, ``FLOOR_STEPS`` and ``FLOOR_RATIO`` of the rule.
+        numbers: ``CANDIDATE`` and ``LOWEST`` of the rule.
 
     Returns:
         ``Peaks``: the chosen blocks, bool (B, Hq, NQ, NK), recall and cost, float32 (B, Hq, NQ) each. Besides them,
@@ -394,7 +396,7 @@ def find_peaks(
 
 
 def _launch(
-    query: Tensor, given: Inputs, scale: float, key_block: int, phases: int, numbers: tuple[float, int, float]
+    query: Tensor, given: Inputs, scale: float, key_block: int, phases: int, numbers: tuple[float, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, _, dim = query.shape
     kv_heads, kv_len = given.key.shape[1:3]
@@ -429,7 +431,7 @@ def _launch(
         scored, lists, logs, *strides, *(_batch_stride(x) for x in given[3:9]), query.stride(2), given.key.stride(2),
         q_blocks, kv_blocks, kv_len, tiles, last * phases, last, scale * LOG2_E,
         KB=key_block, KEYS=min(tile.keys, key_block), M=tile.rows, CHUNK=MEANS, SLOTS=SLOTS, CANDIDATE=numbers[0],
-        STEPS=numbers[1], RATIO=numbers[2], maxnreg=tile.registers, **shapes,
+        LOWEST=numbers[1], maxnreg=tile.registers, **shapes,
     )  # fmt: skip
     return keep.view(torch.bool), recall, scored
 
