@@ -93,8 +93,8 @@ def row_of(rows: LiveRows, index: int, phase: int, heads: int, first_block: Tens
     blocks, size = rows.places.shape[2:]
     block = torch.arange(blocks, device=rows.places.device) + first_block
     head = torch.arange(heads, device=rows.places.device).unsqueeze(1)
-    stride = size // ROWS
-    offset = index * stride + (BLOCK_SHIFT * block + HEAD_SHIFT * head + phase) % stride
+    stride = max(size // ROWS, 1)
+    offset = index * size // ROWS + (BLOCK_SHIFT * block + HEAD_SHIFT * head + phase) % stride
     at = offset * rows.count // size
     wide = rows.places.expand(-1, heads, -1, -1)
     return wide.gather(-1, at.expand(wide.shape[:-1]).unsqueeze(-1)).squeeze(-1)
