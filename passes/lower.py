@@ -125,7 +125,10 @@ def _constants(site: Site, settings: Settings) -> Constants:
     plain = site.mods is None and site.bias is None and site.softcap == 0
     if not dense and (config.granularity == "token" or (settings.lists and plain)):
         fixed["rules"] = register(AttentionSite(mask=MaskProgram(site.expr), **fixed))
-    target, counts = (config.recall_of(site.layer), config.min_peak_of(site.layer)), (len(site.leaves), len(site.bias_leaves))
+    target, counts = (
+        (config.recall_of(site.layer), config.min_peak_of(site.layer)),
+        (len(site.leaves), len(site.bias_leaves)),
+    )
     return Constants(site.layer, *target, site.expr, site.offset, *counts, fixed)
 
 

@@ -135,7 +135,11 @@ def _find_peaks(
         for c in range(0, limit, CHUNK):
             at = c + tl.arange(0, CHUNK)
             whole = tl.load(full_row + at, mask=at < limit, other=0) != 0
-            m = tl.load(own_means + at[None, :] * DIM + dims[:, None], mask=(at[None, :] < limit) & (dims[:, None] < DIM), other=0.0)
+            m = tl.load(
+                own_means + at[None, :] * DIM + dims[:, None],
+                mask=(at[None, :] < limit) & (dims[:, None] < DIM),
+                other=0.0,
+            )
             z = tl.where(whole[None, :], tl.dot(q, m, input_precision=PRECISION) * scale, float("-inf"))
             top, total = _grown(top, total, z)
         unseen = total == 0
@@ -149,8 +153,15 @@ def _find_peaks(
             inside = at < limit
             whole = tl.load(full_row + at, mask=inside, other=0) != 0
             must = tl.load(forced_row + at, mask=inside, other=0) != 0
-            m = tl.load(own_means + at[None, :] * DIM + dims[:, None], mask=(at[None, :] < limit) & (dims[:, None] < DIM), other=0.0)
-            z = tl.where(whole[None, :], tl.dot(q, m, input_precision=PRECISION) * scale, float("-inf")) - pooled[:, None]
+            m = tl.load(
+                own_means + at[None, :] * DIM + dims[:, None],
+                mask=(at[None, :] < limit) & (dims[:, None] < DIM),
+                other=0.0,
+            )
+            z = (
+                tl.where(whole[None, :], tl.dot(q, m, input_precision=PRECISION) * scale, float("-inf"))
+                - pooled[:, None]
+            )
             hit = (whole[None, :] & mine[:, None] & (z >= bar)).to(tl.int32)
             by_head = tl.max(tl.reshape(hit, (WIDE, 16, CHUNK)), 1)
             bits = tl.sum(by_head << tl.arange(0, WIDE)[:, None], 0)
@@ -220,7 +231,9 @@ def _find_peaks(
             slots = s + tl.arange(0, SLOTS)
             valid = slots < ragged
             must = ((tl.load(lists + slots, mask=valid, other=0) >> 28) & 1) > 0
-            y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
+            y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(
+                tl.float32
+            )
             share = tl.exp2(y - normal[None, :])
             always += tl.sum(tl.where(must[:, None], share, 0.0), 0)
             far += tl.sum(tl.where(~must[:, None] & (share >= power), share, 0.0), 0)
@@ -234,7 +247,9 @@ def _find_peaks(
                 slots = s + tl.arange(0, SLOTS)
                 valid = slots < ragged
                 must = ((tl.load(lists + slots, mask=valid, other=0) >> 28) & 1) > 0
-                y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
+                y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(
+                    tl.float32
+                )
                 share = tl.where(must[:, None], 0.0, tl.exp2(y - normal[None, :]))
                 tried = power * 0.5
                 for step in tl.static_range(STEPS):
@@ -250,13 +265,17 @@ def _find_peaks(
         line = keep + ((batch * KV_HEADS * GROUP).to(tl.int64) * q_blocks + block) * kv_blocks
         heads = tl.arange(0, WIDE)
         real_head = kv_head * GROUP + (head % SLICES) * HEADS + heads
-        exact = tl.load(witness + (batch * KV_HEADS * GROUP + own_head).to(tl.int64) * q_blocks + block, mask=mine, other=0.0)
+        exact = tl.load(
+            witness + (batch * KV_HEADS * GROUP + own_head).to(tl.int64) * q_blocks + block, mask=mine, other=0.0
+        )
         kept = tl.zeros((M,), tl.float32)
         for s in range(0, ragged, SLOTS):
             slots = s + tl.arange(0, SLOTS)
             valid = slots < ragged
             entry = tl.load(lists + slots, mask=valid, other=0)
-            y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(tl.float32)
+            y = tl.load(logs + slots[:, None] * M + rows[None, :], mask=valid[:, None], other=float("-inf")).to(
+                tl.float32
+            )
             hit = (tl.exp2(y - normal[None, :]) >= threshold[None, :]).to(tl.int32)
             by_head = tl.max(tl.reshape(hit, (SLOTS, WIDE, 16)), 2)
             by_head = by_head & (entry[:, None] >> (20 + heads[None, :])) & 1

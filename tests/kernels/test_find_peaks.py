@@ -49,9 +49,7 @@ def both(kernel, case, device="cpu", dtype=torch.float32, last_rows=64):
     live = live_rows(mask, grid, own_positions(grid, offset))
     base = peak.base_threshold(layout.some, 0.3, floor)
     maps, scale, means = peak.Maps(layout.full, layout.some, layout.forced), 3 * dim**-0.5, block_mean(key, width)
-    site = peak.PeakSite(
-        query, Keys(key, means, width), maps, live, base, floor, scale, offset // 128, None, mask
-    )
+    site = peak.PeakSite(query, Keys(key, means, width), maps, live, base, floor, scale, offset // 128, None, mask)
     plain = plain_mask(mask, batch, kv_len, query.device)
     made = kernel(
         query, key, means, *maps, live.places.int(), live.count.int(), base, torch.tensor(floor, device=device),
@@ -80,7 +78,9 @@ def test_the_kernel_chooses_what_tensor_code_does():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("case", [(1, 7, 1, 4096, 4096, 128, 0, 128, 0.6), (2, 6, 2, 3000, 3500, 64, 700, 64, 0.9), *CASES])
+@pytest.mark.parametrize(
+    "case", [(1, 7, 1, 4096, 4096, 128, 0, 128, 0.6), (2, 6, 2, 3000, 3500, 64, 700, 64, 0.9), *CASES]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_kernel_chooses_what_tensor_code_does_on_a_gpu(case, dtype):
     from omnisparse_flex.kernels.find_peaks import find_peaks
