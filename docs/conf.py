@@ -22,7 +22,6 @@ myst_links_external_new_tab = False
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # A dataclass says its fields in its docstring; listing them again as attributes would describe each twice.

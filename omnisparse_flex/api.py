@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import shape_of_config
-from omnisparse_flex.errors import require
+from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model import hf as integration
-from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of, refuse_compiled
+from omnisparse_flex.model.compiled_module import (
+    REPLACED,
+    Entry,
+    check_visual,
+    entry_of,
+    own_call,
+    refuse_compiled,
+    was_replaced,
+)
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.report import RewriteReport
 from omnisparse_flex.seams import check_transformers
@@ -92,7 +100,7 @@ def apply_omnisparse(
     remove_omnisparse(model)
     undo = _Undo()
     try:
-        entry = Entry(decoder, backend, dynamic)
+        entry = Entry(decoder, backend, dynamic, hands_on=is_hf)
         entry.undo = undo
         if is_hf:
             _install_in_transformers(model, decoder, entry, undo, visual_mask)
@@ -100,6 +108,7 @@ def apply_omnisparse(
             entry.visual_mask = lambda a, k: check_visual(
                 visual_mask(a, k) if callable(visual_mask) else visual_mask, None, None
             )
+        undo.hooks.append(decoder.register_forward_pre_hook(own_call))
         decoder._compiled_call_impl = entry
     except BaseException:
         undo()
@@ -139,6 +148,8 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
         ConfigError: If the model was never changed, or lost its compile when it was copied.
     """
     entry = entry_of(model)
+    if entry is None and was_replaced(model):
+        raise ConfigError(f"model must keep what apply_omnisparse installed, got a part whose {REPLACED}")
     copied = integration.is_transformers_model(model) and any(
         c._attn_implementation_internal == integration.NAME for c in integration.attention_configs(model)
     )
@@ -148,7 +159,7 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
     report = entry.backend.log.report()
     report = report if report.compiled else explain(entry)
     libraries = ["torch", *(["transformers"] if integration.is_transformers_model(model) else [])]
-    return dataclasses.replace(report, notes=(*report.notes, *newer_than_tested(*libraries)))
+    return dataclasses.replace(report, notes=(*newer_than_tested(*libraries), *report.notes))
 
 
 @contextlib.contextmanager
@@ -211,6 +222,6 @@ def _install_in_transformers(
 def _drop_stale_hooks(module: nn.Module) -> None:
     """A deep copy keeps our hook but not our entry."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, integration.VisualMaskHook):
+        if isinstance(hook, integration.VisualMaskHook) or hook is own_call:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)

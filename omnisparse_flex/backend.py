@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -34,6 +35,19 @@ UNMEASURED = 16384
 NEVER_PAYS = "dense: these rules pay at no length; max_kv_budget bounds what they may cost, min_seq_len=0 runs them"
 
 
+class Here(threading.local):
+    """What the log knows of one thread.
+
+    Attributes:
+        runs: Number of compiled graphs that ran in it.
+        around: Runs each graph in its place, given its number, what it reads of its inputs, and itself as a
+            function without arguments; or None.
+    """
+
+    runs: int = 0
+    around: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
+
+
 @dataclasses.dataclass(eq=False)
 class Log:
     """What one backend object did; the report and the fall-back check read it.
@@ -42,10 +56,9 @@ class Log:
         sites: Reports of every compiled graph.
         graphs: Number of graphs compiled.
         runs: Number of compiled graphs that ran.
+        here: Of the thread that asks.
         inners: Inner compilers used.
         notes: Remarks for the report.
-        around: Runs each graph in its place, given its number, what it reads of its inputs, and itself as a
-            function without arguments; or None.
         on_graph: Makes the context that surrounds each inner compile, given the graph's
             number: where a command prints its progress; or None.
     """
@@ -55,7 +68,7 @@ class Log:
     runs: int = 0
     inners: set[str] = dataclasses.field(default_factory=set)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
-    around: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
+    here: Here = dataclasses.field(default_factory=Here)
     on_graph: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
 
     def report(self) -> RewriteReport:
@@ -68,6 +81,9 @@ class Backend:
 
     A model gets an object of its own, so that Dynamo keeps its graphs apart from every
     other model's.
+
+    Attributes:
+        stateful: Calls have run-time state, which must reach every site.
     """
 
     def __init__(
@@ -101,6 +117,7 @@ class Backend:
         self.kernel = kernel
         self.inner = inner
         self.static = static
+        self.stateful = False
         self.log = Log()
         self.last: Rewrite | None = None
 
@@ -114,6 +131,7 @@ class Backend:
             lists=inner == "inductor",
             kernel=self.kernel,
             static=self.static,
+            stateful=self.stateful,
             training=needs_grad,
         )
         before = None if raises_bugs() else Snapshot(graph_module)
@@ -129,8 +147,9 @@ class Backend:
 
         def run(*args: Any) -> Any:
             log.runs += 1
-            if log.around is not None:
-                return log.around(number, [args[i] for i in read], functools.partial(compiled, *args))
+            log.here.runs += 1
+            if log.here.around is not None:
+                return log.here.around(number, [args[i] for i in read], functools.partial(compiled, *args))
             return compiled(*args)
 
         return run

@@ -1,9 +1,10 @@
 """The operators that carry our meaning through Dynamo and AOTAutograd.
 
-``attn`` marks an attention site in a captured graph; left alone it decomposes to dense
-SDPA. ``bind`` carries run-time state into the graph. ``realize`` is a copy that Inductor
-cannot fuse away. ``sort_rows`` is a sort that Inductor does not write itself: Triton takes
-up to a minute to compile a sort fused with what surrounds it.
+``attn`` marks an attention site in a captured graph; left alone it decomposes to dense SDPA. It takes the call's
+run-time state (``run_state.RunState``) as operands, for the passes to read. ``bind`` carries the same into the graph of
+a module whose attention has no marker, or whose layers hand no keyword arguments on. ``realize`` is a copy that
+Inductor cannot fuse away. ``sort_rows`` is a sort that Inductor does not write itself: Triton takes up to a minute to
+compile a sort fused with what surrounds it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _lib = torch.library.Library("omnisparse", "DEF")
 
 _lib.define(
     "attn(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? mask, bool is_causal, "
-    "float scale, int layer, float softcap, Tensor? sinks=None) -> Tensor"
+    "float scale, int layer, float softcap, Tensor? sinks=None, Tensor? visual=None, Tensor? recall=None, "
+    "Tensor? stats=None, Tensor? maps=None, Tensor? recalls=None) -> Tensor"
 )
 _lib.define("bind(Tensor? visual, Tensor recall, Tensor? stats, Tensor? maps, Tensor? recalls) -> Tensor")
 _lib.define("realize(Tensor x) -> Tensor")
@@ -84,6 +86,23 @@ def dense_attention(
     return torch.softmax(logits.float(), -1).nan_to_num(0.0).to(value.dtype) @ value
 
 
+def _attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    layer: int,
+    softcap: float,
+    sinks: Tensor | None = None,
+    *state: Tensor | None,
+) -> Tensor:
+    """The marker left alone: dense, and nothing is made of the state."""
+    return dense_attention(query, key, value, padding, mask, is_causal, scale, layer, softcap, sinks)
+
+
 def _bind(
     visual: Tensor | None, recall: Tensor, stats: Tensor | None, maps: Tensor | None, recalls: Tensor | None
 ) -> Tensor:
@@ -100,7 +119,7 @@ def _sort_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, order
 
 
-_lib.impl("attn", dense_attention, "CompositeImplicitAutograd")
+_lib.impl("attn", _attn, "CompositeImplicitAutograd")
 _lib.impl("bind", _bind, "CompositeImplicitAutograd")
 _lib.impl("realize", _copy, "CompositeExplicitAutograd")
 _lib.impl("sort_rows", _sort_rows, "CompositeExplicitAutograd")

@@ -75,12 +75,12 @@ def is_written(seam: str) -> bool:
     if module in sys.modules:
         return exists(seam)
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except ImportError:  # not even its package is there
-        found = None
-    if found is None:
+        spec = None
+    if spec is None:
         return False
-    read: Callable[[str], str | None] | None = getattr(found.loader, "get_source", None)
+    read: Callable[[str], str | None] | None = getattr(spec.loader, "get_source", None)
     source = read(module) if read else None
     name, *methods = path.split(".")
     patterns = [rf"^(?:def |class )?{name}\b", *(rf"^ +def {method}\b" for method in methods)]
@@ -110,6 +110,7 @@ def check_torch() -> None:
     Raises:
         ConfigError: In either case.
     """
+    importlib.import_module("torch")  # ``import omnisparse_flex`` may be a program's first import
     refuse_older("torch")
     require_seams("import")
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.statistics import STATS
-from omnisparse_flex.model.compiled_module import Entry, State, entry_of
+from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.model.run_state import State
 from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.report import table
 

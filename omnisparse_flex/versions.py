@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 from typing import NamedTuple
 
 from omnisparse_flex.errors import require
@@ -39,8 +39,8 @@ def release_of(version: str) -> tuple[int, ...]:
 
 
 def installed(library: str) -> str:
-    """The version of a library that is imported already."""
-    return str(sys.modules[library].__version__)
+    """The version of a library, which is imported if it was not."""
+    return str(importlib.import_module(library).__version__)
 
 
 def refuse_older(library: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from omnisparse_flex.passes.find_sites import BINDS
+from omnisparse_flex.passes.find_sites import BINDS, STATE_FROM
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.state import Rewrite
 from omnisparse_flex.passes.writes import writes
@@ -19,6 +19,11 @@ def clean_up(rewrite: Rewrite) -> None:
     for node in rewrite.root.graph_module.graph.nodes:
         if node.op == "call_function" and node.target in BINDS and not node.users:
             rewrite.root.graph_module.graph.erase_node(node)
+            rewrite.modified = True
+    for site in rewrite.sites:
+        if site.kind == "marker" and not site.rewritten and site.state:
+            # A dense site reads no state: a decode step that did would never be the same twice.
+            site.node.args, site.state = site.node.args[:STATE_FROM], ()
             rewrite.modified = True
     if not rewrite.modified:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,27 +16,32 @@ from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of
 from omnisparse_flex.passes.scope import Scope
-from omnisparse_flex.passes.state import Rewrite, Site
+from omnisparse_flex.passes.state import Leaf, Rewrite, Site
 from omnisparse_flex.passes.writes import changes_between
 
 MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
 BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)
 #: Higher-order calls ``op(body, *operands)`` whose body we may extend by inputs.
 BODY_CALLS = ("tag_activation_checkpoint", "wrap")
+#: Place of the state's first operand among the marker's.
+STATE_FROM = 10
+#: Why a site stays dense that would otherwise select without knowing which tokens it may drop.
+STATE_LOST = "the call's state (visual tokens, target recall) does not reach this graph: Dynamo broke the module"
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 #: Of the flex operator's block-mask tuple: its last entry is the mask graph.
 MASK_GRAPH = -1
 
 
 def find_sites(rewrite: Rewrite) -> None:
-    """Fill ``scopes``, ``sites`` and ``state``; changes nothing."""
+    """Fill ``scopes`` and ``sites``; changes nothing."""
+    bound: tuple[Leaf | None, ...] = ()
     rewrite.scopes = list(scopes_of(rewrite.root))
     for scope in rewrite.scopes:
         for node in scope.graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
             if node.target in BINDS:
-                rewrite.state = tuple(a if isinstance(a, Node) else None for a in node.args)
+                bound = _leaves(node.args, scope)
                 continue
             site = _match_or_refuse(scope, node)
             if site is None:
@@ -45,6 +51,10 @@ def find_sites(rewrite: Rewrite) -> None:
                 if changes_between(value, reader, site.node):
                     site.refuse(f"{value.name} is changed in place before the attention that reads it is done")
     _number_layers(rewrite.sites)
+    for site in rewrite.sites:
+        site.state = site.state or bound
+        if rewrite.settings.stateful and not site.state:
+            site.refuse(STATE_LOST)
     for place, reason in rewrite.refused.items():
         rewrite.sites[place].refuse(reason)
 
@@ -92,7 +102,8 @@ def _match(scope: Scope, node: Node) -> Site | None:
 
 
 def _marker(scope: Scope, node: Node) -> Site:
-    query, key, value, padding, mask, is_causal, scale, layer, softcap, *sinks = node.args
+    query, key, value, padding, mask, is_causal, scale, layer, softcap, *sinks = node.args[:STATE_FROM]
+    state = _leaves(node.args[STATE_FROM:], scope)
     return Site(
         "marker",
         scope,
@@ -106,8 +117,13 @@ def _marker(scope: Scope, node: Node) -> Site:
         scale=number_of(scale),
         softcap=number_of(softcap) or 0.0,
         sinks=sinks[0] if sinks else node.kwargs.get("sinks"),  # type: ignore[arg-type]
+        state=state if any(state) else (),
         layer=layer,  # type: ignore[arg-type]
     )
+
+
+def _leaves(operands: Iterable[Any], scope: Scope) -> tuple[Leaf | None, ...]:
+    return tuple(Leaf(x, scope) if isinstance(x, Node) else None for x in operands)
 
 
 def _sdpa(scope: Scope, node: Node) -> Site:

@@ -46,7 +46,7 @@ def lower(rewrite: Rewrite) -> None:
 
 def _operands(site: Site, rewrite: Rewrite, layouts: dict[Hashable, Node]) -> tuple[Node | None, ...]:
     """(query, key, value, sinks, layout, visual, recall, stats, maps, recalls, *mask, *bias, *score operands)."""
-    state = tuple(None if node is None else site.scope.carry(node, rewrite.root) for node in _state_for(site, rewrite))
+    state = _state_operands(site)
     leaves = [_leaf_operand(leaf, site.scope) for leaf in (*site.leaves, *site.bias_leaves)]
     scores = site.mods[2] if site.mods is not None else ()
     layout = _layout_node(site, rewrite.settings, state[0], layouts)
@@ -57,7 +57,7 @@ def _layout_node(site: Site, settings: Settings, visual: Node | None, layouts: d
     """One node for all layers with this mask and these lengths: there are far fewer masks than layers."""
     if settings.config.is_dense(site.layer):
         return None
-    what = site.scope, _layout_key(site)
+    what = site.scope, _layout_key(site), visual
     if what not in layouts:
         leaves = [_leaf_operand(leaf, site.scope) for leaf in site.leaves]
         graph, function = site.scope.graph_module.graph, layout_function(site, settings.config)
@@ -72,10 +72,11 @@ def _layout_key(site: Site) -> Hashable:
     return site.expr, site.offset, tuple(leaf.node for leaf in site.leaves), shapes
 
 
-def _state_for(site: Site, rewrite: Rewrite) -> tuple[Node | None, ...]:
-    visual, recall, *records = rewrite.state
-    # A checkpointed body must not write to its inputs.
-    return (visual, recall, *(records if site.scope.parent is None else [None] * len(records)))
+def _state_operands(site: Site) -> tuple[Node | None, ...]:
+    """(visual, recall, stats, maps, recalls) in the site's graph; a checkpointed body must not write to its inputs."""
+    visual, recall, *records = site.state or (None,) * 5
+    kept = (visual, recall, *(records if site.scope.parent is None else [None] * len(records)))
+    return tuple(None if leaf is None else site.scope.carry(_node(leaf), leaf.home) for leaf in kept)
 
 
 def _leaf_operand(leaf: Leaf, scope: Scope) -> Node | None:
@@ -86,10 +87,14 @@ def _leaf_operand(leaf: Leaf, scope: Scope) -> Node | None:
     return scope.carry(leaf.home.made[leaf], leaf.home)
 
 
+def _node(leaf: Leaf) -> Node:
+    assert leaf.node is not None
+    return leaf.node
+
+
 def _made(leaf: Leaf) -> Node:
     """A leaf's value as the mask saw it: static caches advance their length tensor afterwards."""
-    node, graph = leaf.node, leaf.home.graph_module.graph
-    assert node is not None
+    node, graph = _node(leaf), leaf.home.graph_module.graph
     if leaf.listed is not None:
         made_of = (node, leaf.listed.indices, leaf.listed.kv_len)
         with graph.inserting_after(max(x for x in made_of if isinstance(x, Node))):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omnisparse_flex.attention.call import Site as AttentionSite
 from omnisparse_flex.attention.functional import attend, autocast_dtype, scalar
-from omnisparse_flex.compilation.cache_names import importable
+from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.block_lists import map_of_lists
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout
@@ -26,7 +26,7 @@ from omnisparse_flex.passes.state import Site
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Constants:
-    """What is constant about one site; its ``repr`` tells all of it, as ``importable`` asks.
+    """What is constant about one site; its ``repr`` tells all of it, as ``stable_name`` asks.
 
     Attributes:
         layer: Decoder layer.
@@ -89,7 +89,7 @@ def layout_function(site: Site, config: OmniSparseConfig) -> Callable[..., Layou
         visual = None if visual is None else visual.to(query.device)
         return block_layout(mask, grid_of(query, key, config.split), config, visual=visual, q_offset=q_offset)
 
-    return importable(_renamed(call, "omnisparse_layout"), None)
+    return stable_name(_renamed(call, "omnisparse_layout"), None)
 
 
 def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
@@ -107,14 +107,14 @@ def listed_function(block: int) -> Callable[..., Tensor]:
     def call(counts: Tensor, indices: Tensor, kv_len: int) -> Tensor:
         return map_of_lists(counts, indices, (kv_len + block - 1) // block)
 
-    return importable(_renamed(call, "omnisparse_listed"), None)
+    return stable_name(_renamed(call, "omnisparse_listed"), None)
 
 
 def _named(call: Callable[..., Any], name: str, site: Site) -> Callable[..., Any]:
     function = _renamed(call, name)
     if site.mods is not None:
         return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
-    return importable(function, autocast_dtype(value_of(site.query).device.type))
+    return stable_name(function, autocast_dtype(value_of(site.query).device.type))
 
 
 def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:

@@ -74,6 +74,7 @@ class Site:
         scale: Logit scale, None: 1 / sqrt(D).
         softcap: 0: none.
         sinks: (Hq,) node, logit of each head's virtual key without a value, or None.
+        state: What it reads of the call's state (visual, recall, stats, maps, recalls); empty: nothing reaches it.
         dropout: Probability.
         layer: Decoder layer, 0-based; order of appearance where the model does not say.
         path: Module path, for the report.
@@ -104,6 +105,7 @@ class Site:
     scale: float | None = None
     softcap: float = 0.0
     sinks: Node | None = None
+    state: tuple[Leaf | None, ...] = ()
     dropout: float = 0.0
     layer: int = -1
     path: str = ""
@@ -134,6 +136,7 @@ class Settings:
         lists: The inner compiler honours block lists (Inductor).
         kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
         static: Every graph is of one length (``dynamic=False``).
+        stateful: Calls have run-time state: a site that it does not reach must stay dense.
         training: A backward follows.
     """
 
@@ -142,6 +145,7 @@ class Settings:
     lists: bool = True
     kernel: str = "triton"
     static: bool = False
+    stateful: bool = False
     training: bool = False
 
 
@@ -154,7 +158,6 @@ class Rewrite:
         settings: How to rewrite.
         scopes: ``root`` and its sub-graphs, parents first.
         sites: What was found, in graph order.
-        state: Operands of the ``bind`` op (visual, recall, stats, maps, recalls), if there is one.
         orphans: Nodes whose readers a pass removed; the clean-up erases the dead ones.
         modified: Whether any graph changed.
         refused: Reasons of sites that are to stay dense whatever the passes find, by their place in ``sites``.
@@ -166,7 +169,6 @@ class Rewrite:
     settings: Settings
     scopes: list[Scope] = dataclasses.field(default_factory=list)
     sites: list[Site] = dataclasses.field(default_factory=list)
-    state: tuple[Node | None, ...] = (None, None, None, None, None)
     orphans: list[Leaf] = dataclasses.field(default_factory=list)
     modified: bool = False
     refused: Mapping[int, str] = dataclasses.field(default_factory=dict)

@@ -134,6 +134,11 @@ def test_a_torch_without_what_we_import_is_refused(monkeypatch) -> None:
         seams.require_seams.cache_clear()
 
 
+def test_the_package_is_imported_before_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", "import omnisparse_flex"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_older_torch_is_refused_at_the_import() -> None:
     command = [sys.executable, "-c", "import torch; torch.__version__ = '2.10.0+cu128'; import omnisparse_flex"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -48,10 +48,9 @@ def run(weights: Path, *, quick: bool = False, rounds: int = 2, picture: Path | 
         dense = answers(model, batch, rounds)
     trained = release.facts(weights)["omnisparse"]
     config = CONFIG if trained is None else OmniSparseConfig.from_dict(trained)
-    drawn = picture is not None
     apply_omnisparse(model, config, min_seq_len=0, dynamic=False)
     try:
-        with progress.step("sparse (compiles first)"), collect_stats(model, exact=drawn, maps=drawn) as stats:
+        with progress.step("sparse (compiles first)"), collect_stats(model, maps=picture is not None) as stats:
             sparse = answers(model, batch, rounds)
     finally:
         remove_omnisparse(model)

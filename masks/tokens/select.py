@@ -12,7 +12,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.blocks.lazy import LAZY_STRIDE, REDUNDANCY_THRESHOLD
 from omnisparse_flex.masks.tokens.chunks import at_once
-from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.head_dims import top_head_dims
 from omnisparse_flex.masks.tokens.key_bits import pack_bits, unpack_bits
 from omnisparse_flex.masks.tokens.one_pass import one_pass
 from omnisparse_flex.masks.tokens.pooled_lse import pooled_lse
@@ -97,7 +97,7 @@ def select_tokens(
     segment, count = config.segment_size, segments.eligible.shape[2]
     each = RANKED_BYTES * key.shape[0] * key.shape[1] * key.shape[2]
     step, found = at_once(count, each, key, 1), []
-    columns = None if config.scoring_dims is None else loudest(query, key, key.shape[1], config.scoring_dims)
+    columns = None if config.scoring_dims is None else top_head_dims(query, key, key.shape[1], config.scoring_dims)
     for first in range(0, count, step):
         part, own = slice(first, first + step), slice(first * segment, (first + step) * segment)
         inputs = (query[:, :, own], key, near_lse[:, :, own], segments.eligible[:, :, part], text[:, own], config)

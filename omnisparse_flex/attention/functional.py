@@ -12,6 +12,7 @@ from omnisparse_flex.attention import sink_copies
 from omnisparse_flex.attention.call import Site
 from omnisparse_flex.attention.flex import call_flex
 from omnisparse_flex.attention.logit_sinks import check_sinks, discount
+from omnisparse_flex.attention.scalar_graph import UntraceableError
 from omnisparse_flex.attention.score_captures import with_captures
 from omnisparse_flex.attention.select import choose
 from omnisparse_flex.attention.sink_block import with_sink_block
@@ -26,7 +27,7 @@ from omnisparse_flex.masks.blocks.select import BLOCK, dense_selection
 from omnisparse_flex.masks.expr.captures import Captures
 from omnisparse_flex.masks.expr.expr import Const, Load, causal, causal_offset, number_in
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram, UntraceableError
+from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: head_dim range of the flex kernels.

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from omnisparse_flex.attention.scalar_graph import UntraceableError
 from omnisparse_flex.attention.trace_mask import indices_on, trace_scalars
-from omnisparse_flex.masks.expr.program import UntraceableError
 from omnisparse_flex.types import ScoreMod
 
 

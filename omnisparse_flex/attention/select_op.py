@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from omnisparse_flex.attention.call import Site, registered
-from omnisparse_flex.compilation.cache_names import importable
+from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph
 from omnisparse_flex.errors import bug, raises_bugs
@@ -155,7 +155,7 @@ def compiled(rules: str, record: bool, maps: int, kind: tuple[Any, ...]) -> Call
     function = _plain(rules, record, maps)
     assert isinstance(function, types.FunctionType)
     # Dynamo takes it for one call, which AOTAutograd traces through: as in a model's graph.
-    function = torch.compiler.allow_in_graph(importable(function, rules))
+    function = torch.compiler.allow_in_graph(stable_name(function, rules))
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         return FUNCTION(*tensors)  # noqa: F821

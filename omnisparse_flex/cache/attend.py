@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.attention.lse_attention import attend_keys, merge
-from omnisparse_flex.cache.kept_keys import Rectangle
+from omnisparse_flex.cache.kept_keys import KeptKeys
 
 #: The kernel for one decoded token, for ``kernels.fallback.load``.
 TOKEN_KERNEL = ("decode_token.attend_token", "the decode kernel failed, decoding runs on dense kernels")
 
 
 def attend_parts(
-    query: Tensor, parts: Sequence[Rectangle], tail_key: Tensor, tail_value: Tensor, real: Tensor | None, scale: float,
+    query: Tensor, parts: Sequence[KeptKeys], tail_key: Tensor, tail_value: Tensor, real: Tensor | None, scale: float,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The latest tokens over a layer's rectangles and its tail, on dense kernels.

@@ -83,12 +83,12 @@ def compiled_attention(
     backend = Backend(config, min_seq_len=0, inner="inductor", kernel=kernel)
     backend.log.on_graph = progress.on_graph("sparse attention") if progress else None
 
-    def own(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _attention(query, key, value)
 
     torch._dynamo.reset()  # the code object is the same each time: its compiled versions would pile up
     # fullgraph: too many lengths raise, where they would otherwise run dense.
-    compiled = torch.compile(own, backend=backend, dynamic=None if dynamic else False, fullgraph=True)
+    compiled = torch.compile(attention, backend=backend, dynamic=None if dynamic else False, fullgraph=True)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for x in (query, key, value) if dynamic else ():
@@ -105,11 +105,11 @@ def _dense_times(inputs: tuple[Tensor, Tensor, Tensor]) -> list[float]:
         with torch.no_grad(), choice:
             return milliseconds(_attention, [inputs]).median
 
-    found = [time_of(contextlib.nullcontext())]
+    times = [time_of(contextlib.nullcontext())]
     for kind in DENSE if inputs[0].is_cuda else ():
         with contextlib.suppress(RuntimeError):  # this kernel does not take them
-            found.append(time_of(sdpa_kernel(kind)))
-    return found
+            times.append(time_of(sdpa_kernel(kind)))
+    return times
 
 
 def kept_share(config: OmniSparseConfig, query: Tensor, key: Tensor) -> float:

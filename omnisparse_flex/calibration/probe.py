@@ -56,9 +56,9 @@ def require_length(entry: Entry, batches: list[Batch]) -> None:
         if isinstance(batch, Mapping)
     ]
     known = len(lengths) == len(batches) and all(lengths)
-    least = least_length(entry)
-    if known and max(lengths) < least:
-        raise ConfigError(f"batches must {longer(least)}, got at most {max(lengths)}")
+    shortest = least_length(entry)
+    if known and max(lengths) < shortest:
+        raise ConfigError(f"batches must {longer(shortest)}, got at most {max(lengths)}")
 
 
 def least_length(entry: Entry) -> int:
@@ -66,9 +66,9 @@ def least_length(entry: Entry) -> int:
     return entry.backend.threshold(device_of(entry), shape_of_config(getattr(entry.module, "config", None)))
 
 
-def longer(least: int) -> str:
+def longer(shortest: int) -> str:
     """The rule that too short batches break."""
-    return f"hold at least min_seq_len = {least} tokens (an option of apply_omnisparse)"
+    return f"hold at least min_seq_len = {shortest} tokens (an option of apply_omnisparse)"
 
 
 def device_of(entry: Entry) -> torch.device:
@@ -138,11 +138,11 @@ class Probe:
         for batch in self.batches:
             self.stats.raw.zero_()
             run_batch(self.model, self.entry, batch)
-            for found in self.stats.per_layer():
-                heads = torch.tensor(found.true_recall, dtype=torch.float64)
-                recalls[found.layer] = recalls.get(found.layer, 0) + heads
-                density[found.layer] += found.density
-                ran[found.layer] += 1
+            for measured in self.stats.per_layer():
+                heads = torch.tensor(measured.true_recall, dtype=torch.float64)
+                recalls[measured.layer] = recalls.get(measured.layer, 0) + heads
+                density[measured.layer] += measured.density
+                ran[measured.layer] += 1
         for layer, total in recalls.items():
             worst[layer] = (total / ran[layer]).min()
         self.sparse = ran > 0

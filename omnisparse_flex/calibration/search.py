@@ -119,18 +119,18 @@ def _checked(model: Any, batches: Any, target: Any, config: Any) -> list[Batch]:
     return listed
 
 
-def _search(probe: Probe, wanted: float) -> Calibration:
+def _search(probe: Probe, target_recall: float) -> Calibration:
     """Bisection over the targets of all layers at once, then repairs with all of them in place.
 
     Together, because a layer's input depends on what the layers under it kept; the repairs
     measure exactly what the config will do.
     """
-    reserve = 1 - (1 - wanted) * (1 - RESERVE)
+    reserve = 1 - (1 - target_recall) * (1 - RESERVE)
     best, _ = probe(_target(torch.full((probe.layers,), HIGHEST, dtype=torch.float64)))
     if not probe.sparse.any():
         reasons = {site.reason for site in probe.entry.backend.log.sites if site.reason}
-        least = least_length(probe.entry)
-        raise ConfigError(f"batches must {longer(least)}, got no layer that ran sparsely: {'; '.join(sorted(reasons))}")
+        rule = longer(least_length(probe.entry))
+        raise ConfigError(f"batches must {rule}, got no layer that ran sparsely: {'; '.join(sorted(reasons))}")
     # NaN is no recall: such layers stay dense.
     able = probe.sparse & (best >= reserve)
     low, high = torch.zeros_like(best), torch.full_like(best, HIGHEST)
@@ -148,7 +148,7 @@ def _search(probe: Probe, wanted: float) -> Calibration:
         last = round_ == REPAIRS - 1
         high = torch.where(short, high + step * 2**round_, high)
         able = able & ~(short & ((high > HIGHEST) | last))
-    return _result(probe, wanted, reserve, _Found(_target(high), able, recall, density, best))
+    return _result(probe, target_recall, reserve, _Found(_target(high), able, recall, density, best))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,23 +168,23 @@ def _target(u: Tensor, able: Tensor | None = None) -> Tensor:
     return targets if able is None else torch.where(able, targets, 1.0)
 
 
-def _result(probe: Probe, wanted: float, reserve: float, found: _Found) -> Calibration:
+def _result(probe: Probe, target_recall: float, reserve: float, outcome: _Found) -> Calibration:
     layers = []
     for layer in range(probe.layers):
-        recall, density = float(found.recall[layer]), float(found.density[layer])
+        recall, density = float(outcome.recall[layer]), float(outcome.density[layer])
         reason = ""
         if not probe.sparse[layer]:
             reason = _skip_reason(probe.entry, layer)
-        elif not found.best[layer] >= reserve:
-            reason = f"its worst head reaches a true recall of {float(found.best[layer]):.3f} at the highest target"
-        elif not found.able[layer]:
+        elif not outcome.best[layer] >= reserve:
+            reason = f"its worst head reaches a true recall of {float(outcome.best[layer]):.3f} at the highest target"
+        elif not outcome.able[layer]:
             reason = f"its worst head still fell short of {reserve:.3f} after {REPAIRS} rounds of raised targets"
         elif density > MAX_DENSITY:
             reason = f"it would keep {density:.2f} of its blocks, which does not pay"
-        kept = LayerTarget(layer, round(float(found.targets[layer]), 6), recall, density)
+        kept = LayerTarget(layer, round(float(outcome.targets[layer]), 6), recall, density)
         layers.append(kept if not reason else LayerTarget(layer, 1.0, 1.0, 1.0, reason))
     rules = dataclasses.replace(probe.entry.backend.config, target_recall=tuple(x.target for x in layers))
-    return Calibration(rules, wanted, reserve, tuple(layers))
+    return Calibration(rules, target_recall, reserve, tuple(layers))
 
 
 def _skip_reason(entry: Entry, layer: int) -> str:

@@ -81,11 +81,11 @@ def save_masks(stats: Stats, tokens: int, heads: int, path: Path, *, title: str,
 
 def recall_matrix(stats: Stats) -> Tensor:
     """True recall by layer and query head: float64 (layers, heads), NaN for layers that ran densely."""
-    found = {layer.layer: layer.true_recall for layer in stats.per_layer() if layer.true_recall}
-    heads = max((len(x) for x in found.values()), default=1)
+    layers = {layer.layer: layer.true_recall for layer in stats.per_layer() if layer.true_recall}
+    heads = max((len(x) for x in layers.values()), default=1)
     blank = (float("nan"),) * heads
-    count = max(stats.layers, *(i + 1 for i in found), 1)
-    return torch.tensor([found.get(i, blank) for i in range(count)], dtype=torch.float64)
+    count = max(stats.layers, *(i + 1 for i in layers), 1)
+    return torch.tensor([layers.get(i, blank) for i in range(count)], dtype=torch.float64)
 
 
 def save_heatmap(stats: Stats, path: Path, *, title: str, safe: float = 0.8) -> None:
@@ -123,11 +123,11 @@ def save_heatmap(stats: Stats, path: Path, *, title: str, safe: float = 0.8) -> 
     figure.savefig(path)
 
 
-def _spread(items: list[Any], most: int) -> list[Any]:
+def _spread(items: list[Any], highest: int) -> list[Any]:
     """At most ``most`` of them, evenly spaced, first and last included."""
-    if len(items) <= most:
+    if len(items) <= highest:
         return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[round(i * (len(items) - 1) / (highest - 1))] for i in range(highest)]
 
 
 def _draw_mask(axes: Axes, cells: Tensor, tokens: int) -> None:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 _KNOWN: dict[str, FunctionType] = {}
 
 
-def importable(function: FunctionType, *ambient: object) -> FunctionType:
+def stable_name(function: FunctionType, *ambient: object) -> FunctionType:
     """The function that stands for these constants, importable under a name that spells them.
 
     AOTAutograd's cache key holds the names of the functions in a graph, not their closures:

@@ -17,7 +17,7 @@ BARRIER = "tl.debug_barrier()"
 
 
 @functools.cache
-def mend() -> bool:
+def patch_inductor() -> bool:
     """Let Inductor write the barrier, in this process and from now on, unless this torch does so by itself.
 
     Returns:

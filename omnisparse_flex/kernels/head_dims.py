@@ -16,11 +16,11 @@ def _squares(x, sums, x_b, x_h, x_n, length, HEADS: tl.constexpr, DIM: tl.conste
              TOKENS: tl.constexpr):  # fmt: skip
     """Sums of squares over the finite ones of every ``PARTS``-th tile of a head's tokens."""
     part, row = tl.program_id(0), tl.program_id(1)
-    own = x + (row // HEADS).to(tl.int64) * x_b + (row % HEADS).to(tl.int64) * x_h
+    start = x + (row // HEADS).to(tl.int64) * x_b + (row % HEADS).to(tl.int64) * x_h
     dims, total = tl.arange(0, DIM), tl.zeros((DIM,), tl.float32)
     for first in range(part * TOKENS, length, PARTS * TOKENS):
         places = first + tl.arange(0, TOKENS)
-        at = own + places.to(tl.int64)[:, None] * x_n + dims
+        at = start + places.to(tl.int64)[:, None] * x_n + dims
         tile = tl.load(at, mask=(places < length)[:, None], other=0.0).to(tl.float32)
         broken = tl.max(tl.where(tl.abs(tile) < float("inf"), 0, 1), 1) > 0
         total += tl.sum(tl.where(broken[:, None], 0.0, tile * tile), 0)

@@ -33,7 +33,7 @@ def explain(entry: Entry) -> RewriteReport:
         return RewriteReport(notes=(*told, "the sites of a plain module are known after its first run"))
     twin = _twin(entry.module)
     tracer = _Tracer(entry.backend)
-    traced = Entry(twin, tracer, dynamic=True)
+    traced = Entry(twin, tracer, dynamic=True, hands_on=entry.hands_on)
     dtype = next(entry.module.parameters()).dtype
     embeddings = torch.empty((1, TRACE_TOKENS, config.hidden_size), device="meta", dtype=dtype)
     traced.state.recall = traced.state.recall.to("meta")
@@ -56,9 +56,9 @@ class _Tracer(Backend):
         super().__init__(backend.config, min_seq_len=0, kernel=backend.kernel, inner=backend.inner)
 
     def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        rewrite = run_pipeline(graph_module, Settings(config=self.config, lists=True))
+        rewrite = run_pipeline(graph_module, Settings(config=self.config, lists=True, stateful=True))
         self.log.sites += [site_report(site, -1) for site in rewrite.sites]
-        self.log.runs += 1
+        self.log.here.runs += 1
         output = graph_module.graph.find_nodes(op="output")[0]
         # Shapes are all that is asked for: hand back what the capture recorded.
         fakes = tuple(_meta(node) for node in output.args[0])

@@ -13,7 +13,8 @@ import omnisparse_flex.model.cache_ops  # noqa: F401  (defines operators that th
 from omnisparse_flex.attention.logit_sinks import check_sinks
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.cache_argument import cache_in
-from omnisparse_flex.model.compiled_module import Entry, VisualMask, check_visual
+from omnisparse_flex.model.compiled_module import APART, Entry, VisualMask, check_visual
+from omnisparse_flex.model.run_state import RunState
 from omnisparse_flex.ops import dense_attention
 
 #: The attention implementation's name inside transformers.
@@ -54,6 +55,7 @@ def attention_forward(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     omnisparse_cache: Any = None,
+    omnisparse_state: RunState | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """A transformers attention function: one marker op, dense SDPA unless a pass rewrites it.
@@ -70,6 +72,7 @@ def attention_forward(
         is_causal: Overrides the module's own ``is_causal``.
         s_aux: (Hq,), the layer's logit sinks, or None.
         omnisparse_cache: The ``OmniSparseCache`` of this call, or None.
+        omnisparse_state: Run-time state of this call; None outside calls that ``apply_omnisparse`` compiles.
         **kwargs: Ignored, except those that only plain SDPA can honour.
 
     Returns:
@@ -101,21 +104,22 @@ def attention_forward(
             owner = omnisparse_cache.owner
             out = torch.ops.omnisparse.cache_attend(query, key, value, padding, s_aux, owner, layer, scaling)
             return out.transpose(1, 2).contiguous(), None
+    state = _state_operands(omnisparse_state, layer)
     out = torch.ops.omnisparse.attn(
-        query,
-        key,
-        value,
-        padding,
-        mask,
-        causal,
-        scaling,
-        layer,
-        softcap or 0.0,
-        s_aux,
+        query, key, value, padding, mask, causal, scaling, layer, softcap or 0.0, s_aux, *state
     )
     if omnisparse_cache is not None:
         torch.ops.omnisparse.cache_store(out, query, key, value, omnisparse_cache.owner, layer, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _state_operands(state: RunState | None, layer: int) -> tuple[Tensor | None, ...]:
+    """(visual, recall, stats, maps, recalls) for the marker; a layer that runs outside every graph is noted."""
+    if state is None:
+        return (None,) * 5
+    if not torch.compiler.is_dynamo_compiling():
+        state.eager.add(layer)
+    return state.visual, state.recall, state.stats, state.maps, state.recalls
 
 
 def _refuse_beside_sinks(softcap: float | None, position_bias: Any = None, cache: Any = None, **kwargs: Any) -> None:
@@ -237,18 +241,27 @@ class VisualMaskHook:
         self.signature = inspect.signature(receiver.forward)
         self.entry: Entry | None = entry
         self.given = given
+        self.apart = torch._dynamo.disable(self.note, reason=APART)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisualMaskHook:
         """A copied model has no entry: its hook does nothing, and drags no compiled graph along."""
         twin = object.__new__(type(self))
         twin.token_ids, twin.signature, twin.forward = self.token_ids, self.signature, self.forward
-        twin.entry, twin.given = None, self.given
+        twin.entry, twin.given, twin.apart = None, self.given, None
         return twin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the mask of this call in the entry's state."""
-        if torch.compiler.is_compiling() or self.entry is None:
+        if self.entry is None:
             return
+        if torch.compiler.is_dynamo_compiling():  # the user's own: what Dynamo traced would not reach the entry
+            self.apart(module, args, kwargs)
+        else:
+            self.note(module, args, kwargs)
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store the mask, in eager code."""
+        assert self.entry is not None
         # The first step of a call: what is there yet is left of one that an exception ended before the decoder.
         getattr(cache_in(module.forward, kwargs), "omnisparse_later", []).clear()
         self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))

@@ -22,7 +22,7 @@ from omnisparse_flex.masks.padding import padding
 from omnisparse_flex.masks.sinks_and_window import sinks_and_window
 from omnisparse_flex.masks.sliding_window import sliding_window
 from omnisparse_flex.masks.visual_text import visual_text
-from omnisparse_flex.testing import AttentionShape, MaskCase
+from omnisparse_flex.testing.cases import AttentionShape, MaskCase
 from omnisparse_flex.types import MaskMod
 
 # Around the 128-token block side, and far under it.

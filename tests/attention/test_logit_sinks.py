@@ -316,7 +316,7 @@ def test_a_layer_of_the_cache(count):
     sinks = sinks_of(12, "cpu", torch.float64).detach()
     out = layer.attend(query, key, value, None, 0.2, sinks)
     for head in range(12):
-        part = next(part for part in layer.rectangles if head // 3 in part.heads)
+        part = next(part for part in layer.kept if head // 3 in part.heads)
         column = part.heads.index(head // 3)
         tail = (x[:, head // 3, None, : layer.tail] for x in (layer.tail_keys, layer.tail_values))
         full = [torch.cat([x[:, column, None], y], 2) for x, y in zip((part.keys, part.values), tail, strict=True)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseCache
-from tests.cache.test_cache import changed, half_lazy
+from tests.helpers.slim import changed, half_lazy
 from tests.helpers.tiny import VIDEO, cached
 
 pytestmark = pytest.mark.gpu

@@ -14,8 +14,8 @@ from torch import nn
 
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, entry_of
-from tests.cache.test_cache import changed, generate, half_lazy, prompt
-from tests.cache.test_replay import SPAN, feed, notes, plain, recording
+from tests.helpers.slim import changed, generate, half_lazy, prompt
+from tests.helpers.stand_in import SPAN, feed, notes, plain, recording
 from tests.helpers.tiny import cached
 
 

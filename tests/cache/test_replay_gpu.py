@@ -11,8 +11,8 @@ import torch
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import OmniSparseCache
 from omnisparse_flex.model.compiled_module import entry_of
-from tests.cache.test_cache import changed, generate, half_lazy, longer, prompt
-from tests.cache.test_replay import feed, notes
+from tests.helpers.slim import changed, generate, half_lazy, longer, prompt
+from tests.helpers.stand_in import feed, notes
 from tests.helpers.tiny import cached
 
 pytestmark = pytest.mark.gpu

@@ -72,6 +72,25 @@ def qwen3_vl(**changes):
     return Qwen3VLForConditionalGeneration(config)
 
 
+def qwen3_vl_moe(**changes):
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0, "mrope_interleaved": True}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    vision = QWEN_VISION | {
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    config = Qwen3VLMoeConfig(
+        text_config=text_config(rope_parameters=rope, head_dim=16, **experts | changes),
+        vision_config=vision,
+        **QWEN_TOKENS,
+    )
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    model.set_experts_implementation("batched_mm")  # runs in float64 too
+    return model
+
+
 def llava_onevision(**changes):
     from transformers import (
         LlavaOnevisionConfig,
@@ -127,7 +146,7 @@ MODELS = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "llava_onevision": lla
 
 def build(name: str, device: torch.device | str = "cpu", seed: int = 0, **changes):
     torch.manual_seed(seed)
-    return {**MODELS, "gpt_oss": gpt_oss}[name](**changes).eval().to(device)
+    return {**MODELS, "gpt_oss": gpt_oss, "qwen3_vl_moe": qwen3_vl_moe}[name](**changes).eval().to(device)
 
 
 def batch(lengths, device: torch.device | str = "cpu", *, left: bool = True, seed: int = 1):
@@ -139,6 +158,35 @@ def batch(lengths, device: torch.device | str = "cpu", *, left: bool = True, see
     real = torch.stack([(places >= longest - n) if left else (places < n) for n in lengths])
     ids = ids.masked_fill(~real, 3)
     return {"input_ids": ids.to(device), "attention_mask": real.long().to(device)}
+
+
+def with_images(texts, sides, rows: int = 1, device: torch.device | str = "cpu", seed: int = 0):
+    """A Qwen3-VL prompt with pixels: text, image, text, ..., text.
+
+    Args:
+        texts: Tokens of each text, one more than there are images.
+        sides: Side of each image in patches, even; an image is ``side ** 2 / 4`` tokens.
+        rows: Batch rows, each with pixels of its own.
+        device: Where to.
+        seed: Of the tokens and pixels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for count, side in zip(texts, [*sides, 0], strict=True):
+        parts.append(torch.randint(10, 180, (rows, count), generator=generator))
+        if side:
+            span = [192, *[IMAGE] * (side * side // 4), 193]
+            parts.append(torch.tensor([span] * rows))
+    ids = torch.cat(parts, 1)
+    patches = rows * sum(side * side for side in sides)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "pixel_values": torch.randn(patches, 3 * 2 * 16 * 16, generator=generator),
+        "image_grid_thw": torch.tensor([(1, side, side) for side in sides] * rows),
+    }
+    return {name: x.to(device) for name, x in inputs.items()}
 
 
 def video_inputs(device: torch.device | str = "cpu", rows: int = 2):

@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omnisparse_flex.attention.scalar_graph import UntraceableError
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.masks import causal, document, document_ids, intersect, padding, sliding_window
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Index, Load, Q
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram, UntraceableError
+from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
 from omnisparse_flex.testing import assert_mask_mod_equals, mask_mods
 from omnisparse_flex.testing.oracle import materialize_mask
 

@@ -22,12 +22,12 @@ from omnisparse_flex.attention.tokens.key_lists import far_lists, near_lists
 from omnisparse_flex.attention.tokens.query_chunks import Span, joined, spans
 from omnisparse_flex.attention.tokens.tensor_code import listed_gradients
 from omnisparse_flex.attention.tokens.triton_backward import gradients_by_heads
-from omnisparse_flex.kernels.attend_lists import Lists, attend_lists
+from omnisparse_flex.kernels.attend_lists import KeyLists, attend_lists
 from omnisparse_flex.kernels.fallback import guarded
 from omnisparse_flex.kernels.head_dims import sums_of_squares
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.causal_padding import PlainMask
-from omnisparse_flex.masks.tokens.head_dims import loudest, loudest_of
+from omnisparse_flex.masks.tokens.head_dims import top_dims_of, top_head_dims
 from omnisparse_flex.masks.tokens.segments import SegmentLayout
 from omnisparse_flex.masks.tokens.select import TokenSelection
 from omnisparse_flex.masks.tokens.select_triton import select_quickly
@@ -54,7 +54,7 @@ class Attended(NamedTuple):
     heads: slice
     own: slice
     lse: Tensor
-    near: Lists
+    near: KeyLists
     selection: TokenSelection
 
 
@@ -159,7 +159,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, o
 
 #: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
 _attended = guarded(_attend, "the token kernels failed, token attention runs in tensor code")
-_squares = guarded(sums_of_squares, "the kernel of the loudest coordinates failed, they are found in tensor code")
+_squares = guarded(sums_of_squares, "the kernel of the top_head_dims coordinates failed, they are found in tensor code")
 _gradients = guarded(gradients_by_heads, "the token kernels failed, gradients of token attention run in tensor code")
 
 
@@ -200,16 +200,16 @@ def _spans(
     (heads, kv_heads), config, columns = (query.shape[1], key.shape[1]), site.config, None
     if config.scoring_dims is not None:
         # Of the whole call: a stretch's own would be others.
-        columns = _loudest(query, key, config.choices(heads, kv_heads), config.scoring_dims)
+        columns = _top_head_dims(query, key, config.choices(heads, kv_heads), config.scoring_dims)
     return spans(key, heads // kv_heads, config, plain, segments, text, columns)
 
 
-def _loudest(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
-    """``loudest`` in one launch for queries and one for keys, int32."""
+def _top_head_dims(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
+    """``top_head_dims`` in one launch for queries and one for keys, int32."""
     of_query, of_key = _squares(query), _squares(key)
     if of_query is None or of_key is None:
-        return loudest(query, key, choices, dims).int()
-    return loudest_of(of_query, of_key, choices, dims).int()
+        return top_head_dims(query, key, choices, dims).int()
+    return top_dims_of(of_query, of_key, choices, dims).int()
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:

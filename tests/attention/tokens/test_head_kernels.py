@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from omnisparse_flex.masks.tokens.head_dims import loudest, loudest_of
+from omnisparse_flex.masks.tokens.head_dims import top_dims_of, top_head_dims
 from omnisparse_flex.testing import AttentionShape
 from tests.attention.tokens.test_token_kernels import (
     CONFIG,
@@ -65,8 +65,8 @@ def check_loudest(shape, device, dtype=torch.float32):
     query, key = ((x * size).to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in shape.inputs()[:2])
     query[0, 0, 3], key[0, 0, 7, 1], key[-1, -1, 9, 2] = torch.nan, torch.inf, torch.nan
     for choices in (shape.kv_heads, shape.heads):
-        got = loudest_of(sums_of_squares(query), sums_of_squares(key), choices, 16)
-        assert torch.equal(got, loudest(query, key, choices, 16))
+        got = top_dims_of(sums_of_squares(query), sums_of_squares(key), choices, 16)
+        assert torch.equal(got, top_head_dims(query, key, choices, 16))
 
 
 def check_choices(shape, device, config, dtype=torch.float32):

@@ -22,7 +22,7 @@ from omnisparse_flex.masks.expr.causal_padding import plain_mask
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.head_dims import top_head_dims
 from omnisparse_flex.masks.tokens.key_bits import unpack_bits, words
 from omnisparse_flex.masks.tokens.one_pass import one_pass
 from omnisparse_flex.masks.tokens.segments import per_member, segments_of, tokens_of_blocks
@@ -135,7 +135,7 @@ def check_selection(shape, device, config, dtype=torch.float32, make=tensors):
     # As good as the tensor code's: by the unrounded estimate, its keys hold as much mass as the best of that number.
     given = {"block": BLOCK, "scale": shape.head_dim**-0.5, "pairs": None, "score": None}
     if config.scoring_dims is not None:
-        given["columns"] = loudest(*inputs[:2], choices, config.scoring_dims)
+        given["columns"] = top_head_dims(*inputs[:2], choices, config.scoring_dims)
     mass, _ = one_pass(*inputs[:2], near_lse, segments.eligible, quick.rows.long(), quick.row_count, config, **given)
     as_many = torch.arange(shape.kv_len, device=device) < quick.key_count.unsqueeze(-1)
     got = (mass * taken).sum()

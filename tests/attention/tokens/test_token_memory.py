@@ -31,7 +31,8 @@ CONFIGS = {
     "heads": dataclasses.replace(UNBOUNDED, gqa_choice="head", scoring_dims=32, lazy_threshold=0.1),
 }
 KERNELS = {
-    "kernels.column_mass": ("_classify", "_pack", "_mass"),
+    "kernels.classify_queries": ("_classify",),
+    "kernels.column_mass": ("_pack", "_mass"),
     "kernels.key_lists": ("_list",),
     "kernels.pack_keys": ("_ready",),
     "kernels.head_dims": ("_squares",),

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TESTED = ("apply_to_a_model", "own_mask", "plain_gpt", "slim_cache", "train_with_trainer")
 
 

@@ -1,4 +1,4 @@
-"""Confidence intervals that know that questions about one video are not independent."""
+"""Bootstrap intervals over groups of answers that are not independent, such as the questions about one video."""
 
 from __future__ import annotations
 
