@@ -55,8 +55,9 @@ class OmniSparseConfig:
             ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
             is a fixed number of tokens; ``"peak"`` counts nothing: a block is fetched if one of the query block's
             sampled rows gives it at least that row's threshold. The threshold is ``min_peak``, less for rows that
-            see many key blocks, and less for rows that would keep less than ``target_recall`` of their mass. With ``gqa_choice="head"`` there is no flattest head: the kernels take a
-            group's members one after the other, and its budget would need all of them at once.
+            see many key blocks, and less for rows that would keep less than ``target_recall`` of their mass. With
+            ``gqa_choice="head"`` there is no flattest head: the kernels take a group's members one after the other,
+            and its budget would need all of them at once.
         min_peak: Share of a row's attention that makes a block worth fetching, in [0, 1), for ``budget="peak"``;
             one value, or one per decoder layer. A layer at 0 is dense.
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.blocks.peak_rows import (
     PHASES,
     ROWS,
@@ -21,6 +19,8 @@ from omnisparse_flex.masks.blocks.peak_rows import (
     row_logits,
     row_of,
 )
+from omnisparse_flex.masks.expr.opaque import OpaqueMask
+from omnisparse_flex.masks.expr.program import MaskProgram
 
 #: A row's threshold is at most so many times the mean share of the key blocks that it sees. Our choice: with a floor
 #: of 0.6, SmolLM2 then loses 0.75, 0.98 and 0.76 % perplexity at 2K, 4K and 8K tokens.

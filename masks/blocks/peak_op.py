@@ -11,11 +11,6 @@ from torch import Tensor
 from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.mean_pool import block_mean
-from omnisparse_flex.masks.expr.block_bounds import Grid
-from omnisparse_flex.masks.expr.causal_padding import plain_mask
-from omnisparse_flex.masks.expr.expr import KV, TRUE, B, Load, causal, conjunction
-from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.blocks.peak import (
     CANDIDATE,
     LOWEST,
@@ -27,6 +22,11 @@ from omnisparse_flex.masks.blocks.peak import (
     find_peaks,
 )
 from omnisparse_flex.masks.blocks.peak_rows import Keys, LiveRows, live_rows
+from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.causal_padding import plain_mask
+from omnisparse_flex.masks.expr.expr import KV, TRUE, B, Load, causal, conjunction
+from omnisparse_flex.masks.expr.opaque import OpaqueMask
+from omnisparse_flex.masks.expr.program import MaskProgram
 
 KERNEL = ("find_peaks.find_peaks", "the kernel for sampled rows failed, they are multiplied in tensor code")
 #: Products of one row of some query blocks with all keys that are in memory at once, where tensor code runs eagerly.

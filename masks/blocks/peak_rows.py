@@ -1,4 +1,4 @@
-"""A few exact rows of every query block: which rows, their softmax over key blocks, and the blocks that may hold a peak.
+"""A few exact rows of every query block: which rows, their softmax over key blocks, and what block means tell of it.
 
 One row at a time for all query blocks of a call, so that no tensor holds more than a row of each block against all
 keys. Rows and blocks are counted in positions of the keys (query i sits at ``i + q_offset``), and no number depends

@@ -85,8 +85,8 @@ def _find_peaks(
     lists, logs, q_b, q_h, k_b, k_h, full_b, some_b, forced_b, places_b, count_b, base_b, q_n, k_n, q_blocks, kv_blocks,
     kv_len, tiles, further, last, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SIZE: tl.constexpr, KB: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
-    ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr, LOWEST: tl.constexpr,
+    SIZE: tl.constexpr, KB: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr, SLOTS: tl.constexpr, ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr, LOWEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th query block, from the last one on, which sees most."""
@@ -298,8 +298,8 @@ def _witness(
     query, key, places, count, real, offset, out, q_b, q_h, k_b, k_h, places_b, count_b, q_n, k_n, q_blocks, kv_len,
     scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SIZE: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr, ORDERED: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, BN: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
+    ORDERED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of the witness rows of some query blocks over one split of the keys."""
     SLICES: tl.constexpr = GROUP // HEADS
@@ -380,9 +380,9 @@ class Inputs(NamedTuple):
 
 
 def find_peaks(
-    query: Tensor, key: Tensor, means: Tensor, full: Tensor, some: Tensor, forced: Tensor, places: Tensor, count: Tensor,
-    base: Tensor, floor: Tensor, real: Tensor | None, offset: Tensor | None, scale: float, key_block: int, phases: int,
-    numbers: tuple[float, int],
+    query: Tensor, key: Tensor, means: Tensor, full: Tensor, some: Tensor, forced: Tensor, places: Tensor,
+    count: Tensor, base: Tensor, floor: Tensor, real: Tensor | None, offset: Tensor | None, scale: float,
+    key_block: int, phases: int, numbers: tuple[float, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The peak rule (``masks.blocks.peak``) for a plain mask and logits that are products alone.
 

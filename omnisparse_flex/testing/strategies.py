@@ -47,8 +47,6 @@ def attention_shapes(draw: st.DrawFn) -> AttentionShape:
 def configs(draw: st.DrawFn) -> OmniSparseConfig:
     """See ``omnisparse_flex.testing.configs``."""
     recall = st.floats(0.05, 1.0)
-    if draw(st.integers(0, 3)) == 0:
-        return _peak_config(draw)
     max_kv_budget = draw(st.none() | st.integers(0, 512))
     budgets: tuple[Budget, ...] = ("flattest_head", "per_head")
     fixed = st.integers(0, 512 if max_kv_budget is None else max_kv_budget)
@@ -61,18 +59,6 @@ def configs(draw: st.DrawFn) -> OmniSparseConfig:
         budget=draw(st.sampled_from(budgets) | fixed),
         max_kv_budget=max_kv_budget,
         lazy_threshold=draw(st.sampled_from((None, "auto")) | st.floats(0.0, 1.0)),
-        sink_size=draw(st.integers(0, 200)),
-        window_size=draw(st.integers(1, 300)),
-    )
-
-
-def _peak_config(draw: st.DrawFn) -> OmniSparseConfig:
-    return OmniSparseConfig(
-        budget="peak",
-        min_peak=draw(st.floats(0.0, 0.9)),
-        target_recall=draw(st.floats(0.05, 1.0)),
-        key_block=draw(st.sampled_from(KEY_BLOCKS)),
-        last_rows=2 * draw(st.integers(0, 130)),
         sink_size=draw(st.integers(0, 200)),
         window_size=draw(st.integers(1, 300)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -154,7 +155,7 @@ def test_raising_min_peak_never_adds_a_block(low, high, floor, length, seed):
 def test_raising_the_floor_never_drops_a_block():
     query, key = tokens(1, 4, 2, 700, 700)
     kept = [select(query, key, min_peak=0.8, floor=floor).keep for floor in (0.1, 0.5, 0.9, 0.99)]
-    assert all(not (few & ~many).any() for few, many in zip(kept, kept[1:], strict=False))
+    assert all(not (few & ~many).any() for few, many in itertools.pairwise(kept))
     assert kept[0].sum() < kept[-1].sum()
 
 
