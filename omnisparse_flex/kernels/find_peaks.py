@@ -86,7 +86,8 @@ def _find_peaks(
     kv_len, tiles, further, last, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     SIZE: tl.constexpr, KB: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr,
-    CHUNK: tl.constexpr, SLOTS: tl.constexpr, ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr, LOWEST: tl.constexpr,
+    CHUNK: tl.constexpr, SLOTS: tl.constexpr, ORDERED: tl.constexpr, PADDED: tl.constexpr, CANDIDATE: tl.constexpr,
+    LOWEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th query block, from the last one on, which sees most."""
