@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
 import warnings
@@ -24,7 +23,7 @@ from omnisparse_flex.passes import Rewrite, Settings, Snapshot, run_pipeline
 from omnisparse_flex.passes.dump import check_dump_folder
 from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.passes.state import Site
-from omnisparse_flex.report import RewriteReport, SiteReport
+from omnisparse_flex.report import Log, SiteReport
 from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
@@ -36,44 +35,16 @@ NEVER_PAYS = "dense: these rules pay at no length; max_kv_budget bounds what the
 
 
 class Here(threading.local):
-    """What the log knows of one thread.
+    """What a backend knows of one thread.
 
     Attributes:
         runs: Number of compiled graphs that ran in it.
-        around: Runs each graph in its place, given its number, what it reads of its inputs, and itself as a
+        run_hook: Called in place of each graph, given its number, what it reads of its inputs, and itself as a
             function without arguments; or None.
     """
 
     runs: int = 0
-    around: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class Log:
-    """What one backend object did; the report and the fall-back check read it.
-
-    Attributes:
-        sites: Reports of every compiled graph.
-        graphs: Number of graphs compiled.
-        runs: Number of compiled graphs that ran.
-        here: Of the thread that asks.
-        inners: Inner compilers used.
-        notes: Remarks for the report.
-        on_graph: Makes the context that surrounds each inner compile, given the graph's
-            number: where a command prints its progress; or None.
-    """
-
-    sites: list[SiteReport] = dataclasses.field(default_factory=list)
-    graphs: int = 0
-    runs: int = 0
-    inners: set[str] = dataclasses.field(default_factory=set)
-    notes: dict[str, None] = dataclasses.field(default_factory=dict)
-    here: Here = dataclasses.field(default_factory=Here)
-    on_graph: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
-
-    def report(self) -> RewriteReport:
-        """The report so far."""
-        return RewriteReport(tuple(self.sites), self.graphs > 0, self.graphs, tuple(self.notes))
+    run_hook: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
 
 
 class Backend:
@@ -84,6 +55,10 @@ class Backend:
 
     Attributes:
         stateful: Calls have run-time state, which must reach every site.
+        log: What it did.
+        here: What it knows of the thread that asks.
+        compile_hook: Makes the context that surrounds each inner compile, given the graph's
+            number: where a command prints its progress; or None.
     """
 
     def __init__(
@@ -118,7 +93,8 @@ class Backend:
         self.inner = inner
         self.static = static
         self.stateful = False
-        self.log = Log()
+        self.log, self.here = Log(), Here()
+        self.compile_hook: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
         self.last: Rewrite | None = None
 
     def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CompiledFn:
@@ -136,20 +112,20 @@ class Backend:
         )
         before = None if raises_bugs() else Snapshot(graph_module)
         rewrite = run_pipeline(graph_module, settings, before)
-        around = self.log.on_graph(self.log.graphs) if self.log.on_graph else contextlib.nullcontext()
+        around = self.compile_hook(self.log.graphs) if self.compile_hook else contextlib.nullcontext()
         compile_it = functools.partial(_compile, graph_module, inputs, inner, kwargs.get("mode"))
         with around:
             rewrite, compiled = compile_or_restore(compile_it, graph_module, rewrite, before)
         read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]
         # Only now: the inner compiler may raise to make Dynamo start over with other sizes.
-        log, number = self.log, self.log.graphs
+        log, here, number = self.log, self.here, self.log.graphs
         self._record(rewrite, inner)
 
         def run(*args: Any) -> Any:
             log.runs += 1
-            log.here.runs += 1
-            if log.here.around is not None:
-                return log.here.around(number, [args[i] for i in read], functools.partial(compiled, *args))
+            here.runs += 1
+            if here.run_hook is not None:
+                return here.run_hook(number, [args[i] for i in read], functools.partial(compiled, *args))
             return compiled(*args)
 
         return run

@@ -1,4 +1,26 @@
-"""Pass 6: drop what nothing reads any more, above all the N x N mask."""
+"""Pass 6: drop what nothing reads any more, above all the N x N mask.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    layout = omnisparse_layout(q, k, window)
+    sparse = omnisparse_layer_0(q, k, v, layout, window)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return sparse
+    # site sparse: query=q, key=k, value=v, mask=lt(sub(q, kv), window), rewritten
+
+After::
+
+    layout = omnisparse_layout(q, k, window)
+    sparse = omnisparse_layer_0(q, k, v, layout, window)
+    return sparse
+    # site sparse: query=q, key=k, value=v, mask=lt(sub(q, kv), window), rewritten
+"""
 
 from __future__ import annotations
 

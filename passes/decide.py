@@ -1,4 +1,31 @@
-"""Pass 4: which sites pay, and which no flex kernel can run."""
+"""Pass 4: which sites pay, and which no flex kernel can run.
+
+In this example, sites of fewer than 512 queries stay dense.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=k, value=v, mask=lt(sub(q, kv), window)
+
+After::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=k, value=v, mask=lt(sub(q, kv), window), dense: fewer than min_seq_len = 512 queries
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,28 @@
-"""Pass 1: find every attention site, in the graph and in its checkpointed sub-graphs."""
+"""Pass 1: find every attention site, in the graph and in its checkpointed sub-graphs.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+
+After::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=keys, value=values, mask=mask
+"""
 
 from __future__ import annotations
 
@@ -11,7 +35,7 @@ import torch.nn.functional as F
 from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
 from torch.fx import GraphModule, Node
 
-import omnisparse_flex.ops  # noqa: F401  (defines the marker)
+import omnisparse_flex.attention.marker  # noqa: F401  (defines the marker)
 from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of
@@ -177,7 +201,7 @@ def _flex(scope: Scope, node: Node) -> Site:
     else:
         site.node = outputs[0]
     read = (query, key, value, *score_operands, *mask_operands, *block_mask)  # type: ignore[misc]
-    site.reads = tuple((x, node) for x in read if isinstance(x, Node))  # type: ignore[union-attr]
+    site.reads = tuple((x, node) for x in read if isinstance(x, Node))
     return site
 
 

@@ -1,4 +1,31 @@
-"""Pass 5: write one sparse-attention call in place of each site that is left."""
+"""Pass 5: write one sparse-attention call in place of each site that is left.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=k, value=v, mask=lt(sub(q, kv), window)
+
+After::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    layout = omnisparse_layout(q, k, window)
+    sparse = omnisparse_layer_0(q, k, v, layout, window)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return sparse
+    # site sparse: query=q, key=k, value=v, mask=lt(sub(q, kv), window), rewritten
+"""
 
 from __future__ import annotations
 
@@ -7,8 +34,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from omnisparse_flex.attention.call import Site as AttentionSite
-from omnisparse_flex.attention.call import register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.flex_options import Options, kernel_options
 from omnisparse_flex.attention.functional import autocast_dtype
 from omnisparse_flex.masks.expr.program import MaskProgram
@@ -118,23 +144,21 @@ def _constants(site: Site, settings: Settings) -> Constants:
     dense = config.is_dense(site.layer)
     options, site.flash_refused = _kernel_options(site, settings, dense)
     fixed: dict[str, Any] = {
-        "config": None if dense else config,
         "score_mod": site.mods[0] if site.mods is not None else None,
         "softcap": site.softcap,
         "bias": site.bias,
         "scale": site.scale,
         "lists": settings.lists,
-        "static": settings.static,
         "kernel_options": options,
     }
+    if not dense:
+        fixed |= {"config": config, "static": settings.static}
     plain = site.mods is None and site.bias is None and site.softcap == 0
     if not dense and (config.granularity == "token" or (settings.lists and plain)):
-        fixed["rules"] = register(AttentionSite(mask=MaskProgram(site.expr), **fixed))
-    target, counts = (
-        (config.recall_of(site.layer), config.min_peak_of(site.layer)),
-        (len(site.leaves), len(site.bias_leaves)),
-    )
-    return Constants(site.layer, *target, site.expr, site.offset, *counts, fixed)
+        fixed["rules"] = register(SparseCall(mask=MaskProgram(site.expr), **fixed))
+    target, peak = config.recall_of(site.layer), config.min_peak_of(site.layer)
+    counts = len(site.leaves), len(site.bias_leaves)
+    return Constants(site.layer, target, peak, site.expr, site.offset, *counts, fixed)
 
 
 def _kernel_options(site: Site, settings: Settings, dense: bool) -> tuple[Options, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisparse_flex.attention.call import Site as AttentionSite
+from omnisparse_flex.attention.call import AttentionCall, SparseCall
 from omnisparse_flex.attention.functional import attend, autocast_dtype, scalar
 from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.config import OmniSparseConfig
@@ -36,7 +36,7 @@ class Constants:
         offset: Position of query 0.
         leaves: Number of tensors that ``expr`` reads.
         bias_leaves: Number of tensors that the bias reads.
-        fixed: Further fields of the call's ``omnisparse_flex.attention.call.Site``.
+        fixed: Further fields of the ``SparseCall``, or, without rules, of the dense ``AttentionCall``.
     """
 
     layer: int
@@ -60,14 +60,18 @@ class Constants:
         maps: Tensor | None,
         recalls: Tensor | None,
         *rest: Any,
-    ) -> AttentionSite:
+    ) -> AttentionCall:
         """The site with this call's tensors."""
         mask, q_offset = _mask(self.expr, self.offset, query, key, rest[: self.leaves])
         scores = self.leaves + self.bias_leaves
-        return AttentionSite(
+        scored: dict[str, Any] = {
+            "bias_buffers": _as_tensors(rest[self.leaves : scores], query, key),
+            "score_buffers": rest[scores:],
+        }
+        if "config" not in self.fixed:
+            return AttentionCall(mask=mask, sinks=sinks, **scored, **self.fixed)
+        return SparseCall(
             mask=mask,
-            bias_buffers=_as_tensors(rest[self.leaves : scores], query, key),
-            score_buffers=rest[scores:],
             target=self.target if recall is None else _recall_of(recall, self.layer, query.device),
             min_peak=self.min_peak,
             visual=None if visual is None else visual.to(query.device),
@@ -76,6 +80,7 @@ class Constants:
             layout=layout,
             write=None if stats is None else _writer(self.layer, stats, maps, recalls),
             exact=recalls is not None,
+            **scored,
             **self.fixed,
         )
 

@@ -126,7 +126,7 @@ def test_eager_only_and_encoder_decoder_models_are_refused(monkeypatch):
 
 def test_failure_half_way_restores_the_model(monkeypatch):
     model = build("qwen2_5_vl")
-    monkeypatch.setattr("omnisparse_flex.model.hf.VisualMaskHook", lambda *a: 1 / 0)
+    monkeypatch.setattr("omnisparse_flex.model.install.VisualMaskHook", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         apply_omnisparse(model)
     assert entry_of(model) is None

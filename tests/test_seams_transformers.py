@@ -10,6 +10,7 @@ import torch
 
 from omnisparse_flex import OmniSparseCache
 from omnisparse_flex.model import hf as integration
+from omnisparse_flex.model import visual_mask
 from omnisparse_flex.model.cache_argument import NEW_NAME, OLD_NAME, as_cache_argument, cache_name
 from tests.helpers.assumption import seam
 from tests.helpers.tiny import IMAGE, VIDEO, build
@@ -126,7 +127,7 @@ def test_configs_name_their_visual_tokens_as_we_read_them() -> None:
     with seam("a video model's config has image_token_id and video_token_id (or ..._index)", "VISUAL_TOKEN_FIELDS"):
         for name in ("qwen2_5_vl", "llava_onevision"):
             config = build(name).config
-            found = {getattr(config, field, None) for field in integration.VISUAL_TOKEN_FIELDS}
+            found = {getattr(config, field, None) for field in visual_mask.VISUAL_TOKEN_FIELDS}
             assert {IMAGE, VIDEO} <= found
 
 
@@ -136,7 +137,7 @@ def test_the_model_passes_tokens_and_cache_by_name() -> None:
     with seam(what, 'named.get("input_ids")', "cache_in("):
         model = build("qwen2_5_vl")
         decoder, told = integration.find_decoder(model), {}
-        receiver = integration.receiver_of(model, decoder)
+        receiver = visual_mask.receiver_of(model, decoder)
         for module in (receiver, decoder):
             module.register_forward_pre_hook(lambda m, args, kwargs: told.update({m: (args, kwargs)}), with_kwargs=True)
         cache = transformers.DynamicCache(config=decoder.config)

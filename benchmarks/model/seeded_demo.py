@@ -195,7 +195,7 @@ class _Trial:
         apply_omnisparse(self.model, CONFIG, min_seq_len=min_seq_len)
         entry = entry_of(self.model)
         if entry is not None:
-            entry.backend.log.on_graph = self.progress.on_graph(what)
+            entry.backend.compile_hook = self.progress.on_graph(what)
         return self
 
     def _measure(self) -> compare.Run:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.attention import sink_copies
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import AttentionCall, SparseCall
 from omnisparse_flex.attention.flex import call_flex
-from omnisparse_flex.attention.logit_sinks import check_sinks, discount
+from omnisparse_flex.attention.logit_sinks import check_sinks, discount, with_sink_block
 from omnisparse_flex.attention.scalar_graph import UntraceableError
 from omnisparse_flex.attention.score_captures import with_captures
 from omnisparse_flex.attention.select import choose
-from omnisparse_flex.attention.sink_block import with_sink_block
 from omnisparse_flex.attention.sink_copies import original, spread
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.attention.tokens.op import call_token_op
@@ -81,8 +80,8 @@ def sparse_attention(
     if sinks is not None:
         check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]
+    order = causal_program(kv_len - q_len, query.device) if is_causal else NO_MASK
     offset: Tensor | int = kv_len - q_len if is_causal else 0
-    order = causal_program(offset, query.device) if is_causal else NO_MASK
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
     if score_mod is not None and isinstance(mask, MaskProgram) and not torch.compiler.is_dynamo_compiling():
         mask = mask.joined(trace_forbidden(score_mod, query.dtype, query.device))
@@ -92,7 +91,7 @@ def sparse_attention(
     learned: tuple[Tensor, ...] = ()
     if score_mod is not None and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
         score_mod, learned = with_captures(score_mod, query.dtype, query.device)
-    site = Site(
+    site = SparseCall(
         config=config,
         target=config.recall_of(0),
         min_peak=config.min_peak_of(0),
@@ -107,7 +106,7 @@ def sparse_attention(
     return attend(query, key, value, site)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, site: AttentionCall) -> Tensor:
     """Run one attention site: select, build the block lists, call flex.
 
     Args:
@@ -120,19 +119,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         (B, Hq, L, Dv).
     """
     query, key, value = autocast(*_distinct(query, key, value))
-    if site.config is not None and site.config.granularity == "token":
+    if isinstance(site, SparseCall) and site.config.granularity == "token":
         return call_token_op(query, key, value, site) if site.rules else attend_tokens(query, key, value, site)
     # Numbers, also where Dynamo made every size a symbol: the kernels' templates divide by them.
     heads, kv_heads = int(query.shape[1]), int(key.shape[1])
     scale = site.scale_for(query)
     keep, full = _maps(query.detach(), key.detach(), site)
     needs_grad = _needs_grad(query, key, value, *site.bias_buffers, *site.score_buffers)
-    own_block = BLOCK if site.config is None else BLOCK // site.config.split
+    own_block = BLOCK // site.config.split if isinstance(site, SparseCall) else BLOCK
     key_block = BLOCK if needs_grad else own_block  # the backward takes no narrow blocks
 
     # Where block lists are ignored, or wider than the map, it is one more captured tensor: realized,
     # because the Triton template cannot read through what computes it.
-    has_map = site.config is not None and (not site.lists or key_block > own_block)
+    has_map = isinstance(site, SparseCall) and (not site.lists or key_block > own_block)
     selection = (torch.ops.omnisparse.realize(keep),) if has_map else ()
     captures = Captures.of((*site.mask.buffers, *selection), query.device)
     copied = _sinks_to_copy(key, site) if needs_grad else 0
@@ -170,14 +169,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
     return out if site.sinks is None or lse is None else discount(out, lse, site.sinks)
 
 
-def _has_lse(query: Tensor, site: Site) -> bool:
+def _has_lse(query: Tensor, site: AttentionCall) -> bool:
     """Whether the flex kernel that runs ``site`` returns its log-sum-exp; Inductor's on the CPU does not."""
     return query.device.type != "cpu" or not (site.lists or torch.compiler.is_dynamo_compiling())
 
 
-def _maps(query: Tensor, key: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+def _maps(query: Tensor, key: Tensor, site: AttentionCall) -> tuple[Tensor, Tensor]:
     """The kept and the full block maps of a site."""
-    if site.config is None:
+    if not isinstance(site, SparseCall):
         return dense_selection(query, key, site.mask)
     selection = choose(query, key, site)
     return selection.keep, selection.layout.full
@@ -187,16 +186,16 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _sinks_to_copy(key: Tensor, site: Site) -> int:
+def _sinks_to_copy(key: Tensor, site: AttentionCall) -> int:
     """Sink blocks that ``spread`` shall repeat; 0 where sinks need not be the first blocks, or it does not pay."""
-    if site.config is None or not site.lists or site.mask.starts_anywhere:
+    if not isinstance(site, SparseCall) or not site.lists or site.mask.starts_anywhere:
         return 0
     if key.shape[2] < sink_copies.MIN_KEYS:
         return 0
     return (site.config.sink_size + BLOCK - 1) // BLOCK
 
 
-def _mask_of_call(site: Site, captures: Captures, *, map_block: int, sinks: int) -> Callable[..., Tensor]:
+def _mask_of_call(site: AttentionCall, captures: Captures, *, map_block: int, sinks: int) -> Callable[..., Tensor]:
     """The site's mask, and in it the map of kept blocks of ``map_block`` keys, if not 0; captures trailing."""
 
     def omnisparse_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
@@ -209,7 +208,7 @@ def _mask_of_call(site: Site, captures: Captures, *, map_block: int, sinks: int)
     return omnisparse_mask
 
 
-def _score_of_call(site: Site, captures: Captures, *, sinks: int) -> Callable[..., Tensor]:
+def _score_of_call(site: AttentionCall, captures: Captures, *, sinks: int) -> Callable[..., Tensor]:
     """The site's score change; captures trailing."""
     own = len(site.score_buffers)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from omnisparse_flex.attention import select_op
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.masks.blocks.select import BlockSelection, change_of_logits, grid_of, select_blocks
 
 
-def choose(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
+def choose(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
     """The blocks that a sparse site keeps, recorded where ``site.write`` asks for it.
 
     Args:
@@ -26,8 +26,7 @@ def choose(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
     return selection
 
 
-def _inline(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
-    assert site.config is not None
+def _inline(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
     grid = grid_of(query, key, site.config.split)
     return select_blocks(
         query,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from omnisparse_flex.attention.call import Site, registered
+from omnisparse_flex.attention.call import SparseCall, registered
 from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph
@@ -62,7 +62,7 @@ PARTS = (
 ALWAYS = 3
 
 
-def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
+def call_select_op(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
     """``select_blocks`` through the operator.
 
     Args:
@@ -125,7 +125,7 @@ def _run_or_plain(
 def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
     """The selection by its rules' name, a function of tensors alone."""
     site = registered(rules)
-    assert site.config is not None and isinstance(site.mask, MaskProgram)
+    assert isinstance(site.mask, MaskProgram)
     config, expr, scale = site.config, site.mask.expr, site.scale
     names = [name for name, *_ in PARTS][: len(PARTS) if record else ALWAYS]
 
@@ -179,7 +179,6 @@ def _fake(
     rules: str, record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     config = registered(rules).config
-    assert config is not None
     wanted, grid = len(PARTS) if record else ALWAYS, grid_of(query, key, config.split)
     shape = (query.shape[0], query.shape[1], grid.q_blocks, grid.kv_blocks)
     sizes = {name: shape if keys else shape[:3] for name, _, keys in PARTS}

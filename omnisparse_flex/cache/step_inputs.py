@@ -60,12 +60,12 @@ class DecoderCall:
             args, kwargs = tuple(self.leaves[:count]), dict(zip(names, self.leaves[count:], strict=True))
         else:
             args, kwargs = pytree.tree_unflatten(self.leaves, self.form)
-        here = self.entry.backend.log.here
-        here.around = around
+        here = self.entry.backend.here
+        here.run_hook = around
         try:
             return self.entry.run(args, kwargs)
         finally:
-            here.around = None
+            here.run_hook = None
 
     def read(self, inputs: list[Any]) -> list[Any]:
         """The identity of each of a graph's inputs; see ``identity``."""

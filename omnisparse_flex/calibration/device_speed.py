@@ -1,4 +1,4 @@
-"""Measure a device's costs: short prefills, dense and sparse, of the user's own head shape."""
+"""Measure a device's costs: short prefills, dense and sparse, with the head shape of the user's model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from omnisparse_flex.masks.expr.program import MaskProgram
 
 #: Prefill lengths by device type.
 LENGTHS = {"cuda": (2048, 4096, 8192, 16384, 32768), "cpu": (1024, 2048, 4096)}
-#: On random data every block has the same mass: a target keeps its own share of the blocks.
+#: On random data all blocks have the same mass, so a target of 0.2 keeps 20 % of them.
 SHARES = (0.2, 0.5)
 DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
@@ -81,13 +81,13 @@ def compiled_attention(
         ``(query, key, value) -> output``, (B, H, N, D) each.
     """
     backend = Backend(config, min_seq_len=0, inner="inductor", kernel=kernel)
-    backend.log.on_graph = progress.on_graph("sparse attention") if progress else None
+    backend.compile_hook = progress.on_graph("sparse attention") if progress else None
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _attention(query, key, value)
 
-    torch._dynamo.reset()  # the code object is the same each time: its compiled versions would pile up
-    # fullgraph: too many lengths raise, where they would otherwise run dense.
+    torch._dynamo.reset()  # compiled versions of the same code object would accumulate
+    # With fullgraph, too many lengths raise an error instead of running dense.
     compiled = torch.compile(attention, backend=backend, dynamic=None if dynamic else False, fullgraph=True)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def run_calibrate(
     apply_omnisparse(model, probed_rules(rules, target_recall), min_seq_len=min_seq_len)
     entry = entry_of(model)
     assert entry is not None
-    entry.backend.log.on_graph = progress.on_graph("sparse")
+    entry.backend.compile_hook = progress.on_graph("sparse")
     result = run_calibration(model, batches, target_recall, progress=progress)
     out.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(f"\n{result}\n\nrules: {out}")

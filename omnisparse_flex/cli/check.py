@@ -137,7 +137,7 @@ def _both_runs(
     apply_omnisparse(model, config, min_seq_len=min_seq_len)
     entry = entry_of(model)
     if entry is not None:
-        entry.backend.log.on_graph = progress.on_graph("sparse")
+        entry.backend.compile_hook = progress.on_graph("sparse")
     with progress.step("sparse prefill"):
         sparse = compare.measure(model, decoder, inputs, positions)
     with progress.step("sparse prefill with statistics"), collect_stats(model, exact=True) as stats:

@@ -1,8 +1,8 @@
-"""Attention of packed query rows over listed keys in Triton: the gather happens in the kernel's loads.
+"""Attention of packed query rows over listed keys in Triton.
 
-No gathered copy of keys or values exists. A program takes one tile of a segment's rows and
-walks the segment's key list; all query heads of a KV head's group are rows of one segment,
-so that they read each key together. Importing this module needs Triton.
+The kernel loads the listed keys and values directly; there is no gathered copy of them. A program takes one tile of a
+segment's rows and walks the segment's key list. All query heads of a KV head's group are rows of one segment, so that
+they read each key together. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class KeyLists(NamedTuple):
     first: int = 0
 
     def of(self, rows: slice, heads: slice) -> KeyLists:
-        """Those of some batch rows and KV heads: of one row, or of all heads, so that what is contiguous stays so."""
+        """The lists of some batch rows and KV heads: of one row, or of all heads, so that tensors stay contiguous."""
         return self._replace(
             rows=None if self.rows is None else self.rows[rows, heads],
             row_count=None if self.row_count is None else self.row_count[rows, heads],
@@ -53,7 +53,7 @@ class KeyLists(NamedTuple):
         )
 
     def arguments(self, query: Tensor, key: Tensor, value: Tensor, unused: Tensor) -> tuple[Any, ...]:
-        """What every kernel over lists takes, from ``rows`` on; ``unused`` stands where there is no tensor."""
+        """The arguments of every kernel over lists, from ``rows`` on; ``unused`` replaces a missing tensor."""
         tensors = (self.rows, self.row_count, self.keys, self.key_count, self.real, self.offset)
         return (
             *(unused if x is None else x for x in tensors),
@@ -96,7 +96,7 @@ def listed_keys(keys, real, start, total, kv_len, N: tl.constexpr, UNIT: tl.cons
     return at, exists
 
 
-#: Numbers that change with every prompt: none of them may start a compile.
+#: Numbers that change with every prompt, and must not start a compile.
 VARYING = ["q_len", "kv_len", "scale", "l_b", "l_h", "l_m", "c_b", "c_h", "c_m", "first_segment", "segments"]
 
 

@@ -1,4 +1,4 @@
-"""What the estimates read of the keys: their means, and the keys themselves as the mass kernel multiplies them.
+"""Prepares keys for the estimates: means of keys, and the keys in the form that the mass kernel multiplies.
 
 Importing this module needs Triton.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 KEYS = 64
 #: Largest float8_e4m3 number.
 FLOAT8_MAX = 448.0
-#: What a key's mass means: nobody sees it; it counts; it is not finite, so that every row takes it.
+#: State of a key: no row may attend to it; its mass counts; it is not finite, so every row fetches it.
 ABSENT, WHOLE, BROKEN = 0, 1, 2
 
 

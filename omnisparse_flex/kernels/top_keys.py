@@ -1,4 +1,4 @@
-"""How many keys a segment needs, and which, without sorting: a search for the mass at which its heaviest keys end.
+"""The number of keys that a segment needs, and which, found by a search for a mass threshold instead of a sort.
 
 A float32 that is not negative orders as its bits do, so the threshold is found bit by bit: each
 walk over a segment's masses tries seven thresholds and fixes three bits. ``BITS`` of them

@@ -125,7 +125,7 @@ class Entry:
             later.pop(0)()
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
-        here = self.backend.log.here
+        here = self.backend.here
         state, before = self.state.of_call(), here.runs
         # Threads that start together would each compile the same.
         with contextlib.nullcontext() if self._warm else self._first, dynamo_settings(**self._settings()):

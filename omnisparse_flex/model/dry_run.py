@@ -58,7 +58,7 @@ class _Tracer(Backend):
     def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         rewrite = run_pipeline(graph_module, Settings(config=self.config, lists=True, stateful=True))
         self.log.sites += [site_report(site, -1) for site in rewrite.sites]
-        self.log.here.runs += 1
+        self.here.runs += 1
         output = graph_module.graph.find_nodes(op="output")[0]
         # Shapes are all that is asked for: hand back what the capture recorded.
         fakes = tuple(_meta(node) for node in output.args[0])

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import AttentionCall, SparseCall
 from omnisparse_flex.attention.functional import attend
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps
@@ -60,7 +60,7 @@ def test_heads_of_a_group_differ_where_they_look_elsewhere():
 def test_a_mask_that_tells_heads_of_a_group_apart(shape):
     """Forward and backward against the oracle under what was selected; the map rides in the mask."""
     tensors, mask = inputs(shape, "cpu"), by_head(shape)
-    site = Site(config=PER_HEAD, target=0.6, mask=mask, q_offset=shape.kv_len - shape.q_len)
+    site = SparseCall(config=PER_HEAD, target=0.6, mask=mask, q_offset=shape.kv_len - shape.q_len)
     check(attend(*tensors, site), tensors, selected(shape, *tensors[:2], mask, PER_HEAD, target=0.6))
 
 
@@ -71,7 +71,7 @@ def test_a_dense_site_under_such_a_mask(dense):
     tensors = inputs(shape, "cpu")
     mask = MaskProgram(causal()) if dense else by_head(shape)
     everything = OmniSparseConfig(lazy_threshold=None)
-    site = Site(config=None, mask=mask)
+    site = AttentionCall(mask=mask)
     check(attend(*tensors, site), tensors, selected(shape, *tensors[:2], mask, everything, target=1.0))
 
 
@@ -120,7 +120,7 @@ def test_lists_for_each_head_under_inductor(sinks):
     logits = torch.linspace(-1, 2, shape.heads) if sinks else None
 
     def call(*tensors):
-        return attend(*tensors, Site(config=PER_HEAD, target=0.6, mask=mask, lists=True, sinks=logits))
+        return attend(*tensors, SparseCall(config=PER_HEAD, target=0.6, mask=mask, lists=True, sinks=logits))
 
     out = torch.compile(call, fullgraph=True)(*tensors)
     check(out, tensors, selected(shape, *tensors[:2], mask, PER_HEAD, target=0.6), sinks=logits)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import ConfigError, OmniSparseConfig
 from omnisparse_flex.attention import functional as attending
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.flex_options import NARROW, kernel_options
 from omnisparse_flex.attention.functional import attend, sparse_attention
 from omnisparse_flex.masks.blocks.block_lists import wider
@@ -40,7 +40,7 @@ def causal_mask(shape):
 def test_output_and_gradients_are_those_of_the_narrow_map(shape, sinks):
     tensors, mask = inputs(shape, "cpu"), causal_mask(shape)
     logits = torch.linspace(-1, 2, shape.heads) if sinks else None
-    site = Site(config=RULES, target=0.6, mask=mask, q_offset=shape.kv_len - shape.q_len, sinks=logits)
+    site = SparseCall(config=RULES, target=0.6, mask=mask, q_offset=shape.kv_len - shape.q_len, sinks=logits)
     check(attend(*tensors, site), tensors, selected(shape, *tensors[:2], mask, RULES, target=0.6), sinks=logits)
 
 
@@ -51,7 +51,7 @@ def test_padding_and_windows():
     keys = Apply("and", (Load(0, (B, KV)), near))
     mask = MaskProgram(Apply("and", (causal(Const(0)), keys)), (real, torch.tensor(499)))
     tensors = inputs(shape, "cpu")
-    out = attend(*tensors, Site(config=RULES, target=0.6, mask=mask))
+    out = attend(*tensors, SparseCall(config=RULES, target=0.6, mask=mask))
     check(out, tensors, selected(shape, *tensors[:2], mask, RULES, target=0.6))
 
 
@@ -89,7 +89,7 @@ def test_the_kernels_get_wide_lists_where_gradients_follow(grad, monkeypatch):
     call = attending.call_flex
     monkeypatch.setattr(attending, "call_flex", lambda *a, **k: seen.append(k) or call(*a, **k))
     tensors = inputs(SHAPES[0], "cpu", grad=grad)
-    site = Site(config=RULES, target=0.6, mask=causal_mask(SHAPES[0]), lists=True)
+    site = SparseCall(config=RULES, target=0.6, mask=causal_mask(SHAPES[0]), lists=True)
     attend(*tensors, site)
     (made,) = seen
     chosen = select_blocks(*(x.detach() for x in tensors[:2]), site.mask, RULES, target=0.6, scale=0.25)

@@ -9,7 +9,7 @@ import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, backend, collect_stats, rewrite_report
 from omnisparse_flex.attention import select_op
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.select_op import call_select_op
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import grid_of, select_blocks
@@ -42,7 +42,9 @@ def site_of(config, lengths, *, padded=False, seed=0, write=None):
         real[1, :200] = False
         mask = MaskProgram(Apply("and", (causal(Const(offset)), Load(0, (B, KV)))), (real,))
     layout = block_layout(mask, grid_of(query, key), config, q_offset=offset)
-    site = Site(config, mask, target=torch.tensor(0.7), q_offset=offset, lists=True, layout=layout, write=write)
+    site = SparseCall(
+        config=config, mask=mask, target=torch.tensor(0.7), q_offset=offset, lists=True, layout=layout, write=write
+    )
     return dataclasses.replace(site, rules=register(site)), query, key
 
 

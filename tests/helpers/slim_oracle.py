@@ -6,8 +6,8 @@ import contextlib
 
 import torch
 
+from omnisparse_flex.attention.marker import dense_attention
 from omnisparse_flex.model.hf import attention_configs, find_decoder, mask_forward
-from omnisparse_flex.ops import dense_attention
 
 NAME = "slim_oracle"
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omnisparse_flex import OmniSparseConfig, passes
 from omnisparse_flex.attention import select_op
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.errors import BUG, PassError
 from omnisparse_flex.masks.blocks.layout import block_layout
@@ -161,7 +161,7 @@ def test_a_selection_that_fails_to_compile_runs_in_tensor_code(lenient, monkeypa
     select_op.compiled.cache_clear()
     tensors = qkv()
     config = OmniSparseConfig(target_recall=0.9, window_size=1, sink_size=0)
-    bare = register(Site(config, MaskProgram(causal()), lists=True))
+    bare = register(SparseCall(config=config, mask=MaskProgram(causal()), lists=True))
     layout = block_layout(MaskProgram(causal()), grid_of(*tensors[:2]), 2, config)
     inputs = (*tensors[:2], list(layout), torch.tensor(0.9), [], bare, True)
     for _ in range(2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.tokens.tensor_code import select_and_attend
 from omnisparse_flex.kernels.fallback import has_triton
 from omnisparse_flex.masks.blocks.layout import block_layout
@@ -15,7 +15,7 @@ from omnisparse_flex.masks.tokens.segments import SegmentLayout, segment_layout
 from omnisparse_flex.masks.tokens.select import TokenSelection
 
 
-def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
+def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> Tensor:
     """Run one attention site at token granularity.
 
     Args:
@@ -41,7 +41,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tens
 
 
 def attend_and_select(
-    query: Tensor, key: Tensor, value: Tensor, site: Site, keep: bool = True
+    query: Tensor, key: Tensor, value: Tensor, site: SparseCall, keep: bool = True
 ) -> tuple[Tensor, TokenSelection | None]:
     """The output and, to ``keep``, the selection: in kernels where there are some, else in tensor code."""
     segments, text = segments_of_site(query, key, site), text_queries(query, key, site)
@@ -55,25 +55,23 @@ def attend_and_select(
     return select_and_attend(query, key, value, segments, text, site)
 
 
-def plain_for_kernels(query: Tensor, key: Tensor, value: Tensor, site: Site) -> PlainMask | None:
+def plain_for_kernels(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> PlainMask | None:
     """The site's mask where the kernels can run, else None; shapes as in ``attend_tokens``."""
     if not takes_kernels(query, value, site) or not has_triton():
         return None
     return plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
 
 
-def takes_kernels(query: Tensor, value: Tensor, site: Site) -> bool:
+def takes_kernels(query: Tensor, value: Tensor, site: SparseCall) -> bool:
     """Whether the kernels can run, its mask aside: query (B, Hq, L, D), value (B, Hkv, S, Dv)."""
-    assert site.config is not None
     dim = query.shape[3]
     fits = 16 <= dim <= 256 and dim & (dim - 1) == 0 and value.shape[3] == dim and query.dtype != torch.float64
     # Keys' gradients are summed in no fixed order.
     return query.is_cuda and fits and not site.changes_scores and not torch.are_deterministic_algorithms_enabled()
 
 
-def segments_of_site(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
+def segments_of_site(query: Tensor, key: Tensor, site: SparseCall) -> SegmentLayout:
     """What the site keeps whatever its queries and keys hold: query (B, Hq, L, D), key (B, Hkv, S, D)."""
-    assert site.config is not None
     layout = site.layout
     if layout is None:
         layout = block_layout(site.mask, grid_of(query, key), site.config, visual=site.visual, q_offset=site.q_offset)
@@ -81,7 +79,7 @@ def segments_of_site(query: Tensor, key: Tensor, site: Site) -> SegmentLayout:
     return segment_layout(layout, site.config.segment_size // BLOCK, choices)
 
 
-def text_queries(query: Tensor, key: Tensor, site: Site) -> Tensor:
+def text_queries(query: Tensor, key: Tensor, site: SparseCall) -> Tensor:
     """Queries that hold a text token, bool (B or 1, L); a row without visual tokens has none."""
     q_len, device = query.shape[2], query.device
     if site.visual is None:

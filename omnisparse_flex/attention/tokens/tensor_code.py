@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.tokens.gathered import attend_gathered
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.tokens.key_bits import bits_of_blocks
@@ -17,7 +17,7 @@ from omnisparse_flex.masks.tokens.select import TokenSelection, columns, select_
 
 
 def select_and_attend(
-    query: Tensor, key: Tensor, value: Tensor, segments: SegmentLayout, text: Tensor, site: Site
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentLayout, text: Tensor, site: SparseCall
 ) -> tuple[Tensor, TokenSelection]:
     """The output, differentiable, and the selection.
 
@@ -32,7 +32,6 @@ def select_and_attend(
         text: bool (B or 1, L), queries that are always active.
         site: The rest.
     """
-    assert site.config is not None
     group = site.config.choices(query.shape[1], key.shape[1]) // key.shape[1]
     key, value = per_member(key, group), per_member(value, group)
     near, near_lse = attend_near(query, key, value, segments, site)
@@ -41,10 +40,9 @@ def select_and_attend(
 
 
 def choose(
-    query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout, text: Tensor, site: Site
+    query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout, text: Tensor, site: SparseCall
 ) -> TokenSelection:
     """What the site fetches beyond the always-kept keys; no gradients."""
-    assert site.config is not None
     return select_tokens(
         query.detach(),
         key.detach(),
@@ -61,10 +59,9 @@ def choose(
 
 
 def attend_near(
-    query: Tensor, key: Tensor, value: Tensor, segments: SegmentLayout, site: Site
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentLayout, site: SparseCall
 ) -> tuple[Tensor, Tensor]:
     """Every query over its segment's always-kept blocks; ``(out, lse)`` as of ``attend_gathered``."""
-    assert site.config is not None
     count = tokens_of_blocks(segments.forced, BLOCK, key.shape[2]).sum(-1)
     size = (query.shape[0], key.shape[1], count.shape[2])
     height = query.shape[1] // key.shape[1] * site.config.segment_size
@@ -75,10 +72,15 @@ def attend_near(
 
 
 def attend_selected(
-    query: Tensor, key: Tensor, value: Tensor, near: Tensor, near_lse: Tensor, selection: TokenSelection, site: Site
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    near: Tensor,
+    near_lse: Tensor,
+    selection: TokenSelection,
+    site: SparseCall,
 ) -> Tensor:
     """The output, from that over the always-kept keys (``attend_near``) and what was selected beyond them."""
-    assert site.config is not None
     chosen = (selection.rows.long(), selection.row_count, selection.chosen, selection.key_count)
     far, far_lse = attend_gathered(query, key, value, *chosen, columns(site.config, key.shape[2]), site)
     return merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
@@ -110,7 +112,7 @@ def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | No
 
 
 def listed_gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection, site: Site
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection, site: SparseCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Attention once more under a selection that was made, and its gradients.
 
@@ -128,7 +130,7 @@ def listed_gradients(
     # As many heads as chose: KV heads, or copies of them for all query heads.
     group = selection.rows.shape[1] // key.shape[1]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, own: Site) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, own: SparseCall) -> Tensor:
         k, v = per_member(k, group), per_member(v, group)
         return attend_selected(q, k, v, *attend_near(q, k, v, selection.segments, own), selection, own)
 
@@ -136,12 +138,12 @@ def listed_gradients(
 
 
 def gradients_through(
-    attend: Callable[[Tensor, Tensor, Tensor, Site], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor, SparseCall], Tensor],
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    site: Site,
+    site: SparseCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What ``attend``, called once more, gives by autograd; the rest as in ``listed_gradients``."""
     with torch.enable_grad():

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.logit_sinks import keys_share
 from omnisparse_flex.attention.tokens.key_lists import far_lists, near_lists
 from omnisparse_flex.attention.tokens.query_chunks import Span, joined, spans
@@ -59,8 +59,8 @@ class Attended(NamedTuple):
 
 
 def attend_quickly(
-    query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor,
-    keep: bool,
+    query: Tensor, key: Tensor, value: Tensor, site: SparseCall, plain: PlainMask, segments: SegmentLayout,
+    text: Tensor, keep: bool,
 ) -> tuple[Tensor, TokenSelection | None] | None:  # fmt: skip
     """One attention site at token granularity.
 
@@ -79,7 +79,6 @@ def attend_quickly(
 
     Source: PAPER "Lazy + active in one output".
     """
-    assert site.config is not None
     query, key, value = (_rowwise(x) for x in (query, key, value))
     learning = [x for x in (query, key, value, site.sinks) if x is not None and x.requires_grad]
     learns = torch.is_grad_enabled() and len(learning) > 0
@@ -100,8 +99,8 @@ def attend_quickly(
 
 @torch.no_grad()
 def gradients_quickly(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout,
-    text: Tensor,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: SparseCall, plain: PlainMask,
+    segments: SegmentLayout, text: Tensor,
 ) -> Gradients | None:  # fmt: skip
     """Gradients where nothing but the inputs was kept: each span attends again.
 
@@ -119,7 +118,6 @@ def gradients_quickly(
         Of query, key, value and the sinks; None once kernels failed to compile. The selection is a function of the
         inputs, so it is the same as forward.
     """
-    assert site.config is not None
     grad, query, key, value = (_rowwise(x) for x in (grad, query, key, value))
     found = _nothing(query, key, value, site.sinks)
     for span in _spans(query, key, site, plain, segments, text):
@@ -133,12 +131,11 @@ def gradients_quickly(
 
 
 @torch.no_grad()
-def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, out: Tensor) -> Attended:
+def _attend(query: Tensor, key: Tensor, value: Tensor, site: SparseCall, span: Span, out: Tensor) -> Attended:
     """Both parts, the second from where the first ends; then the sinks, which have no value.
 
     Query and ``out``, which is written, are those of the span.
     """
-    assert site.config is not None
     config, scale, plain = site.config, site.scale_for(query), span.plain
     sinks = None if site.sinks is None else site.sinks[span.heads]
     real = None if plain.real is None else plain.real.contiguous().view(torch.uint8)
@@ -168,7 +165,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: SparseCall,
         done: tuple[Tensor, SegmentLayout, list[Attended]],
     ) -> Tensor:  # fmt: skip
         out, *kept = done
@@ -193,10 +190,9 @@ class _Attend(torch.autograd.Function):
 
 
 def _spans(
-    query: Tensor, key: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor
+    query: Tensor, key: Tensor, site: SparseCall, plain: PlainMask, segments: SegmentLayout, text: Tensor
 ) -> Iterator[Span]:
     """The spans of a site."""
-    assert site.config is not None
     (heads, kv_heads), config, columns = (query.shape[1], key.shape[1]), site.config, None
     if config.scoring_dims is not None:
         # Of the whole call: a stretch's own would be others.
@@ -220,10 +216,16 @@ def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) ->
 
 
 def _add(
-    found: Gradients, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, done: Attended, out: Tensor
+    found: Gradients,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    site: SparseCall,
+    done: Attended,
+    out: Tensor,
 ) -> bool:
     """Add the gradients of a span, whose output is ``out``; False once the kernels failed to compile."""
-    assert site.config is not None
     of_query, of_key, of_value, of_sinks = found
     own = (slice(None), done.heads, done.own)
     mine = (grad[own], query[own], key, value, out, done.lse, done.near, done.selection, site.config)

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.tokens import dispatch as token_attention
 from omnisparse_flex.attention.tokens import tensor_code
 from omnisparse_flex.attention.tokens.op import call_token_op
@@ -64,7 +64,7 @@ def site_of(shape, device, config=CONFIG, padded=False, order=True):
     if padded:
         real = torch.arange(shape.kv_len, device=device) >= 37 * torch.arange(shape.batch, device=device)[:, None]
         mask = mask.joined(MaskProgram(Load(0, (B, KV)), (real,)))
-    return Site(config=config, target=config.recall_of(0), mask=mask, q_offset=offset)
+    return SparseCall(config=config, target=config.recall_of(0), mask=mask, q_offset=offset)
 
 
 def run(inputs, site):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.tokens import dispatch as token_attention
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.attention.tokens.gradients import token_gradients
@@ -72,7 +72,7 @@ def inputs(tokens, device, heads=(HEADS, KV_HEADS, KV_HEADS)):
 
 def site_of(config, name, device):
     sinks = torch.zeros(HEADS, dtype=torch.bfloat16, device=device) if name == "sinks" else None
-    return Site(config=config, target=0.95, mask=MaskProgram(causal()), sinks=sinks)
+    return SparseCall(config=config, target=0.95, mask=MaskProgram(causal()), sinks=sinks)
 
 
 def results_of(found):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.functional import attend, sparse_attention
 from omnisparse_flex.attention.tokens import dispatch as token_attention
 from omnisparse_flex.attention.tokens.tensor_code import merge
@@ -40,7 +40,7 @@ def inputs(shape, device, dtype=torch.float32, grad=True):
 
 def run(shape, tensors, config, mask, *, target=None, offset=None, **fields):
     """Output, the selection, and the dense mask (B, Hq, L, S) that it denotes."""
-    site = Site(
+    site = SparseCall(
         config=config,
         target=config.recall_of(0) if target is None else target,
         mask=mask,
