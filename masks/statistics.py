@@ -12,7 +12,8 @@ from torch import Tensor
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.last_rows import BLOCKS
 from omnisparse_flex.masks.blocks.mean_pool import for_products
-from omnisparse_flex.masks.blocks.select import BLOCK, BlockSelection, scoring_cost
+from omnisparse_flex.masks.blocks.peak_rows import ROWS
+from omnisparse_flex.masks.blocks.select import BLOCK, COSTS, BlockSelection, scoring_cost
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.tokens.key_bits import blocks_of_bits
@@ -99,9 +100,9 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[T
     rows = selection.layout.some.any(-1).expand(batch, heads, -1)
     active = selection.active & rows
     lazy = selection.lazy & rows
-    recall = (selection.mass * selection.keep).sum(-1)
+    recall = selection.recall
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
-    cost = allowed * scoring_cost(config) + _last_rows(selection, config)
+    cost = _scoring_blocks(selection, config, allowed)
     return (
         selection.keep.sum() / (batch * heads),
         allowed,
@@ -114,6 +115,15 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[T
         selection.overflow.sum(),
         cost,
     )
+
+
+def _scoring_blocks(selection: BlockSelection, config: OmniSparseConfig, allowed: Tensor) -> Tensor:
+    """What choosing cost, in blocks that attention computes; the peak rule counts the blocks whose keys it takes."""
+    if config.budget == "peak":
+        batch, heads = selection.keep.shape[:2]
+        means = allowed * COSTS["mean_pool"] * ROWS * config.split  # of every row, over the means of the keys
+        return selection.scored.sum() / (batch * heads) * scoring_cost(config) + means
+    return allowed * scoring_cost(config) + _last_rows(selection, config)
 
 
 def _last_rows(selection: BlockSelection, config: OmniSparseConfig) -> Tensor:

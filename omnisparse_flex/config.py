@@ -10,12 +10,14 @@ from typing import Any, Literal
 from omnisparse_flex.config_schema import SCHEMA, migrated, refuse_removed, refuse_removed_scoring
 from omnisparse_flex.errors import ConfigError, require
 
-Budget = Literal["flattest_head", "per_head"] | int
+Budget = Literal["flattest_head", "per_head", "peak"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
-SCORINGS = {"block": ("mean_pool", "tile_pool"), "token": ("one_pass",)}
+SCORINGS = {"block": ("mean_pool", "tile_pool", "sampled_rows"), "token": ("one_pass",)}
 #: What ``lazy_threshold="auto"`` means for blocks.
 LAZY_THRESHOLD = 0.05
+#: What ``min_peak`` is unless told.
+MIN_PEAK = 0.1
 GQA_CHOICES = ("group", "head")
 #: Fewest coordinates of a head that tensor cores multiply.
 LEAST_DIMS = 16
@@ -23,7 +25,7 @@ LEAST_DIMS = 16
 SEGMENT_UNIT = 128
 #: Widths of a block of keys.
 KEY_BLOCKS = (64, 128)
-BUDGETS = ("flattest_head", "per_head")
+BUDGETS = ("flattest_head", "per_head", "peak")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class OmniSparseConfig:
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
-            cheapest) or ``"tile_pool"`` (means of 32 tokens); for tokens ``"one_pass"``
+            cheapest), ``"tile_pool"`` (means of 32 tokens) or ``"sampled_rows"`` (exact rows of 16 of 128 queries,
+            for ``budget="peak"`` alone); for tokens ``"one_pass"``
             (rows' normalisers guessed); ``"auto"``: the granularity's first.
         scoring_dims: Coordinates of each head that ``"one_pass"`` multiplies for its scores, a power of 2 from 16 to
             the head's own number: those with the largest product of mean squares in queries and keys, over all
@@ -50,8 +53,13 @@ class OmniSparseConfig:
             changed scores) ``"head"`` copies keys and values for every query head; the kernels copy nothing.
         budget: ``"per_head"`` gives every head of a layer the budget that it needs;
             ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
-            is a fixed number of tokens. With ``gqa_choice="head"`` there is no flattest head: the kernels take a
-            group's members one after the other, and its budget would need all of them at once.
+            is a fixed number of tokens; ``"peak"`` counts nothing: a block is fetched if one of the query block's
+            sampled rows gives it at least that row's threshold. The threshold is ``min_peak``, less for rows that
+            see many key blocks, and less for rows that would keep less than ``target_recall`` of their mass. With
+            ``gqa_choice="head"`` there is no flattest head: the kernels take a group's members one after the other,
+            and its budget would need all of them at once.
+        min_peak: Share of a row's attention that makes a block worth fetching, in [0, 1), for ``budget="peak"``;
+            one value, or one per decoder layer. A layer at 0 is dense.
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
             counted); None: no bound.
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
@@ -85,6 +93,7 @@ class OmniSparseConfig:
     scoring_dims: int | None = None
     gqa_choice: str = "group"
     budget: Budget = "per_head"
+    min_peak: float | tuple[float, ...] = MIN_PEAK
     max_kv_budget: int | None = None
     lazy_threshold: float | str | None = "auto"
     sink_size: int = 64
@@ -110,6 +119,7 @@ class OmniSparseConfig:
         require(ok, "key_block", f"be one of {', '.join(map(str, KEY_BLOCKS))}", self.key_block)
         ok = self.key_block == SEGMENT_UNIT or self.granularity == "block"
         require(ok, "key_block", f"be {SEGMENT_UNIT} at token granularity", self.key_block)
+        self._check_peak()
         self._check_scoring_dims()
         self._check_gqa_choice()
         _count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
@@ -131,6 +141,20 @@ class OmniSparseConfig:
         if isinstance(self.budget, int) and self.max_kv_budget is not None:
             ok = self.budget <= self.max_kv_budget
             require(ok, "budget", f"be at most max_kv_budget={self.max_kv_budget}", self.budget)
+
+    def _check_peak(self) -> None:
+        if isinstance(self.min_peak, Sequence) and not isinstance(self.min_peak, str):
+            object.__setattr__(self, "min_peak", tuple(self.min_peak))
+            require(len(self.peaks) > 0, "min_peak", "hold one value per layer", self.min_peak)
+        for peak in self.peaks:
+            require(_is_real(peak) and 0 <= peak < 1, "min_peak", "be in [0, 1)", self.min_peak)
+        if self.budget == "peak":
+            require(self.scorer == "sampled_rows", "scoring", 'be "sampled_rows" for budget="peak"', self.scoring)
+            require(self.max_kv_budget is None, "max_kv_budget", 'be None for budget="peak"', self.max_kv_budget)
+            return
+        require(self.scorer != "sampled_rows", "budget", 'be "peak" for scoring="sampled_rows"', self.budget)
+        rule = f'be left at {MIN_PEAK} without budget="peak", which alone reads it'
+        require(self.min_peak == MIN_PEAK, "min_peak", rule, self.min_peak)
 
     def _check_scoring_dims(self) -> None:
         if self.scoring_dims is None:
@@ -159,8 +183,15 @@ class OmniSparseConfig:
         return SEGMENT_UNIT // self.key_block
 
     @property
+    def peaks(self) -> tuple[float, ...]:
+        """``min_peak`` as a tuple, whichever way it was given."""
+        return self.min_peak if isinstance(self.min_peak, tuple) else (self.min_peak,)
+
+    @property
     def scorer(self) -> str:
         """``scoring`` with ``"auto"`` resolved."""
+        if self.scoring == "auto" and self.budget == "peak" and self.granularity == "block":
+            return "sampled_rows"
         return SCORINGS[self.granularity][0] if self.scoring == "auto" else self.scoring
 
     @property
@@ -173,6 +204,14 @@ class OmniSparseConfig:
     def recall_of(self, layer: int) -> float:
         """The target recall of one decoder layer (0-based)."""
         return self.recalls[layer] if len(self.recalls) > 1 else self.recalls[0]
+
+    def min_peak_of(self, layer: int) -> float:
+        """The smallest peak of one decoder layer (0-based)."""
+        return self.peaks[layer] if len(self.peaks) > 1 else self.peaks[0]
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether one decoder layer (0-based) keeps everything, by rule."""
+        return self.recall_of(layer) == 1.0 or (self.budget == "peak" and self.min_peak_of(layer) == 0)
 
     def choices(self, heads: int, kv_heads: int) -> int:
         """How many heads choose tokens, of ``heads`` query heads over ``kv_heads`` KV heads."""
@@ -195,6 +234,8 @@ class OmniSparseConfig:
         """
         ok = not isinstance(self.target_recall, tuple) or len(self.target_recall) == num_layers
         require(ok, "target_recall", f"hold one value for each of the {num_layers} layers", self.target_recall)
+        ok = not isinstance(self.min_peak, tuple) or len(self.min_peak) == num_layers
+        require(ok, "min_peak", f"hold one value for each of the {num_layers} layers", self.min_peak)
 
     @classmethod
     def paper(cls) -> OmniSparseConfig:
@@ -211,6 +252,8 @@ class OmniSparseConfig:
         fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
         if isinstance(self.target_recall, tuple):
             fields["target_recall"] = list(self.target_recall)
+        if isinstance(self.min_peak, tuple):
+            fields["min_peak"] = list(self.min_peak)
         return fields
 
     @classmethod

@@ -30,7 +30,7 @@ REMOVED_FIELDS = {
 #: Estimators that there are no more, and what to ask for instead.
 REMOVED_SCORINGS = {
     "antidiagonal": "tile_pool",
-    "probe": "tile_pool",
+    "probe": "sampled_rows",
     "column_mass": "one_pass",
 }
 

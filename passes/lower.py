@@ -81,7 +81,7 @@ def _operands(site: Site, rewrite: Rewrite, layouts: dict[Hashable, Node]) -> tu
 
 def _layout_node(site: Site, settings: Settings, visual: Node | None, layouts: dict[Hashable, Node]) -> Node | None:
     """One node for all layers with this mask and these lengths: there are far fewer masks than layers."""
-    if settings.config.recall_of(site.layer) == 1.0:
+    if settings.config.is_dense(site.layer):
         return None
     what = site.scope, _layout_key(site), visual
     if what not in layouts:
@@ -141,7 +141,7 @@ def _made(leaf: Leaf) -> Node:
 def _constants(site: Site, settings: Settings) -> Constants:
     """What is constant about a site, for the functions that are written in its place."""
     config = settings.config
-    dense = config.recall_of(site.layer) == 1.0
+    dense = config.is_dense(site.layer)
     options, site.flash_refused = _kernel_options(site, settings, dense)
     fixed: dict[str, Any] = {
         "score_mod": site.mods[0] if site.mods is not None else None,
@@ -156,8 +156,9 @@ def _constants(site: Site, settings: Settings) -> Constants:
     plain = site.mods is None and site.bias is None and site.softcap == 0
     if not dense and (config.granularity == "token" or (settings.lists and plain)):
         fixed["rules"] = register(SparseCall(mask=MaskProgram(site.expr), **fixed))
-    target, counts = config.recall_of(site.layer), (len(site.leaves), len(site.bias_leaves))
-    return Constants(site.layer, target, site.expr, site.offset, *counts, fixed)
+    target, peak = config.recall_of(site.layer), config.min_peak_of(site.layer)
+    counts = len(site.leaves), len(site.bias_leaves)
+    return Constants(site.layer, target, peak, site.expr, site.offset, *counts, fixed)
 
 
 def _kernel_options(site: Site, settings: Settings, dense: bool) -> tuple[Options, str]:

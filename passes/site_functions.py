@@ -31,6 +31,7 @@ class Constants:
     Attributes:
         layer: Decoder layer.
         target: Recall where no tensor says it.
+        min_peak: Share of a row that is a peak.
         expr: The mask.
         offset: Position of query 0.
         leaves: Number of tensors that ``expr`` reads.
@@ -40,6 +41,7 @@ class Constants:
 
     layer: int
     target: float
+    min_peak: float
     expr: Expr
     offset: Expr | None
     leaves: int
@@ -71,6 +73,7 @@ class Constants:
         return SparseCall(
             mask=mask,
             target=self.target if recall is None else _recall_of(recall, self.layer, query.device),
+            min_peak=self.min_peak,
             visual=None if visual is None else visual.to(query.device),
             q_offset=q_offset,
             sinks=sinks,

@@ -23,6 +23,9 @@ VALID = [
     {"target_recall": 1e-6},
     {"target_recall": (0.5, 1.0, 0.9)},
     {"budget": "per_head"},
+    {"budget": "peak"},
+    {"budget": "peak", "min_peak": 0, "scoring": "sampled_rows", "key_block": 64},
+    {"budget": "peak", "min_peak": (0.02, 0.0, 0.5)},
     {"budget": 0},
     {"budget": 256, "max_kv_budget": 256},
     {"max_kv_budget": 0},
@@ -47,7 +50,7 @@ INVALID = [
     ({"target_recall": [0.9, 2]}, "target_recall must be in (0, 1], got (0.9, 2)"),
     ({"target_recall": ()}, "target_recall must hold one value per layer, got ()"),
     ({"granularity": "row"}, "granularity must be one of block, token, got 'row'"),
-    ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, tile_pool, got 'oracle'"),
+    ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, tile_pool, sampled_rows, got 'oracle'"),
     (
         {"granularity": "token", "scoring": "mean_pool"},
         "scoring must be one of auto, one_pass, got 'mean_pool'",
@@ -67,7 +70,23 @@ INVALID = [
         'gqa_choice must be "group" for the flattest head\'s budget, which needs all members of a group at once, '
         "got 'head'",
     ),
-    ({"budget": "roundest_head"}, "budget must be one of flattest_head, per_head, got 'roundest_head'"),
+    ({"budget": "roundest_head"}, "budget must be one of flattest_head, per_head, peak, got 'roundest_head'"),
+    *(
+        ({"budget": "peak", "min_peak": value}, f"min_peak must be in [0, 1), got {value!r}")
+        for value in (1, 1.0, 1.5, -0.1, math.nan, math.inf, True, None, "0.1", (0.1, 1.0))
+    ),
+    ({"budget": "peak", "min_peak": ()}, "min_peak must hold one value per layer, got ()"),
+    ({"min_peak": 0.2}, 'min_peak must be left at 0.1 without budget="peak", which alone reads it, got 0.2'),
+    ({"scoring": "sampled_rows"}, 'budget must be "peak" for scoring="sampled_rows", got \'per_head\''),
+    (
+        {"budget": "peak", "scoring": "mean_pool"},
+        'scoring must be "sampled_rows" for budget="peak", got \'mean_pool\'',
+    ),
+    (
+        {"budget": "peak", "granularity": "token"},
+        'scoring must be "sampled_rows" for budget="peak", got \'auto\'',
+    ),
+    ({"budget": "peak", "max_kv_budget": 256}, 'max_kv_budget must be None for budget="peak", got 256'),
     ({"budget": -1}, "budget must be an int of at least 0, got -1"),
     ({"budget": 1.5}, "budget must be an int of at least 0, got 1.5"),
     ({"budget": True}, "budget must be an int of at least 0, got True"),
@@ -129,7 +148,7 @@ REMOVED = [
             {"scoring": scoring},
             f'scoring must be "{other}" in its place, as version 0.2 removed this estimator, got {scoring!r}',
         )
-        for scoring, other in (("probe", "tile_pool"), ("antidiagonal", "tile_pool"), ("column_mass", "one_pass"))
+        for scoring, other in (("probe", "sampled_rows"), ("antidiagonal", "tile_pool"), ("column_mass", "one_pass"))
     ),
 ]
 
@@ -218,3 +237,12 @@ def test_paper():
 def test_a_config_error_is_a_value_error():
     with pytest.raises(ValueError, match="window_size"):
         OmniSparseConfig(window_size=0)
+
+
+def test_min_peak_holds_one_value_for_each_layer_of_the_model():
+    config = OmniSparseConfig(budget="peak", min_peak=[0.02, 0.0, 0.5])
+    assert [config.min_peak_of(layer) for layer in range(3)] == [0.02, 0.0, 0.5]
+    assert [config.is_dense(layer) for layer in range(3)] == [False, True, False]
+    assert OmniSparseConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="min_peak must hold one value for each of the 4 layers"):
+        config.check_layers(4)

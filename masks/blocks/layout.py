@@ -67,7 +67,7 @@ def block_layout(
     near = some & (
         _window_blocks(grid, q_offset, config.window_size) | _first_blocks(some, sink_blocks(mask, config, grid))
     )
-    text = text_blocks(visual, grid, _own_positions(grid, q_offset))
+    text = text_blocks(visual, grid, own_positions(grid, q_offset))
     forced = near | (some & (text.keys | _rescue(mask, some, grid, q_offset)))
     return Layout(full, some, near, forced, some & ~forced, text.rows)
 
@@ -92,7 +92,7 @@ def _window_blocks(grid: Grid, q_offset: Tensor | int, window: int) -> Tensor:
     """Blocks within ``window`` tokens of a query, on both sides; (NQ, NK)."""
     first_q = torch.arange(grid.q_blocks, device=grid.device)[:, None] * grid.block + q_offset
     first_k = torch.arange(grid.kv_blocks, device=grid.device) * grid.kv_block
-    # Queries past the last key (cross attention) count as sitting at it, as in _own_positions.
+    # Queries past the last key (cross attention) count as sitting at it, as in own_positions.
     reaches_back = first_k + grid.kv_block > first_q.clamp(max=grid.kv_len - 1) - window + 1
     return reaches_back & (first_k < first_q + grid.block + window - 1)
 
@@ -125,12 +125,12 @@ def _blind_rows(mask: MaskProgram | OpaqueMask, grid: Grid, q_offset: Tensor | i
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1)
     q = torch.arange(grid.q_len, device=grid.device).view(1, 1, -1)
-    own = _own_positions(grid, q_offset).view(1, 1, -1)
+    own = own_positions(grid, q_offset).view(1, 1, -1)
     blind = ~mask.pairs(b, h, q, own).to(torch.bool)
     return any_in_blocks(blind, blind.dim() - 1, grid.q_blocks, grid.block)
 
 
-def _own_positions(grid: Grid, q_offset: Tensor | int) -> Tensor:
+def own_positions(grid: Grid, q_offset: Tensor | int) -> Tensor:
     """Key position of each query, (L,); outside the keys (L > S), the nearest one."""
     positions = (torch.arange(grid.q_len, device=grid.device) + q_offset).clamp(min=0, max=grid.kv_len - 1)
     # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.

@@ -13,9 +13,12 @@ from torch import Tensor
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.blocks.last_rows import with_last_rows
-from omnisparse_flex.masks.blocks.layout import Layout, block_layout
+from omnisparse_flex.masks.blocks.layout import Layout, block_layout, own_positions
 from omnisparse_flex.masks.blocks.lazy import active_rows
 from omnisparse_flex.masks.blocks.mean_pool import block_mean, mean_pool
+from omnisparse_flex.masks.blocks.peak import Peaks
+from omnisparse_flex.masks.blocks.peak_op import peaks_of
+from omnisparse_flex.masks.blocks.peak_rows import ROWS
 from omnisparse_flex.masks.blocks.scorer import Scorer
 from omnisparse_flex.masks.blocks.tile_pool import TILE, tile_pool
 from omnisparse_flex.masks.expr.block_bounds import Grid
@@ -32,7 +35,7 @@ FORBIDDEN = -1e6
 
 SCORERS: dict[str, Scorer] = {"mean_pool": mean_pool, "tile_pool": tile_pool}
 #: A scorer's products for a pair of blocks, as a share of what attention itself computes for it (QK and PV).
-COSTS = {"mean_pool": 0.5 / BLOCK**2, "tile_pool": 0.5 / TILE**2}
+COSTS = {"mean_pool": 0.5 / BLOCK**2, "tile_pool": 0.5 / TILE**2, "sampled_rows": 0.5 * ROWS / BLOCK}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,7 +45,9 @@ class BlockSelection:
     Attributes:
         keep: bool (B, Hq, NQ, NK), the blocks to compute.
         layout: What does not depend on queries and keys.
-        mass: float32 (B, Hq, NQ, NK), the estimate.
+        recall: float32 (B, Hq, NQ), what of its mass a row block keeps: by the estimate, or of an exact row.
+        scored: float32 (B, Hq, NQ), key blocks whose keys were multiplied, where the rule chooses which.
+        mass: float32 (B, Hq, NQ, NK), the estimate; NK = 0 for the peak rule, which makes none.
         needs: int64 (B, Hq, NQ), blocks each head would need.
         budget: int64 (B, Hq, NQ), blocks each head got, at most ``max_kv_budget``.
         active: bool (B, Hq, NQ).
@@ -52,6 +57,8 @@ class BlockSelection:
 
     keep: Tensor
     layout: Layout
+    recall: Tensor
+    scored: Tensor
     mass: Tensor
     needs: Tensor
     budget: Tensor
@@ -72,6 +79,8 @@ def select_blocks(
     visual: Tensor | None = None,
     q_offset: Tensor | int = 0,
     adjust: Callable[..., Tensor] | None = None,
+    min_peak: Tensor | float = 0.0,
+    score: Callable[..., Tensor] | None = None,
     layout: Layout | None = None,
 ) -> BlockSelection:
     """Choose the key blocks of every query block, each query head for itself.
@@ -86,7 +95,9 @@ def select_blocks(
         visual: bool (B, S), visual tokens; of the others long runs are always kept, see ``text_blocks``.
             None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
-        adjust: The model's own change of the logits; see ``change_of_logits``.
+        adjust: The model's own change of the logits, see ``change_of_logits``, for the rules that count.
+        min_peak: Share of a row that is a peak, number or 0-d tensor, for the peak rule.
+        score: The model's own change of a logit, ``(logits, b, h, q, kv) -> logits``, or None, for the peak rule.
         layout: What ``block_layout`` gives for these inputs, where layers share it; None: made here.
 
     Returns:
@@ -98,6 +109,12 @@ def select_blocks(
     if layout is None:
         layout = block_layout(mask, grid, config, visual=visual, q_offset=q_offset)
 
+    if config.budget == "peak":
+        peaks = peaks_of(
+            query, key, mask, layout, grid, own=own_positions(grid, q_offset), q_offset=q_offset, min_peak=min_peak,
+            floor=target, scale=scale, last_rows=config.last_rows, score=score,
+        )  # fmt: skip
+        return _by_peaks(peaks, layout)
     sides: dict[str, Any] = {"scale": scale, "block": BLOCK, "key_block": grid.kv_block, "adjust": adjust}
     live = live_keys(mask, query.shape[0], key.shape[2], query.device)
     mass = SCORERS[config.scorer](query, key, layout.some, allowed=mask.pairs, live=live, **sides)
@@ -111,7 +128,20 @@ def select_blocks(
     needs, overflow = _capped(needs, config.max_kv_budget, grid.kv_block)
     budget = shared_budget(needs, active, _blocks_of(config.budget, grid.kv_block))
     keep = layout.forced | keep_top(order, layout.eligible, budget)
-    return BlockSelection(keep, layout, mass, needs, budget, active, lazy, overflow & active)
+    recall = (mass * keep).sum(-1)
+    scored = torch.zeros_like(recall)
+    return BlockSelection(keep, layout, recall, scored, mass, needs, budget, active, lazy, overflow & active)
+
+
+def _by_peaks(peaks: Peaks, layout: Layout) -> BlockSelection:
+    """What the peak rule chose: a query block that fetches nothing is lazy."""
+    chosen = peaks.chosen & layout.eligible
+    number = chosen.sum(-1)
+    active = number > 0
+    blank = torch.zeros((*chosen.shape[:3], 0), dtype=torch.float32, device=chosen.device)
+    none = torch.zeros_like(active)
+    keep = chosen | layout.forced
+    return BlockSelection(keep, layout, peaks.recall, peaks.scored, blank, number, number, active, ~active, none)
 
 
 def dense_selection(query: Tensor, key: Tensor, mask: MaskProgram | OpaqueMask) -> tuple[Tensor, Tensor]:

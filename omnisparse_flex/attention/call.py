@@ -83,6 +83,7 @@ class SparseCall(AttentionCall):
     Attributes:
         config: Selection rules.
         target: Recall of this call, a number or 0-d tensor.
+        min_peak: Share of a row that is a peak in this call, likewise, for the peak rule.
         visual: bool (B, S), visual tokens; None: every token is eligible. See ``text_blocks``.
         q_offset: Position of query 0 among the keys.
         static: Graphs are of one length each.
@@ -94,6 +95,7 @@ class SparseCall(AttentionCall):
 
     config: OmniSparseConfig
     target: Tensor | float = 1.0
+    min_peak: Tensor | float = 0.0
     visual: Tensor | None = None
     q_offset: Tensor | int = 0
     static: bool = False
@@ -130,6 +132,7 @@ def register(site: SparseCall) -> str:
         site,
         mask=MaskProgram(site.mask.expr),
         target=1.0,
+        min_peak=0.0,
         score_buffers=(),
         bias_buffers=(),
         visual=None,

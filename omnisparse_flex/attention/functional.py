@@ -94,6 +94,7 @@ def sparse_attention(
     site = SparseCall(
         config=config,
         target=config.recall_of(0),
+        min_peak=config.min_peak_of(0),
         mask=mask,
         score_mod=score_mod,
         score_buffers=learned,
