@@ -36,7 +36,8 @@ def text_blocks(visual: Tensor | None, grid: Grid, own: Tensor) -> TextBlocks:
     or that holds i itself. Other runs are chosen or not, as visual keys are.
 
     Args:
-        visual: bool (B, S), or None: nothing is known, and every token is eligible.
+        visual: bool (B, S), or None: nothing is known, and every token is eligible. Tokens past its end, as those
+            that a static cache has room for, count as text.
         grid: The site's blocks.
         own: int64 (L,), the key position of each query.
 
@@ -51,8 +52,10 @@ def text_blocks(visual: Tensor | None, grid: Grid, own: Tensor) -> TextBlocks:
     if visual is None:
         nothing = torch.zeros((1, 1, 1), dtype=torch.bool, device=grid.device)
         return TextBlocks(nothing.unsqueeze(-1), nothing)
-    before = F.pad((~visual).cumsum(-1, dtype=torch.int32), (1, 0))  # (B, S + 1), text tokens before each position
-    kept = _kept_by_later(visual, before)
+    # In numbers: Inductor's C++ code for padded bools does not compile where they are reduced.
+    text = 1 - F.pad(visual.to(torch.int32), (0, grid.kv_len - visual.shape[1]))
+    before = F.pad(text.cumsum(-1, dtype=torch.int32), (1, 0))  # (B, S + 1), text tokens before each position
+    kept = _kept_by_later(text > 0, before, grid)
     first, last = (_of_blocks(grid, own, end=end) for end in (False, True))
     seen = last + 1 > before.index_select(1, last + 1)  # something visual is there by the block's last query
     blocks = any_in_blocks(kept, 1, grid.kv_blocks, grid.kv_block).unsqueeze(1) | _own_run(before, grid, first)
@@ -60,16 +63,16 @@ def text_blocks(visual: Tensor | None, grid: Grid, own: Tensor) -> TextBlocks:
     return TextBlocks((seen.unsqueeze(-1) & blocks).unsqueeze(1), (seen & rows).unsqueeze(1))
 
 
-def _kept_by_later(visual: Tensor, before: Tensor) -> Tensor:
+def _kept_by_later(text: Tensor, before: Tensor, grid: Grid) -> Tensor:
     """Text tokens of the head, the tail and long runs; bool (B, S)."""
-    places = torch.arange(visual.shape[1], device=visual.device)
+    places = torch.arange(grid.kv_len, device=grid.device)
     shown = places + 1 - before[:, 1:]  # visual tokens up to each position
     ends = shown == shown[:, -1:]
     # A run is long where LONG_RUN tokens from some start on are text, and its tokens are those within LONG_RUN of one.
-    starts = before.index_select(1, _inside(places + LONG_RUN, visual.shape[1])) - before[:, :-1] == LONG_RUN
+    starts = before.index_select(1, _inside(places + LONG_RUN, grid.kv_len)) - before[:, :-1] == LONG_RUN
     number = F.pad(starts.cumsum(-1, dtype=torch.int32), (1, 0))
-    long = number[:, 1:] > number.index_select(1, _inside(places + 1 - LONG_RUN, visual.shape[1]))
-    return ~visual & ((shown == 0) | ends | long)
+    long = number[:, 1:] > number.index_select(1, _inside(places + 1 - LONG_RUN, grid.kv_len))
+    return text & ((shown == 0) | ends | long)
 
 
 def _own_run(before: Tensor, grid: Grid, first: Tensor) -> Tensor:

@@ -131,6 +131,20 @@ def test_a_decoded_token_keeps_the_question_it_belongs_to():
     assert not text_blocks(later, Grid(1, 1, 1, 240, BLOCK, CPU), torch.tensor([239])).keys.any()
 
 
+@given(rows(), st.integers(1, 40))
+def test_room_in_a_cache_changes_nothing(row, room):
+    """Keys past what is known to be visual, which no query sees yet."""
+    visual = torch.tensor([row])
+    alone, length = layout(visual, long=8), len(row)
+    grid = Grid(1, 2, length, length + room, BLOCK, CPU)
+    with mock.patch.object(text_runs, "LONG_RUN", 8):
+        found = block_layout(MaskProgram(causal()), grid, BARE, visual=visual)
+    blocks = alone.some.shape[-1]
+    for name in ("some", "forced", "eligible"):
+        wide = getattr(found, name)
+        assert torch.equal(wide[..., :blocks], getattr(alone, name)) and not wide[..., blocks:].any(), name
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_in_a_compiled_graph_at_several_lengths():
