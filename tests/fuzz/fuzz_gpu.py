@@ -89,7 +89,7 @@ class Case:
 
     def script(self) -> str:
         """How to run it again."""
-        return f"import torch, fuzz_gpu  # from tests/fuzz\nprint(fuzz_gpu.problem_of(fuzz_gpu.{self!r}))"
+        return f"import torch\nfrom tests.fuzz import fuzz_gpu\nprint(fuzz_gpu.problem_of(fuzz_gpu.{self!r}))"
 
 
 def draw(seed: int) -> Case:
