@@ -47,7 +47,7 @@ PIP := $(if $(HELD),PIP_CONSTRAINT="$(HELD)" PIP_BUILD_CONSTRAINT="$(HELD)") $(P
 DEPRECATIONS := DeprecationWarning PendingDeprecationWarning FutureWarning
 WARNINGS := $(if $(LATEST),$(foreach kind,$(DEPRECATIONS),-W default::$(kind)))
 
-.PHONY: demo test lint docs house bench bench-gpu lock clean
+.PHONY: demo test lint docs fuzz house bench bench-gpu lock clean
 
 demo: $(call needs,demo)
 	$(CLI) demo $(ARGS)
@@ -59,6 +59,12 @@ lint: $(call needs,lint) docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Random calls and modules against what they mean: make fuzz MINUTES=30; on a GPU: make fuzz KINDS=gpu VENV=
+MINUTES ?= 5
+KINDS ?= calls modules
+fuzz: $(call needs,test)
+	$(PY) -m tests.fuzz.fuzz_run $(KINDS) --minutes $(MINUTES) $(ARGS)
 
 # A warning is an error: links to pages, headings and files that are not there, docstrings that Sphinx cannot read.
 docs: $(call needs,docs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.last_rows import BLOCKS
-from omnisparse_flex.masks.blocks.mean_pool import for_products
+from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
 from omnisparse_flex.masks.blocks.peak_rows import ROWS
 from omnisparse_flex.masks.blocks.select import BLOCK, COSTS, BlockSelection, scoring_cost
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
@@ -221,7 +221,9 @@ def true_recall(
     h = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
     q, kv = rows.view(1, 1, -1, 1), torch.arange(kv_len, device=query.device).view(1, 1, 1, -1)
     sampled = query.index_select(2, rows).unflatten(1, (-1, groups))
-    logits = (for_products(sampled) @ for_products(key).unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scale
+    logits = (for_exact_products(sampled) @ for_exact_products(key).unsqueeze(2).transpose(-1, -2)).flatten(
+        1, 2
+    ).float() * scale
     if score is not None:
         logits = score(logits, b, h, q, kv)
     allowed = mask.pairs(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)

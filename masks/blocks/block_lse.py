@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.kernels.fallback import load
-from omnisparse_flex.masks.blocks.mean_pool import for_products
+from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
 
 KERNEL = ("block_lse.block_lse_in_one", "the kernel for exact rows failed, they are made in tensor code")
 
@@ -39,7 +39,7 @@ def _block_lse(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, sca
             return made
     heads, kv_heads, kv_len = rows.shape[1], key.shape[1], key.shape[2]
     grouped = rows.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits = (for_products(grouped) @ for_products(key).transpose(-1, -2)).unflatten(
+    logits = (for_exact_products(grouped) @ for_exact_products(key).transpose(-1, -2)).unflatten(
         2, (heads // kv_heads, -1)
     ).flatten(1, 2).float() * scale
     hidden = torch.arange(kv_len, device=key.device) > last.unsqueeze(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.masks.blocks.block_lse import block_lse
-from omnisparse_flex.masks.blocks.mean_pool import for_products
+from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
 from omnisparse_flex.masks.blocks.row_mass import key_units, normalised, within
 from omnisparse_flex.masks.expr.causal_padding import plain_mask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
@@ -88,7 +88,9 @@ def _lse_by_pairs(
     kv_heads = key.shape[1]
     units = key_units(key, block, 1)
     grouped = vectors.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits = (for_products(grouped) @ for_products(units.vectors).transpose(-1, -2)).unflatten(-1, (-1, block))
+    logits = (for_exact_products(grouped) @ for_exact_products(units.vectors).transpose(-1, -2)).unflatten(
+        -1, (-1, block)
+    )
     logits = logits.unflatten(2, (heads // kv_heads, *rows.shape))
     # Rows and the keys of a block first: (R, block, B, Hq, last, NK), to which a change of the logits broadcasts.
     logits = logits.permute(3, 6, 0, 1, 2, 4, 5).flatten(3, 4).float() * scale

@@ -44,6 +44,11 @@ def for_products(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else x
 
 
+def for_exact_products(x: Tensor) -> Tensor:
+    """What the products of exact rows are taken of: attention's own logits are never rounded to a half type."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def live_counts(live: Tensor, block: int) -> Tensor:
     """Live keys of each block: float32 (B, NB) of bool (B, S)."""
     count = (live.shape[1] + block - 1) // block
