@@ -158,7 +158,7 @@ def test_a_forward_names_its_cache_in_one_of_two_ways() -> None:
 def test_a_cache_has_no_method_that_ours_does_not_know() -> None:
     with seam("transformers asks nothing of a cache that OmniSparseCache leaves to Cache", "class OmniSparseCache"):
         public = {name for name in dir(transformers.Cache) if not name.startswith("__")}
-        assert public - set(vars(OmniSparseCache)) <= INHERITED
+        assert public - set(dir(OmniSparseCache)) <= INHERITED
 
 
 def test_generate_marks_a_cache_of_the_users() -> None:

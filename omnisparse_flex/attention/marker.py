@@ -48,7 +48,7 @@ def dense_attention(
         layer: Decoder layer number; carried for the passes, without effect here.
         softcap: ``c`` of ``c * tanh(logit / c)``; 0: none.
         sinks: (Hq,), logit of each head's virtual key without a value, or None; never soft-capped.
-        dropout: Probability; the marker itself has none. Needs ``softcap`` 0.
+        dropout: Probability; the marker itself has none. Not with both a soft cap and sinks.
 
     Returns:
         (B, Hq, L, Dv). A query with no key gives 0.
@@ -78,7 +78,8 @@ def dense_attention(
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
     if sinks is not None:
         return softmax_with_sinks(logits, sinks).to(value.dtype) @ value
-    return torch.softmax(logits.float(), -1).nan_to_num(0.0).to(value.dtype) @ value
+    weights = torch.softmax(logits.float(), -1).nan_to_num(0.0).to(value.dtype)
+    return F.dropout(weights, dropout) @ value
 
 
 def _attn(

@@ -59,7 +59,7 @@ def attention_forward(
         value: (B, Hkv, S, Dv).
         attention_mask: What ``mask_forward`` returned.
         scaling: Logit scale; None: 1 / sqrt(D).
-        dropout: Probability; above 0 the call is plain SDPA, which the passes then skip.
+        dropout: Probability; above 0 the call is dense, and the passes skip it.
         softcap: Soft cap of the logits, or None.
         is_causal: Overrides the module's own ``is_causal``.
         s_aux: (Hq,), the layer's logit sinks, or None.
@@ -75,7 +75,8 @@ def attention_forward(
     if s_aux is not None:
         check_sinks(s_aux, query, "s_aux")
         _refuse_beside_sinks(softcap if dropout > 0 else None, **kwargs)
-    if (dropout > 0 and s_aux is None) or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+    special = s_aux is not None or bool(softcap)  # transformers' own function would ignore it
+    if (dropout > 0 and not special) or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -86,8 +87,9 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(module, "layer_idx", -1)
-    if dropout > 0:  # with sinks, which transformers' own function would ignore
-        out = dense_attention(query, key, value, padding, mask, causal, scaling, layer, 0.0, s_aux, dropout)
+    if dropout > 0:
+        cap = softcap or 0.0
+        out = dense_attention(query, key, value, padding, mask, causal, scaling, layer, cap, s_aux, dropout)
         return out.transpose(1, 2).contiguous(), None
     if omnisparse_cache is not None:
         if mask is not None or not causal or softcap:
@@ -180,7 +182,7 @@ def find_decoder(model: Any) -> nn.Module:
     decoder = getattr(decoder, "language_model", decoder)
     if not any(hasattr(module, "layer_idx") for module in decoder.modules()):
         raise ConfigError(f"model must have attention layers, got {type(model).__name__} without any")
-    if not (getattr(decoder, "_supports_sdpa", False) or _lacks_sdpa_for_sinks(decoder)):
+    if not (getattr(decoder, "_supports_sdpa", False) or _lacks_sdpa_for_its_logits(decoder)):
         raise ConfigError(f"model must support sdpa attention, got {type(decoder).__name__} with eager attention only")
     if not decoder._can_set_attn_implementation():
         raise ConfigError(f"model must use transformers' attention interface, got {type(decoder).__name__}")
@@ -188,12 +190,15 @@ def find_decoder(model: Any) -> nn.Module:
     return module
 
 
-def _lacks_sdpa_for_sinks(decoder: nn.Module) -> bool:
-    """Whether the decoder has logit sinks, which keep transformers from SDPA, and could run flex attention instead."""
-    flex = bool(getattr(decoder, "_supports_flex_attn", False))
-    return flex and any(
-        hasattr(module, "layer_idx") and getattr(module, "sinks", None) is not None for module in decoder.modules()
-    )
+def _lacks_sdpa_for_its_logits(decoder: Any) -> bool:
+    """Whether logit sinks or a soft cap keep transformers from SDPA, and the decoder could run flex attention instead.
+
+    Gemma 2 is one of these in transformers 5.24, not in 5.17.
+    """
+    if not getattr(decoder, "_supports_flex_attn", False):
+        return False
+    sinks = (getattr(module, "sinks", None) for module in decoder.modules() if hasattr(module, "layer_idx"))
+    return bool(getattr(decoder.config, "attn_logit_softcapping", None)) or any(x is not None for x in sinks)
 
 
 def layer_count(decoder: Any) -> int:
