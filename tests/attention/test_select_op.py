@@ -73,7 +73,8 @@ def test_the_operator_chooses_what_the_function_chooses(config):
 def test_the_operator_keeps_torch_s_rules():
     site, query, key = site_of(CONFIGS[0], (300, 300), padded=True)
     for record in (False, True):
-        inputs = (query, key, list(site.layout), torch.tensor(0.7), list(site.mask.buffers), site.rules, record)
+        state = torch.tensor(0.7), torch.tensor(0.1)
+        inputs = (query, key, list(site.layout), *state, list(site.mask.buffers), site.rules, record)
         torch.library.opcheck(
             torch.ops.omnisparse.select_blocks.default, inputs, test_utils=("test_schema", "test_faketensor")
         )
