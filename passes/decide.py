@@ -29,6 +29,8 @@ After::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -72,6 +74,11 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
     return None
 
 
+def _equal(size: Any, other: Any) -> bool:
+    """Whether two sizes are the same; two symbols are compared by their values, and a guard holds them to it."""
+    return str(size) == str(other) or bool(size == other)
+
+
 def _mismatch(site: Site) -> str | None:
     """What dense attention would broadcast and a kernel of ours would not."""
     query, key, value, out = (shape_of(x) for x in (site.query, site.key, site.value, site.node))
@@ -83,7 +90,7 @@ def _mismatch(site: Site) -> str | None:
         "query heads of the output": (query[1], *out[1:2]),
     }
     for name, found in sizes.items():
-        if len({str(size) for size in found}) > 1:
+        if any(not _equal(size, found[0]) for size in found[1:]):
             return f"{name} is broadcast: {' against '.join(str(size) for size in found)}"
     dtypes = {value_of(x).dtype for x in (site.query, site.key, site.value)}
     if len(dtypes) > 1 and autocast_dtype(value_of(site.query).device.type) is None:
