@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from omnisparse_flex.masks.forbidden import FORBIDDEN, SCORE, split_additive
+from omnisparse_flex.masks.expr.forbidden import FORBIDDEN, SCORE, split_additive
 
 from omnisparse_flex import OmniSparseConfig, sparse_attention
 from omnisparse_flex.backend import Backend
