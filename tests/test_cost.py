@@ -35,6 +35,9 @@ from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.program import MaskProgram
 
+#: Estimators of mass. ``sampled_rows`` chooses by peaks instead: ``tests/masks/test_peaks.py``.
+COUNTING = tuple(name for name in SCORINGS["block"] if name != "sampled_rows")
+
 SHAPE = Shape(8, 2, 64)
 GPU = "NVIDIA H200"
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -94,7 +97,7 @@ def test_what_an_estimator_takes_is_what_was_measured():
     for (scoring, tokens), time in times.items():
         share = (time - times["mean_pool", tokens]) / dense[tokens]
         beyond[scoring] = max(beyond.get(scoring, 0.0), share)
-    for scoring in SCORINGS["block"]:  # the file tells of earlier ones too
+    for scoring in COUNTING:  # the file tells of earlier ones too
         share = choice_share(OmniSparseConfig(scoring=scoring), GPU)
         assert share == pytest.approx(beyond[scoring], rel=0.1), scoring
 
@@ -132,7 +135,7 @@ def measured(name, field=None):
 
 def test_rules_that_choose_dearly_pay_later_or_never():
     costs = costs_of(GPU)
-    least = {name: costs.break_even(Shape(), OmniSparseConfig(scoring=name), GPU) for name in SCORINGS["block"]}
+    least = {name: costs.break_even(Shape(), OmniSparseConfig(scoring=name), GPU) for name in COUNTING}
     assert least["mean_pool"] < least["tile_pool"] < LAST
     tokens = {"granularity": "token", "max_kv_budget": 4096}
     all_active, some = (
@@ -205,3 +208,11 @@ def test_the_packaged_costs_are_those_of_measured_devices():
     for name in known:
         least = costs_of(name).break_even(Shape(), OmniSparseConfig(), name)
         assert costs_of(name).shortest <= least < 1 << 15
+
+
+def test_the_peak_rule_has_a_break_even():
+    """Its exact rows make it pay later than block means, but it does pay."""
+    peak = OmniSparseConfig(scoring="sampled_rows", budget="peak", target_recall=0.6)
+    costs = costs_of(GPU)
+    assert costs.break_even(Shape(), OmniSparseConfig(), GPU) < costs.break_even(Shape(), peak, GPU) < LAST
+    assert costs_of("cpu").break_even(Shape(), peak, "cpu") <= LAST
