@@ -26,6 +26,8 @@ FILE_VARIABLE = "OMNISPARSE_COSTS"
 #: Share of the pairs that a rule without a fixed budget is expected to keep: nobody knows before the run.
 #: Our choice: above what block selection at target 0.95 kept of SmolLM2 at 8K (0.30-0.45).
 EXPECTED_SHARE = 0.5
+#: The same for the peak rule. Our choice: above what it kept of SmolLM2 at 8K (0.22, ``peak_rule.json``).
+PEAK_SHARE = 0.3
 #: Lengths are compared in steps of this many tokens, up to the last.
 STEP, LAST = 256, 1 << 20
 #: Time of a choice of blocks beyond that of ``mean_pool``, as a share of a dense call's: the larger of 32K and 128K
@@ -141,13 +143,14 @@ def pair_cost(config: OmniSparseConfig) -> float:
 def expected_share(tokens: int, config: OmniSparseConfig) -> float:
     """Kept share of the causal pairs that a rule is expected to need, 0-1.
 
-    A fixed budget says it; otherwise it is ``EXPECTED_SHARE``, or less where ``max_kv_budget`` allows no more.
+    A fixed budget says it; otherwise it is ``EXPECTED_SHARE`` (``PEAK_SHARE``), or less where ``max_kv_budget`` allows no more.
     """
     if isinstance(config.budget, int):
         return _share(tokens, config.budget, config)
+    expected = PEAK_SHARE if config.budget == "peak" else EXPECTED_SHARE
     if config.max_kv_budget is None:
-        return EXPECTED_SHARE
-    return min(EXPECTED_SHARE, _share(tokens, config.max_kv_budget, config))
+        return expected
+    return min(expected, _share(tokens, config.max_kv_budget, config))
 
 
 def _share(tokens: int, budget: int, config: OmniSparseConfig) -> float:
