@@ -18,6 +18,8 @@ SCORINGS = {"block": ("mean_pool", "tile_pool", "sampled_rows"), "token": ("one_
 LAZY_THRESHOLD = 0.05
 #: What ``min_peak`` is unless told.
 MIN_PEAK = 0.1
+#: Made here: Dynamo, which traces a config's construction, formats no number that it made a symbol of.
+MIN_PEAK_RULE = f'be left at {MIN_PEAK} without budget="peak", which alone reads it'
 GQA_CHOICES = ("group", "head")
 #: Fewest coordinates of a head that tensor cores multiply.
 LEAST_DIMS = 16
@@ -153,8 +155,7 @@ class OmniSparseConfig:
             require(self.max_kv_budget is None, "max_kv_budget", 'be None for budget="peak"', self.max_kv_budget)
             return
         require(self.scorer != "sampled_rows", "budget", 'be "peak" for scoring="sampled_rows"', self.budget)
-        rule = f'be left at {MIN_PEAK} without budget="peak", which alone reads it'
-        require(self.min_peak == MIN_PEAK, "min_peak", rule, self.min_peak)
+        require(self.min_peak == MIN_PEAK, "min_peak", MIN_PEAK_RULE, self.min_peak)
 
     def _check_scoring_dims(self) -> None:
         if self.scoring_dims is None:

@@ -35,7 +35,7 @@ def tile_pool(
     Source: Our choice, between block means and the tiles of XAttention, arXiv 2503.16428. One
     tile of every query block at a time: B * Hq * NQ * (S / ``TILE``) products are in memory.
     """
-    tile = min(key_block, TILE)
+    tile = next(side for side in (TILE, 16, 8, 4, 2, 1) if key_block % side == 0)
     vectors = whole_blocks(block_mean(key, tile, live), key_block // tile)
     units = Units(vectors, *unit_places(key, key_block, tile, live))
     tiles = whole_blocks(block_mean(query, tile), block // tile).unflatten(2, (some.shape[-2], block // tile))
