@@ -143,7 +143,8 @@ def pair_cost(config: OmniSparseConfig) -> float:
 def expected_share(tokens: int, config: OmniSparseConfig) -> float:
     """Kept share of the causal pairs that a rule is expected to need, 0-1.
 
-    A fixed budget says it; otherwise it is ``EXPECTED_SHARE`` (``PEAK_SHARE``), or less where ``max_kv_budget`` allows no more.
+    A fixed budget says it; otherwise it is ``EXPECTED_SHARE`` or ``PEAK_SHARE``, or less where ``max_kv_budget``
+    allows no more.
     """
     if isinstance(config.budget, int):
         return _share(tokens, config.budget, config)
