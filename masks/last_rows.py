@@ -89,7 +89,9 @@ def _lse_by_pairs(
     kv_heads = key.shape[1]
     units = key_units(key, block, 1)
     grouped = vectors.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits = (for_exact_products(grouped) @ for_exact_products(units.vectors).transpose(-1, -2)).unflatten(-1, (-1, block))
+    logits = (for_exact_products(grouped) @ for_exact_products(units.vectors).transpose(-1, -2)).unflatten(
+        -1, (-1, block)
+    )
     logits = logits.unflatten(2, (heads // kv_heads, *rows.shape))
     # Rows and the keys of a block first: (R, block, B, Hq, last, NK), to which a change of the logits broadcasts.
     logits = logits.permute(3, 6, 0, 1, 2, 4, 5).flatten(3, 4).float() * scale

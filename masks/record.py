@@ -211,7 +211,9 @@ def true_recall(
     h = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
     q, kv = rows.view(1, 1, -1, 1), torch.arange(kv_len, device=query.device).view(1, 1, 1, -1)
     sampled = query.index_select(2, rows).unflatten(1, (-1, groups))
-    logits = (for_exact_products(sampled) @ for_exact_products(key).unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * scale
+    logits = (for_exact_products(sampled) @ for_exact_products(key).unsqueeze(2).transpose(-1, -2)).flatten(
+        1, 2
+    ).float() * scale
     if score is not None:
         logits = score(logits, b, h, q, kv)
     allowed = mask.pairs(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)

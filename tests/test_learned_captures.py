@@ -1,4 +1,4 @@
-"""A learned tensor that a mask, a bias or a score_mod closes over gets its gradient, or the site says that it cannot."""
+"""A learned tensor that a mask, a bias or a score_mod closes over gets its gradient, or the site says why not."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def order():
     return torch.zeros(N, N).masked_fill(far() < 0, -torch.inf)
 
 
-#: Biases of learned tensors: a table (4, 10), keys (N,) and slopes (4,); what has no gradient in the model has none here.
+#: Biases of a table (4, 10), keys (N,) and slopes (4,); what has no gradient in the model has none here.
 BIASES = {
     "a table": lambda t, k, s: t[:, buckets()],
     "a transposed embedding": lambda t, k, s: F.embedding(buckets(), t.T).permute(2, 0, 1),
@@ -76,7 +76,9 @@ def test_in_graphs(name, form, granularity):
 
     def call(q, k, v, t, keys, s):
         if form == "checkpointed":
-            return checkpoint(lambda *x: attend(*x[:3], order() + BIASES[name](*x[3:])), q, k, v, t, keys, s, use_reentrant=False)  # fmt: skip
+            return checkpoint(
+                lambda *x: attend(*x[:3], order() + BIASES[name](*x[3:])), q, k, v, t, keys, s, use_reentrant=False
+            )
         return attend(q, k, v, order() + BIASES[name](t, keys, s))
 
     backend = Backend(keep_all(granularity=granularity), inner="aot_eager", min_seq_len=0)
@@ -114,7 +116,12 @@ def test_in_the_functional_form(name, granularity):
         return sparse_attention(q, k, v, config=config, score_mod=SCORE_MODS[name](t, keys, s), mask_mod=mask)
 
     def dense(q, k, v, t, keys, s):
-        at = torch.arange(2)[:, None, None, None], torch.arange(4)[:, None, None], torch.arange(N)[:, None], torch.arange(N)  # fmt: skip
+        at = (
+            torch.arange(2)[:, None, None, None],
+            torch.arange(4)[:, None, None],
+            torch.arange(N)[:, None],
+            torch.arange(N),
+        )
         logits = SCORE_MODS[name](t, keys, s)(q @ k.mT / 4, *at)
         allowed = (far() >= 0) & ((keys > -2) | (far() == 0))
         return torch.softmax(logits.masked_fill(~allowed, -torch.inf), -1) @ v

@@ -49,7 +49,8 @@ def test_the_choice_in_half_precision_is_that_in_float32(scoring, last_rows, pad
     expr = Apply("and", (causal(), Apply("ge", (KV, Const(200))))) if padded else causal()
     config = OmniSparseConfig(scoring=scoring, last_rows=last_rows, lazy_threshold=None)
     found = [
-        select_blocks(x, y, MaskProgram(expr), config, target=0.9, scale=D**-0.5) for x, y in ((q, k), (q.float(), k.float()))
+        select_blocks(x, y, MaskProgram(expr), config, target=0.9, scale=D**-0.5)
+        for x, y in ((q, k), (q.float(), k.float()))
     ]
     assert found[0].mass.isfinite().all()
     assert (found[0].mass - found[1].mass).abs().mean() < 0.02

@@ -19,7 +19,11 @@ def product(q, k, v):
 
 
 BROADCAST = {
-    "keys and values of one row": (sdpa, lambda q, k, v: (q, k[:1], v[:1]), "batch is broadcast: 2 against 1 against 1"),
+    "keys and values of one row": (
+        sdpa,
+        lambda q, k, v: (q, k[:1], v[:1]),
+        "batch is broadcast: 2 against 1 against 1",
+    ),
     "values of one row": (sdpa, lambda q, k, v: (q, k, v[:1]), "batch is broadcast: 2 against 2 against 1"),
     "queries of one row": (sdpa, lambda q, k, v: (q[:1], k, v), "batch is broadcast: 1 against 2 against 2"),
     "one value head": (sdpa, lambda q, k, v: (q, k, v[:, :1]), "key heads is broadcast: 4 against 1"),
@@ -29,8 +33,12 @@ BROADCAST = {
     "expanded by the caller": (sdpa, lambda q, k, v: (q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)), ""),
     "product, keys of one row": (product, lambda q, k, v: (q, k[:1], v), "batch is broadcast: 2 against 1 against 2"),
     "product, one value head": (product, lambda q, k, v: (q, k, v[:, :1]), "key heads is broadcast: 4 against 1"),
-    "product, queries of one row": (product, lambda q, k, v: (q[:1], k, v), "batch is broadcast: 1 against 2 against 2"),
-}  # fmt: skip
+    "product, queries of one row": (
+        product,
+        lambda q, k, v: (q[:1], k, v),
+        "batch is broadcast: 1 against 2 against 2",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROADCAST)
@@ -79,7 +87,7 @@ POSITIONS = {
     "all of them": (lambda L, p: p[:, None], torch.arange(60, 140)),
     "of each batch row": (lambda L, p: torch.arange(L)[:, None] + p[:, None, None, None], torch.tensor([60, 33])),
     "before the first key": (lambda L, p: torch.arange(L)[:, None] + p, torch.tensor(-20)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", POSITIONS)

@@ -1,4 +1,4 @@
-"""Slices that count from the end, start at a computed place or have steps, at lengths that are not known before the run."""
+"""Slices that count from the end, start at a computed place or have steps, at lengths that nobody knows before."""
 
 import pytest
 import torch
@@ -56,7 +56,9 @@ def test_keys(keys, dynamic):
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("cut", [lambda m, L, S: m[-L:], lambda m, L, S: m[S - L :, :], lambda m, L, S: m[..., -L:, :S]])
+@pytest.mark.parametrize(
+    "cut", [lambda m, L, S: m[-L:], lambda m, L, S: m[S - L :, :], lambda m, L, S: m[..., -L:, :S]]
+)
 def test_a_longer_masks_last_rows(cut, dynamic):
     def call(q, k, v):
         L, S = q.shape[2], k.shape[2]

@@ -1,4 +1,4 @@
-"""Calls on a GPU: a few compiled programs with dynamic lengths, many inputs in half precision, the float64 definition."""
+"""Calls on a GPU: few compiled programs with dynamic lengths, many inputs in half precision, one definition."""
 
 from __future__ import annotations
 
@@ -98,9 +98,14 @@ def draw(seed: int) -> Case:
     kv_len = r.choice((200, 256, 513, r.randint(130, 1200)))
     program = r.randrange(len(PROGRAMS))
     return Case(
-        seed, program, r.choice((torch.bfloat16, torch.float16)), r.choice((2, 3)),
-        kv_len if r.random() < 0.7 else r.randint(130, kv_len), kv_len, r.choice((1.0, 1.0, 8.0, 500.0)),
-    )  # fmt: skip
+        seed,
+        program,
+        r.choice((torch.bfloat16, torch.float16)),
+        r.choice((2, 3)),
+        kv_len if r.random() < 0.7 else r.randint(130, kv_len),
+        kv_len,
+        r.choice((1.0, 1.0, 8.0, 500.0)),
+    )
 
 
 @functools.cache
