@@ -8,7 +8,7 @@ from torch.fx import Node
 from omnisparse_flex.attention import DTYPES, HEAD_DIMS, autocast_dtype
 from omnisparse_flex.cost import Shape
 from omnisparse_flex.masks.expr import TRUE, Const, causal
-from omnisparse_flex.passes.nodes import shape_of, value_of
+from omnisparse_flex.passes.nodes import same_size, shape_of, value_of
 from omnisparse_flex.passes.rewrite import Rewrite, Settings, Site
 
 
@@ -58,7 +58,7 @@ def _mismatch(site: Site) -> str | None:
         "query heads of the output": (query[1], *out[1:2]),
     }
     for name, found in sizes.items():
-        if len({str(size) for size in found}) > 1:
+        if not all(same_size(found[0], size) for size in found[1:]):
             return f"{name} is broadcast: {' against '.join(str(size) for size in found)}"
     dtypes = {value_of(x).dtype for x in (site.query, site.key, site.value)}
     if len(dtypes) > 1 and autocast_dtype(value_of(site.query).device.type) is None:

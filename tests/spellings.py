@@ -1,4 +1,4 @@
-"""Spellings of attention whose outcome ``docs/rewritten.md`` tells: run through the backend, compared with themselves."""
+"""Spellings of attention whose outcome ``docs/rewritten.md`` tells: run through the backend, and compared."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ its numbers, and its gradients, at every length that it is called with.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import random
@@ -20,6 +21,8 @@ from omnisparse_flex.backend import Backend
 
 EVERYTHING = OmniSparseConfig(target_recall=0.9999999, lazy_threshold=None)
 HEADS, DIM = 4, 8
+#: Sites of all cases so far, after each call of theirs: how many were rewritten.
+outcomes: collections.Counter[str] = collections.Counter()
 _WORD = re.compile(r"\bx\b")
 
 
@@ -185,6 +188,7 @@ def _problem(case: Case, module: torch.nn.Module, inner: str | None) -> str | No
             if learns:
                 given |= {x: given[x].requires_grad_() for x in LEARNED}
             results[name] = _run(call, given, learns)
+        outcomes.update("rewritten" if not x.reason else "skipped" for x in backend.log.sites)
         rows = _live_rows(case, module, q_len, kv_len)
         wrong = _compare(results, rows, learns)
         if wrong:
