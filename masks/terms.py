@@ -36,7 +36,8 @@ def mask_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Tens
 
 def split_terms(expr: Expr, coordinates: tuple[str, ...]) -> tuple[Expr, Expr]:
     """``expr`` as the conjunction of two: the terms of these coordinates (keys among them), and the others."""
-    inside, outside = [], []
+    inside: list[Expr] = []
+    outside: list[Expr] = []
     for part in conjuncts(expr):
         own = axes(part)
         (inside if "kv" in own and own <= set(coordinates) else outside).append(part)

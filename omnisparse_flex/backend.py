@@ -109,6 +109,7 @@ class Backend:
             lists=inner == "inductor",
             kernel=self.kernel,
             static=self.static,
+            traced=needs_grad and inner not in ("inductor", "eager"),
         )
         before = None if raises_bugs() else Snapshot(graph_module)
         rewrite = run_pipeline(graph_module, settings, before)

@@ -161,7 +161,7 @@ def _flex(scope: Scope, node: Node) -> Site:
     else:
         site.node = outputs[0]
     read = (query, key, value, *score_operands, *mask_operands, *block_mask)  # type: ignore[misc]
-    site.reads = tuple((x, node) for x in read if isinstance(x, Node))  # type: ignore[union-attr]
+    site.reads = tuple((x, node) for x in read if isinstance(x, Node))
     return site
 
 

@@ -37,14 +37,34 @@ def low_order(q, k):
 
 #: (call of q, k, v and a mask of keys, what it makes of the bool mask and a fill).
 SOURCES = {
-    "added to order": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, low_order(q, k) + m[:, None, None]), True),
+    "added to order": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, low_order(q, k) + m[:, None, None]),
+        True,
+    ),
     "keys alone": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[:, None, None]), True),
-    "filled": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[:, None, None].masked_fill(~order(q, k), -math.inf)), True),
-    "of a product": (lambda q, k, v, m: torch.softmax(q @ k.mT / 4 + (low_order(q, k) + m[:, None, None]), -1) @ v, True),
-    "1 - m": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, low_order(q, k) + (1 - m[:, None, None]) * -1e9), False),
-    "a logarithm": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, low_order(q, k) + m.log()[:, None, None]), False),
-    "minus a large one": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, low_order(q, k) - (m[:, None, None] - 1) ** 2 * 1e9), False),
-}  # fmt: skip
+    "filled": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(
+            q, k, v, m[:, None, None].masked_fill(~order(q, k), -math.inf)
+        ),
+        True,
+    ),
+    "of a product": (
+        lambda q, k, v, m: torch.softmax(q @ k.mT / 4 + (low_order(q, k) + m[:, None, None]), -1) @ v,
+        True,
+    ),
+    "1 - m": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, low_order(q, k) + (1 - m[:, None, None]) * -1e9),
+        False,
+    ),
+    "a logarithm": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, low_order(q, k) + m.log()[:, None, None]),
+        False,
+    ),
+    "minus a large one": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, low_order(q, k) - (m[:, None, None] - 1) ** 2 * 1e9),
+        False,
+    ),
+}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -96,13 +116,15 @@ def test_every_estimator_keeps_the_needle(scoring, pattern):
 SCORE_MODS = {
     "where": lambda keep, bias: lambda s, b, h, i, j: torch.where(keep[b, j], s, -math.inf),
     "where, turned": lambda keep, bias: lambda s, b, h, i, j: torch.where(~keep[b, j], -1e9, s),
-    "in two steps": lambda keep, bias: lambda s, b, h, i, j: torch.where(j <= i, torch.where(keep[b, j], s, -math.inf), -math.inf),
+    "in two steps": lambda keep, bias: (
+        lambda s, b, h, i, j: torch.where(j <= i, torch.where(keep[b, j], s, -math.inf), -math.inf)
+    ),
     "scaled first": lambda keep, bias: lambda s, b, h, i, j: torch.where(keep[b, j], s * 0.5 + 1, -math.inf),
     "added": lambda keep, bias: lambda s, b, h, i, j: s + bias[b, j],
     "subtracted": lambda keep, bias: lambda s, b, h, i, j: torch.where(keep[b, j], s, s - 1e9),
     "a window": lambda keep, bias: lambda s, b, h, i, j: torch.where((i - j < 70) & keep[b, j], s, -math.inf),
     "by the logit": lambda keep, bias: lambda s, b, h, i, j: torch.where(s > -1, s, -5.0) + bias[b, j],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SCORE_MODS)
@@ -115,7 +137,10 @@ def test_what_a_score_mod_forbids(name, granularity):
     logits = mod(q.double() @ k.double().mT / 4, b, 0, i, j).masked_fill(j > i, -math.inf)
     live = logits.amax(-1, keepdim=True) > -1e6
     want = torch.where(live, torch.softmax(logits, -1).nan_to_num(0.0) @ v.double(), 0.0)
-    for config in (keep_all(granularity=granularity), OmniSparseConfig(granularity=granularity, sink_size=0, budget=0, window_size=1)):  # fmt: skip
+    for config in (
+        keep_all(granularity=granularity),
+        OmniSparseConfig(granularity=granularity, sink_size=0, budget=0, window_size=1),
+    ):
         out = sparse_attention(q, k, v, config=config, score_mod=mod)
         assert out.isfinite().all()
         assert ((out != 0).any(-1, keepdim=True) | ~live).all(), "a live row lost every key"

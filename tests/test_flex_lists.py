@@ -51,7 +51,7 @@ LISTS = {
     "few blocks": mask(chosen(10, share=0.1)),
     "a list for every row but one": mask(chosen(11) & (torch.arange(4) != 2)[:, None]),
     "those of the function": create_block_mask(causal, None, None, N, N, device="cpu"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LISTS)

@@ -1,4 +1,4 @@
-"""A learned tensor that a mask, a bias or a score_mod closes over gets its gradient, or the site says that it cannot."""
+"""A learned tensor that a mask, a bias or a score_mod closes over gets its gradient, or the site says why not."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from omnisparse_flex import sparse_attention
 from omnisparse_flex.backend import Backend
 from tests.rewriting import keep_all, qkv
 
-N = 150
+N = 70
 
 
 def far():
@@ -24,10 +24,10 @@ def order():
     return torch.zeros(N, N).masked_fill(far() < 0, -torch.inf)
 
 
-#: Biases of learned tensors: a table (4, 10), keys (N,) and slopes (4,); what has no gradient in the model has none here.
+#: Biases of a table (4, 10), keys (N,) and slopes (4,); what has no gradient in the model has none here.
 BIASES = {
     "a table": lambda t, k, s: t[:, buckets()],
-    "an embedding": lambda t, k, s: F.embedding(buckets(), t.T).permute(2, 0, 1),
+    "a transposed embedding": lambda t, k, s: F.embedding(buckets(), t.T).permute(2, 0, 1),
     "keys": lambda t, k, s: k[None, None],
     "slopes": lambda t, k, s: -s[:, None, None] * far().abs(),
     "all": lambda t, k, s: t[:, buckets()] + k * s[:, None, None],
@@ -65,22 +65,27 @@ def check(call, compiled):
         assert (three - one).abs().max() <= bound
 
 
-@pytest.mark.parametrize("granularity", ["block", "token"])
-@pytest.mark.parametrize("name", BIASES)
-@pytest.mark.parametrize("form", ["sdpa", "product", "checkpointed"])
+SITES = [(name, "sdpa", "block") for name in BIASES]
+SITES += [("a table", form, how) for form in ("product", "checkpointed") for how in ("block", "token")]
+SITES += [("keys", "sdpa", "token"), ("one of two detached", "checkpointed", "block")]
+
+
+@pytest.mark.parametrize(("name", "form", "granularity"), SITES)
 def test_in_graphs(name, form, granularity):
     attend = CALLS.get(form, CALLS["sdpa"])
 
     def call(q, k, v, t, keys, s):
         if form == "checkpointed":
-            return checkpoint(lambda *x: attend(*x[:3], order() + BIASES[name](*x[3:])), q, k, v, t, keys, s, use_reentrant=False)  # fmt: skip
+            return checkpoint(
+                lambda *x: attend(*x[:3], order() + BIASES[name](*x[3:])), q, k, v, t, keys, s, use_reentrant=False
+            )
         return attend(q, k, v, order() + BIASES[name](t, keys, s))
 
     backend = Backend(keep_all(granularity=granularity), inner="aot_eager", min_seq_len=0)
     check(call, torch.compile(call, backend=backend, fullgraph=True))
-    reasons = [x.reason for x in backend.log.sites]
-    refused = "a learned bias has no gradient at token granularity"
-    assert reasons == ["" if granularity == "block" else refused]
+    refused = "a learned bias has no gradient at token granularity" if granularity == "token" else ""
+    computed = "a bias that is computed of learned tensors has its gradient in compiled kernels alone"
+    assert [x.reason for x in backend.log.sites] == [computed if "embedding" in name else refused]
 
 
 def test_a_bias_without_a_gradient_stays_at_token_granularity():
@@ -111,7 +116,12 @@ def test_in_the_functional_form(name, granularity):
         return sparse_attention(q, k, v, config=config, score_mod=SCORE_MODS[name](t, keys, s), mask_mod=mask)
 
     def dense(q, k, v, t, keys, s):
-        at = torch.arange(2)[:, None, None, None], torch.arange(4)[:, None, None], torch.arange(N)[:, None], torch.arange(N)  # fmt: skip
+        at = (
+            torch.arange(2)[:, None, None, None],
+            torch.arange(4)[:, None, None],
+            torch.arange(N)[:, None],
+            torch.arange(N),
+        )
         logits = SCORE_MODS[name](t, keys, s)(q @ k.mT / 4, *at)
         allowed = (far() >= 0) & ((keys > -2) | (far() == 0))
         return torch.softmax(logits.masked_fill(~allowed, -torch.inf), -1) @ v

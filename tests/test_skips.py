@@ -19,7 +19,11 @@ def product(q, k, v):
 
 
 BROADCAST = {
-    "keys and values of one row": (sdpa, lambda q, k, v: (q, k[:1], v[:1]), "batch is broadcast: 2 against 1 against 1"),
+    "keys and values of one row": (
+        sdpa,
+        lambda q, k, v: (q, k[:1], v[:1]),
+        "batch is broadcast: 2 against 1 against 1",
+    ),
     "values of one row": (sdpa, lambda q, k, v: (q, k, v[:1]), "batch is broadcast: 2 against 2 against 1"),
     "queries of one row": (sdpa, lambda q, k, v: (q[:1], k, v), "batch is broadcast: 1 against 2 against 2"),
     "one value head": (sdpa, lambda q, k, v: (q, k, v[:, :1]), "key heads is broadcast: 4 against 1"),
@@ -29,8 +33,12 @@ BROADCAST = {
     "expanded by the caller": (sdpa, lambda q, k, v: (q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)), ""),
     "product, keys of one row": (product, lambda q, k, v: (q, k[:1], v), "batch is broadcast: 2 against 1 against 2"),
     "product, one value head": (product, lambda q, k, v: (q, k, v[:, :1]), "key heads is broadcast: 4 against 1"),
-    "product, queries of one row": (product, lambda q, k, v: (q[:1], k, v), "batch is broadcast: 1 against 2 against 2"),
-}  # fmt: skip
+    "product, queries of one row": (
+        product,
+        lambda q, k, v: (q[:1], k, v),
+        "batch is broadcast: 1 against 2 against 2",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROADCAST)
@@ -42,6 +50,13 @@ def test_broadcast_tensors(name):
 def test_broadcast_lengths_are_told_apart_where_sizes_are_symbols():
     reasons = rewritten(sdpa, qkv(N), qkv(150), (qkv(170)[0], *(x[:1] for x in qkv(170)[1:])), dynamic=True)
     assert reasons[0] == "" and "broadcast" in reasons[-1]
+
+
+def test_lengths_that_nobody_said_are_equal_are_equal():
+    """Keys and values are inputs with sizes of their own."""
+    call = lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))  # noqa: E731
+    reasons = rewritten(call, *(qkv(n, kv_heads=2, kv_len=n + 30) for n in (60, 90, 130)), dynamic=True)
+    assert reasons == [""], "one graph, rewritten"
 
 
 def test_a_mask_that_widens_the_logits_is_refused():
@@ -79,7 +94,7 @@ POSITIONS = {
     "all of them": (lambda L, p: p[:, None], torch.arange(60, 140)),
     "of each batch row": (lambda L, p: torch.arange(L)[:, None] + p[:, None, None, None], torch.tensor([60, 33])),
     "before the first key": (lambda L, p: torch.arange(L)[:, None] + p, torch.tensor(-20)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", POSITIONS)

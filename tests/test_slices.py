@@ -1,4 +1,4 @@
-"""Slices that count from the end, start at a computed place or have steps, at lengths that are not known before the run."""
+"""Slices that count from the end, start at a computed place or have steps, at lengths that nobody knows before."""
 
 import pytest
 import torch

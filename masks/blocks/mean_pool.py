@@ -53,7 +53,8 @@ def live_counts(live: Tensor, block: int) -> Tensor:
     """Live keys of each block: float32 (B, NB) of bool (B, S)."""
     count = (live.shape[1] + block - 1) // block
     padded: Tensor = F.pad(live.to(torch.float32), (0, count * block - live.shape[1]))
-    return padded.unflatten(1, (count, block)).sum(2)
+    counts: Tensor = padded.unflatten(1, (count, block)).sum(2)
+    return counts
 
 
 def block_mean(x: Tensor, block: int, live: Tensor | None = None) -> Tensor:

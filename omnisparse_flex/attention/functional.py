@@ -81,7 +81,7 @@ def sparse_attention(
         check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]
     offset: Tensor | int = kv_len - q_len if is_causal else 0
-    order = causal_program(offset, query.device) if is_causal else NO_MASK
+    order = causal_program(kv_len - q_len, query.device) if is_causal else NO_MASK
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
     if score_mod is not None and isinstance(mask, MaskProgram) and not torch.compiler.is_dynamo_compiling():
         mask = mask.joined(trace_forbidden(score_mod, query.dtype, query.device))

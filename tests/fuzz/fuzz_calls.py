@@ -52,8 +52,11 @@ MASKS = (
     ("heads = torch.rand(H, S, generator=g) < {share}", "heads[h - 1, kv]"),
     ("rows = torch.rand(B, L, generator=g) < {share}", "rows[b, q]"),
     ("level = torch.randn(B, S, generator=g)", "level[b, kv] > 0.3"),
-    ("level = torch.randn(B, S, generator=g).masked_fill(torch.rand(B, S, generator=g) < 0.1, math.nan)", "level[b, kv] > 0"),
-)  # fmt: skip
+    (
+        "level = torch.randn(B, S, generator=g).masked_fill(torch.rand(B, S, generator=g) < 0.1, math.nan)",
+        "level[b, kv] > 0",
+    ),
+)
 #: Changes of logits, of ``s``.
 SCORES = (
     ("", "s * 1.5"),
@@ -104,23 +107,26 @@ class Case:
         mask = f"lambda b, h, q, kv: {joined.strip()}" if self.terms else "None"
         score = "None" if self.score is None else _renamed(self.score[1], names[-1], self.score[0])
         score = score if self.score is None else f"lambda s, b, h, q, kv: {score}"
-        return "\n".join([
-            "import math, torch",
-            "from omnisparse_flex import OmniSparseConfig, sparse_attention",
-            f"B, Hkv, H, L, S = {self.batch}, {self.kv_heads}, {self.kv_heads * self.group}, {self.q_len}, {self.kv_len}",
-            f"g = torch.Generator().manual_seed({self.seed})",
-            f"query = {self.loud} * torch.randn(B, H, L, {self.dim}, generator=g)",
-            f"key = torch.randn(B, Hkv, S, {self.dim}, generator=g)",
-            f"value = torch.randn(B, Hkv, S, {self.value_dim}, generator=g)",
-            f"query, key, value = (x.to(torch.{self.dtype}) for x in (query, key, value))",
-            *lines,
-            f"mask_mod = {mask}",
-            f"score_mod = {score}",
-            f"sinks = {'torch.randn(H, generator=g)' if self.sinks else 'None'}",
-            f"config = OmniSparseConfig(**{dict(self.rules)})",
-            "options = dict(config=config, mask_mod=mask_mod, score_mod=score_mod, sinks=sinks, enable_gqa=True, "
-            f"is_causal={self.causal})",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                "import math, torch",
+                "from omnisparse_flex import OmniSparseConfig, sparse_attention",
+                f"B, Hkv, H = {self.batch}, {self.kv_heads}, {self.kv_heads * self.group}",
+                f"L, S = {self.q_len}, {self.kv_len}",
+                f"g = torch.Generator().manual_seed({self.seed})",
+                f"query = {self.loud} * torch.randn(B, H, L, {self.dim}, generator=g)",
+                f"key = torch.randn(B, Hkv, S, {self.dim}, generator=g)",
+                f"value = torch.randn(B, Hkv, S, {self.value_dim}, generator=g)",
+                f"query, key, value = (x.to(torch.{self.dtype}) for x in (query, key, value))",
+                *lines,
+                f"mask_mod = {mask}",
+                f"score_mod = {score}",
+                f"sinks = {'torch.randn(H, generator=g)' if self.sinks else 'None'}",
+                f"config = OmniSparseConfig(**{dict(self.rules)})",
+                "options = dict(config=config, mask_mod=mask_mod, score_mod=score_mod, sinks=sinks, enable_gqa=True, "
+                f"is_causal={self.causal})",
+            ]
+        )
 
 
 def _renamed(text: str, prefix: str, capture: str | None = None) -> str:
@@ -129,7 +135,9 @@ def _renamed(text: str, prefix: str, capture: str | None = None) -> str:
     if not name:
         return text
     parts = text.split(name)
-    return parts[0] + "".join(f"{prefix}{name}{x}" if x[:1] in (" ", "[", "") or x[:1] == ")" else name + x for x in parts[1:])  # fmt: skip
+    return parts[0] + "".join(
+        f"{prefix}{name}{x}" if x[:1] in (" ", "[", "") or x[:1] == ")" else name + x for x in parts[1:]
+    )
 
 
 def draw(seed: int) -> Case:
@@ -180,7 +188,11 @@ def _rules(r: random.Random) -> dict[str, object]:
     rules: dict[str, object] = {"granularity": r.choice(("block", "block", "token"))}
     if r.random() < 0.5:
         return rules | EVERYTHING
-    rules |= {"target_recall": r.choice((0.3, 0.9, 0.98)), "sink_size": r.choice((0, 1, 64)), "window_size": r.choice((1, 64, 256))}  # fmt: skip
+    rules |= {
+        "target_recall": r.choice((0.3, 0.9, 0.98)),
+        "sink_size": r.choice((0, 1, 64)),
+        "window_size": r.choice((1, 64, 256)),
+    }
     rules["lazy_threshold"] = r.choice((None, 0.05, 0.5))
     kind = r.random()
     if kind < 0.2:
@@ -226,7 +238,7 @@ def problem_of(case: Case) -> str | None:
 def _problem(case: Case) -> str | None:
     names: dict[str, object] = {}
     exec(case.script(), names)
-    query, key, value, options = (names[x] for x in ("query", "key", "value", "options"))
+    query, key, options = (names[x] for x in ("query", "key", "options"))
     logits, allowed = expected_logits(names, case)
     weights = read_weights(query, key, options)
     if not weights.isfinite().all():
@@ -315,7 +327,10 @@ def compare(names: dict[str, object], kept: Tensor, rows: Tensor, case: Case) ->
             torch.autograd.grad((x * weight.to(x.dtype)).sum(), given)
             for x, given in ((out, inputs), (wanted, exact), (close, rival))
         ]
-        pairs += [(f"gradient of {n}", *found) for n, found in zip(("query", "key", "value"), zip(*grads, strict=True), strict=True)]  # fmt: skip
+        pairs += [
+            (f"gradient of {n}", *found)
+            for n, found in zip(("query", "key", "value"), zip(*grads, strict=True), strict=True)
+        ]
     eps, single = torch.finfo(out.dtype).eps, torch.finfo(torch.float32).eps
     loudest = float(expected_logits(names, case)[0].masked_fill(~kept, 0.0).abs().max())
     largest = max(float(x.abs().max()) for _, _, x, _ in pairs[1:]) if case.learns else 0.0
