@@ -14,13 +14,13 @@ HEAD = """# What is rewritten
 Each line is a spelling that was run through the backend with rules that keep everything, and compared with itself run
 eagerly: *exact* means that the site was rewritten and the numbers are those of the model. Every other line says why
 the site stays dense. `i`, `j` are positions of queries and keys, `order` is a float causal mask. This page is written
-by `docs/make_rewritten.py` from `tests/spellings.py`; a test keeps it current.
+by `docs/make_rewritten.py` from `tests/helpers/spellings.py`; a test keeps it current.
 """
 
 
 def page() -> str:
     """The page's text."""
-    import spellings
+    from tests.helpers import spellings
 
     lines = [HEAD]
     for group, rows in itertools.groupby(spellings.ROWS, key=lambda row: row.group):
@@ -32,7 +32,7 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
+    sys.path.insert(0, str(HERE.parent))
     os.environ["OMNISPARSE_RAISE_BUGS"] = "1"
     warnings.simplefilter("ignore")
     (HERE / "rewritten.md").write_text(page(), "utf-8")

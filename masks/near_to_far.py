@@ -30,7 +30,7 @@ def near_to_far(prefix: int, frames: int, height: int, width: int, device: torch
         ConfigError: If ``prefix`` is not an int of at least 0, or an extent not one of at
             least 1.
 
-    Source: NAR, arXiv 2503.10696, near-to-far next-neighbour prediction (PAPER.md). Our
+    Source: NAR, arXiv 2503.10696, near-to-far next-neighbour prediction. Our
     choice: the prefix is causal inside itself and does not see the grid.
     """
     check_count("prefix", prefix, minimum=0)

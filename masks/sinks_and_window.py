@@ -16,8 +16,8 @@ def sinks_and_window(sink_size: int, window_size: int) -> MaskMod:
         window_size: Latest tokens, the query itself included; at least 1.
 
     Returns:
-        A ``mask_mod``. It is what a lazy query attends under ``lazy_mode="local"``, and
-        the sinks-plus-window control of a quality table.
+        A ``mask_mod``. It is what a lazy query attends beside text, and the sinks-plus-window
+        control of a quality table.
 
     Raises:
         ConfigError: If ``sink_size`` is not an int of at least 0, or ``window_size`` not

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.last_rows import BLOCKS
 from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
-from omnisparse_flex.masks.blocks.select import BLOCK, COSTS, BlockSelection
+from omnisparse_flex.masks.blocks.peak_rows import ROWS
+from omnisparse_flex.masks.blocks.select import BLOCK, COSTS, BlockSelection, scoring_cost
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.tokens.key_bits import blocks_of_bits
@@ -40,7 +42,7 @@ class Measured(NamedTuple):
 
     Attributes:
         stats: float32 (len(STATS),).
-        cells: uint8 (Hkv, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
+        cells: uint8 (Hq, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
         recalls: float32 (2, Hq), mean and minimum true recall; (2, 0) unless asked for.
     """
 
@@ -60,7 +62,6 @@ def measure(
     scale: float,
     score: Callable[..., Tensor] | None,
     exact: bool,
-    chose: bool = True,
 ) -> Measured:
     """Record a selection.
 
@@ -73,20 +74,18 @@ def measure(
         scale: Logit scale.
         score: ``(logits, b, h, q, kv) -> logits``, the model's own change, or None.
         exact: Also compute the true recall of sampled rows.
-        chose: The site made the selection itself. Otherwise (blocks only) it cost nothing here, and what is said
-            of budgets, needs and lazy rows is said of the layer that made it.
 
     Returns:
         The record. ``kept_blocks`` and ``allowed_blocks`` are means over batch and the heads that choose of
-        the number of block pairs (a token pair counts 1 / BLOCK^2); ``selection_blocks`` is the
+        the number of block pairs, however wide (a token pair counts 1 / BLOCK^2); ``selection_blocks`` is the
         selection's own cost in the same unit; ``budget`` is the mean number of blocks beyond the
         always-kept ones of an active row (segment); ``discarded_share`` is that of the lazy rows;
         the recall is the estimator's own (uncalibrated).
     """
     rows = _sampled_rows(query)
     if isinstance(selection, BlockSelection):
-        values, cells = _block_stats(selection, config, chose), _block_cells(selection)
-        kept = _kept_by_blocks(selection, rows, key.shape[2]) if exact else None
+        values, cells = _block_stats(selection, config), _block_cells(selection, config.split)
+        kept = _kept_by_blocks(selection, rows, key.shape[2], BLOCK // config.split) if exact else None
     else:
         values, cells = _token_stats(selection, config, key), _token_cells(selection, config)
         kept = kept_pairs(selection, rows, key.shape[2], config, BLOCK) if exact else None
@@ -96,18 +95,18 @@ def measure(
     return Measured(torch.stack([value.to(torch.float32) for value in values]), cells, recalls)
 
 
-def _block_stats(selection: BlockSelection, config: OmniSparseConfig, chose: bool) -> tuple[Tensor, ...]:
+def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[Tensor, ...]:
     batch, heads = selection.keep.shape[:2]
     rows = selection.layout.some.any(-1).expand(batch, heads, -1)
     active = selection.active & rows
     lazy = selection.lazy & rows
-    recall = (selection.mass * selection.keep).sum(-1)
+    recall = selection.recall
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
-    cost = allowed * COSTS[config.scorer] + _last_rows(selection, config) if chose else torch.zeros_like(allowed)
+    cost = _scoring_blocks(selection, config, allowed)
     return (
         selection.keep.sum() / (batch * heads),
         allowed,
-        (selection.budget * active).sum() / active.sum().clamp(min=1),
+        (selection.budget * active).sum() / active.sum().clamp(min=1) / config.split,
         active.sum() / rows.sum().clamp(min=1),
         (lazy & ~selection.active).sum() / lazy.sum().clamp(min=1),
         (selection.needs * active).sum((0, 2)).argmax(),
@@ -116,6 +115,15 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig, chose: boo
         selection.overflow.sum(),
         cost,
     )
+
+
+def _scoring_blocks(selection: BlockSelection, config: OmniSparseConfig, allowed: Tensor) -> Tensor:
+    """What choosing cost, in blocks that attention computes; the peak rule counts the blocks whose keys it takes."""
+    if config.budget == "peak":
+        batch, heads = selection.keep.shape[:2]
+        means = allowed * COSTS["mean_pool"] * ROWS * config.split  # of every row, over the means of the keys
+        return selection.scored.sum() / (batch * heads) * scoring_cost(config) + means
+    return allowed * scoring_cost(config) + _last_rows(selection, config)
 
 
 def _last_rows(selection: BlockSelection, config: OmniSparseConfig) -> Tensor:
@@ -152,9 +160,11 @@ def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tenso
     )
 
 
-def _block_cells(selection: BlockSelection) -> Tensor:
+def _block_cells(selection: BlockSelection, split: int) -> Tensor:
+    """Squares: a cell of narrow key blocks says the most that one of them has."""
     cells = selection.keep[0].to(torch.uint8) * SELECTED
-    return torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
+    cells = torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
+    return cells if split == 1 else F.pad(cells, (0, -cells.shape[-1] % split)).unflatten(-1, (-1, split)).amax(-1)
 
 
 def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
@@ -165,10 +175,10 @@ def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
     return torch.where(near, FORCED, cells).to(torch.uint8)
 
 
-def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int) -> Tensor:
+def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int, key_block: int) -> Tensor:
     # Realized in between: Inductor cannot bound an index into an index.
     kept = torch.ops.omnisparse.realize(selection.keep.index_select(2, rows // BLOCK))
-    keys: Tensor = kept.index_select(3, torch.arange(kv_len, device=kept.device) // BLOCK)
+    keys: Tensor = kept.index_select(3, torch.arange(kv_len, device=kept.device) // key_block)
     return keys
 
 
@@ -194,7 +204,7 @@ def true_recall(
     """Softmax mass that a selection really keeps, from exact rows.
 
     Args:
-        kept: bool (B, Hkv or Hq, P, S), what the rows keep, the model's own mask aside.
+        kept: bool (B, Hq, P, S), what the rows keep, the model's own mask aside.
         rows: int64 (P,), query indices.
         query: (B, Hq, L, D).
         key: (B, Hkv, S, D).
@@ -218,7 +228,7 @@ def true_recall(
         logits = score(logits, b, h, q, kv)
     allowed = mask.pairs(b, h, q, kv).to(torch.bool).expand(batch, heads, -1, kv_len)
     mass = torch.softmax(logits.masked_fill(~allowed, float("-inf")), -1).masked_fill(~allowed, 0.0)
-    recall = (mass * kept.repeat_interleave(heads // kept.shape[1], 1)).sum(-1)
+    recall = (mass * kept).sum(-1)
     sees = allowed.any(-1)
     mean = (recall * sees).sum((0, 2)) / sees.sum((0, 2)).clamp(min=1)
     return torch.stack([mean, torch.where(sees, recall, 1.0).amin((0, 2))])

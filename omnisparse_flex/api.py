@@ -12,27 +12,15 @@ from torch import Tensor, nn
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import shape_of_config
-from omnisparse_flex.errors import require
-from omnisparse_flex.model import hf as integration
-from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of, refuse_compiled
+from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.model import hf
+from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of
 from omnisparse_flex.model.dry_run import explain
+from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
+from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
 from omnisparse_flex.report import RewriteReport
-
-VisualMaskArgument = Tensor | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None
-
-
-@dataclasses.dataclass(eq=False)
-class _Undo:
-    """How to take ``apply_omnisparse`` back."""
-
-    names: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
-    hooks: list[Any] = dataclasses.field(default_factory=list)
-
-    def __call__(self) -> None:
-        for config, name in self.names:
-            config._attn_implementation_internal = name
-        for hook in self.hooks:
-            hook.remove()
+from omnisparse_flex.seams import check_transformers
+from omnisparse_flex.versions import TESTED, newer_than_tested
 
 
 def apply_omnisparse(
@@ -62,7 +50,8 @@ def apply_omnisparse(
             machine). 0 switches every dense fallback off, decoding included.
         visual_mask: Which tokens may be dropped: bool (B, N), or a callable ``(args, kwargs)``
             of the module's inputs that returns one (or None: all). By default the model config's
-            image and video token ids; prompts without them: every token is eligible.
+            image and video token ids; prompts without them: every token is eligible. Of the other
+            tokens, runs of fewer than 128 between two that may be dropped (timestamps) may be dropped too.
         inner: What compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or
             a Dynamo backend of your own; ``"auto"``: Inductor, but aot_eager for CPU graphs that
             need gradients. Only Inductor's kernels skip blocks; elsewhere the mask carries them.
@@ -76,30 +65,28 @@ def apply_omnisparse(
     """
     require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
     require(dynamic in (None, True, False), "dynamic", "be None, True or False", dynamic)
+    is_hf = hf.is_transformers_model(model)
+    if is_hf:
+        check_transformers()
     config = OmniSparseConfig() if config is None else config
     backend = Backend(config, min_seq_len=min_seq_len, kernel=kernel, inner=inner, static=dynamic is False)
     refuse_compiled(model)
     if isinstance(visual_mask, Tensor) or not callable(visual_mask):
         check_visual(visual_mask, None, None)
-    is_hf = integration.is_transformers_model(model)
-    decoder = integration.find_decoder(model) if is_hf else model
-    if is_hf:
-        config.check_layers(integration.layer_count(decoder))
-        shape = shape_of_config(decoder.config)
-        if shape is not None:
-            config.check_head_dim(shape.head_dim)
+    decoder = _checked_decoder(model, config) if is_hf else model
 
     remove_omnisparse(model)
-    undo = _Undo()
+    undo = Undo()
     try:
-        entry = Entry(decoder, backend, dynamic)
+        entry = Entry(decoder, backend, dynamic, hands_on=is_hf)
         entry.undo = undo
         if is_hf:
-            _install_in_transformers(model, decoder, entry, undo, visual_mask)
+            install_in_transformers(model, decoder, entry, undo, visual_mask)
         elif visual_mask is not None:
             entry.visual_mask = lambda a, k: check_visual(
                 visual_mask(a, k) if callable(visual_mask) else visual_mask, None, None
             )
+        undo.hooks.append(decoder.register_forward_pre_hook(own_call))
         decoder._compiled_call_impl = entry
     except BaseException:
         undo()
@@ -139,14 +126,18 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
         ConfigError: If the model was never changed, or lost its compile when it was copied.
     """
     entry = entry_of(model)
-    copied = integration.is_transformers_model(model) and any(
-        c._attn_implementation_internal == integration.NAME for c in integration.attention_configs(model)
+    if entry is None and was_replaced(model):
+        raise ConfigError(f"model must keep what apply_omnisparse installed, got a part whose {REPLACED}")
+    copied = hf.is_transformers_model(model) and any(
+        c._attn_implementation_internal == hf.NAME for c in hf.attention_configs(model)
     )
     rule = "be the object that apply_omnisparse changed (a deep copy or unpickled model loses its compile)"
     require(entry is not None, "model", rule if copied else "be changed by apply_omnisparse", type(model).__name__)
     assert entry is not None
     report = entry.backend.log.report()
-    return report if report.compiled else explain(entry)
+    report = report if report.compiled else explain(entry)
+    libraries = ["torch", *(["transformers"] if hf.is_transformers_model(model) else [])]
+    return dataclasses.replace(report, notes=(*newer_than_tested(*libraries), *report.notes))
 
 
 @contextlib.contextmanager
@@ -169,29 +160,18 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
         entry.module._compiled_call_impl = entry
 
 
-def _install_in_transformers(
-    model: Any, decoder: nn.Module, entry: Entry, undo: _Undo, visual_mask: VisualMaskArgument
-) -> None:
-    integration.register()
-    for config in integration.attention_configs(decoder):
-        name = config._attn_implementation_internal
-        undo.names.append((config, "sdpa" if name == integration.NAME else name))
-        config._attn_implementation_internal = integration.NAME
-    receiver = integration.receiver_of(model, decoder)
-    hook = integration.VisualMaskHook(model, decoder if receiver is None else receiver, entry, visual_mask)
-    for module in model.modules():
-        _drop_stale_hooks(module)
-    if receiver is None:
-        entry.visual_mask = integration.as_entry_mask(hook)
-    else:
-        undo.hooks.append(receiver.register_forward_pre_hook(hook, with_kwargs=True))
-    if not hook.token_ids and visual_mask is None:
-        entry.backend.log.notes["no visual tokens known: every token is eligible for selection"] = None
+def _checked_decoder(model: Any, config: OmniSparseConfig) -> nn.Module:
+    """The decoder of a transformers model, if it can be changed and the rules fit it.
 
-
-def _drop_stale_hooks(module: nn.Module) -> None:
-    """A deep copy keeps our hook but not our entry."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, integration.VisualMaskHook):
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    Raises:
+        ConfigError: Unless they do.
+    """
+    decoder: Any = hf.find_decoder(model)
+    rule = f"read its attention's name where transformers {TESTED['transformers']} does"
+    require(bool(hf.attention_configs(decoder)), "model", rule, type(decoder).__name__)
+    config.check_layers(hf.layer_count(decoder))
+    shape = shape_of_config(decoder.config)
+    if shape is not None:
+        config.check_head_dim(shape.head_dim)
+    module: nn.Module = decoder
+    return module

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -15,15 +15,16 @@ from torch.fx import GraphModule
 from omnisparse_flex.attention import flex_options as kernel_choice
 from omnisparse_flex.attention.flex_options import KERNELS, has_flash
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph, device_of, tensors_of
+from omnisparse_flex.compile_or_restore import compile_or_restore
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import BUG, ConfigError, raises_bugs, require
-from omnisparse_flex.fallback import compile_or_restore
 from omnisparse_flex.passes import Rewrite, Settings, Snapshot, run_pipeline
+from omnisparse_flex.passes.dump import check_dump_folder
 from omnisparse_flex.passes.nodes import shape_of
-from omnisparse_flex.passes.share import notes as sharing_notes
 from omnisparse_flex.passes.state import Site
-from omnisparse_flex.report import RewriteReport, SiteReport
+from omnisparse_flex.report import Log, SiteReport
+from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
 
@@ -33,33 +34,17 @@ UNMEASURED = 16384
 NEVER_PAYS = "dense: these rules pay at no length; max_kv_budget bounds what they may cost, min_seq_len=0 runs them"
 
 
-@dataclasses.dataclass(eq=False)
-class Log:
-    """What one backend object did; the report and the fall-back check read it.
+class Here(threading.local):
+    """What a backend knows of one thread.
 
     Attributes:
-        sites: Reports of every compiled graph.
-        graphs: Number of graphs compiled.
-        runs: Number of compiled graphs that ran.
-        inners: Inner compilers used.
-        notes: Remarks for the report.
-        around: Runs each graph in its place, given its number, what it reads of its inputs, and itself as a
+        runs: Number of compiled graphs that ran in it.
+        run_hook: Called in place of each graph, given its number, what it reads of its inputs, and itself as a
             function without arguments; or None.
-        on_graph: Makes the context that surrounds each inner compile, given the graph's
-            number: where a command prints its progress; or None.
     """
 
-    sites: list[SiteReport] = dataclasses.field(default_factory=list)
-    graphs: int = 0
     runs: int = 0
-    inners: set[str] = dataclasses.field(default_factory=set)
-    notes: dict[str, None] = dataclasses.field(default_factory=dict)
-    around: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
-    on_graph: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
-
-    def report(self) -> RewriteReport:
-        """The report so far."""
-        return RewriteReport(tuple(self.sites), self.graphs > 0, self.graphs, tuple(self.notes))
+    run_hook: Callable[[int, list[Any], Callable[[], Any]], Any] | None = None
 
 
 class Backend:
@@ -67,6 +52,13 @@ class Backend:
 
     A model gets an object of its own, so that Dynamo keeps its graphs apart from every
     other model's.
+
+    Attributes:
+        stateful: Calls have run-time state, which must reach every site.
+        log: What it did.
+        here: What it knows of the thread that asks.
+        compile_hook: Makes the context that surrounds each inner compile, given the graph's
+            number: where a command prints its progress; or None.
     """
 
     def __init__(
@@ -91,12 +83,18 @@ class Backend:
         rule = f"be a Dynamo backend or one of {', '.join(INNERS)}"
         require(callable(inner) or inner in INNERS, "inner", rule, inner)
         _check_flash(kernel)
+        check_dump_folder()
+        require_seams("dynamo")
+        if inner in ("auto", "inductor"):
+            require_seams("inductor")
         self.config = config
         self.min_seq_len = min_seq_len
         self.kernel = kernel
         self.inner = inner
         self.static = static
-        self.log = Log()
+        self.stateful = False
+        self.log, self.here = Log(), Here()
+        self.compile_hook: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
         self.last: Rewrite | None = None
 
     def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CompiledFn:
@@ -110,22 +108,25 @@ class Backend:
             kernel=self.kernel,
             static=self.static,
             traced=needs_grad and inner not in ("inductor", "eager"),
+            stateful=self.stateful,
+            training=needs_grad,
         )
         before = None if raises_bugs() else Snapshot(graph_module)
         rewrite = run_pipeline(graph_module, settings, before)
-        around = self.log.on_graph(self.log.graphs) if self.log.on_graph else contextlib.nullcontext()
+        around = self.compile_hook(self.log.graphs) if self.compile_hook else contextlib.nullcontext()
         compile_it = functools.partial(_compile, graph_module, inputs, inner, kwargs.get("mode"))
         with around:
             rewrite, compiled = compile_or_restore(compile_it, graph_module, rewrite, before)
         read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]
         # Only now: the inner compiler may raise to make Dynamo start over with other sizes.
-        log, number = self.log, self.log.graphs
+        log, here, number = self.log, self.here, self.log.graphs
         self._record(rewrite, inner)
 
         def run(*args: Any) -> Any:
             log.runs += 1
-            if log.around is not None:
-                return log.around(number, [args[i] for i in read], functools.partial(compiled, *args))
+            here.runs += 1
+            if here.run_hook is not None:
+                return here.run_hook(number, [args[i] for i in read], functools.partial(compiled, *args))
             return compiled(*args)
 
         return run
@@ -166,8 +167,9 @@ class Backend:
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
         self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
-        self.log.notes.update(dict.fromkeys(sharing_notes(rewrite.sites)))
         self._warn_of_bugs(rewrite)
+        if rewrite.dumped_to:
+            self.log.notes[f"the graph after every pass: {rewrite.dumped_to}"] = None
         name = inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__)
         self.log.inners.add(name)
         if inner != "inductor":

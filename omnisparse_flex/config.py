@@ -7,21 +7,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from omnisparse_flex.config_schema import SCHEMA, migrated, refuse_removed, refuse_removed_scoring
 from omnisparse_flex.errors import ConfigError, require
 
-Budget = Literal["flattest_head", "per_head"] | int
+Budget = Literal["flattest_head", "per_head", "peak"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
-SCORINGS = {"block": ("mean_pool", "tile_pool", "antidiagonal", "probe"), "token": ("one_pass", "column_mass")}
-LAZY_MODES = ("local", "skip")
+SCORINGS = {"block": ("mean_pool", "tile_pool", "sampled_rows"), "token": ("one_pass",)}
 #: What ``lazy_threshold="auto"`` means for blocks.
 LAZY_THRESHOLD = 0.05
+#: What ``min_peak`` is unless told.
+MIN_PEAK = 0.1
 GQA_CHOICES = ("group", "head")
 #: Fewest coordinates of a head that tensor cores multiply.
 LEAST_DIMS = 16
 #: Queries of a block: a segment is a whole number of them.
 SEGMENT_UNIT = 128
-BUDGETS = ("flattest_head", "per_head")
+#: Widths of a block of keys.
+KEY_BLOCKS = (64, 128)
+BUDGETS = ("flattest_head", "per_head", "peak")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,33 +35,38 @@ class OmniSparseConfig:
     Attributes:
         target_recall: Softmax mass a row must keep, in (0, 1]; one value, or one
             per decoder layer. A layer at 1.0 is dense.
-        granularity: Unit of the key selection: ``"block"`` (128 keys, for each block of
+        granularity: Unit of the key selection: ``"block"`` (``key_block`` keys, for each block of
             128 queries) or ``"token"`` (single keys, for each segment of queries).
+        key_block: Keys of a block, 64 or 128; the same in training, whose kernels take blocks of 128 and mask the half
+            that is not kept. Block granularity.
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
         scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
-            cheapest), ``"tile_pool"`` (means of 32 tokens), ``"antidiagonal"`` (strided sums) or
-            ``"probe"`` (exact rows of sampled queries; on a GPU dearer than dense attention); for tokens ``"one_pass"``
-            (rows' normalisers guessed) or ``"column_mass"`` (exact); ``"auto"``: the granularity's first.
+            cheapest), ``"tile_pool"`` (means of 32 tokens) or ``"sampled_rows"`` (exact rows of 16 of 128 queries,
+            for ``budget="peak"`` alone); for tokens ``"one_pass"``
+            (rows' normalisers guessed); ``"auto"``: the granularity's first.
         scoring_dims: Coordinates of each head that ``"one_pass"`` multiplies for its scores, a power of 2 from 16 to
             the head's own number: those with the largest product of mean squares in queries and keys, over all
             tokens of the call. The always-kept part, the guess and the attention take all. None: all.
         gqa_choice: Who chooses tokens: ``"group"``, the query heads of a KV head together, or ``"head"``, each query
-            head for itself. Token granularity: maps of blocks are one for each KV head. In tensor code (the CPU,
+            head for itself. Token granularity: blocks are always chosen by each query head. In tensor code (the CPU,
             changed scores) ``"head"`` copies keys and values for every query head; the kernels copy nothing.
         budget: ``"per_head"`` gives every head of a layer the budget that it needs;
             ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
-            is a fixed number of tokens. With ``gqa_choice="head"`` there is no flattest head: the kernels take a
-            group's members one after the other, and its budget would need all of them at once.
+            is a fixed number of tokens; ``"peak"`` counts nothing: a block is fetched if one of the query block's
+            sampled rows gives it at least that row's threshold. The threshold is ``min_peak``, less for rows that
+            see many key blocks, and less for rows that would keep less than ``target_recall`` of their mass. With
+            ``gqa_choice="head"`` there is no flattest head: the kernels take a group's members one after the other,
+            and its budget would need all of them at once.
+        min_peak: Share of a row's attention that makes a block worth fetching, in [0, 1), for ``budget="peak"``;
+            one value, or one per decoder layer. A layer at 0 is dense.
         max_kv_budget: Upper bound of the budget in tokens (always-kept keys not
             counted); None: no bound.
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
-            under this is lazy, in [0, 1]; None: no query selection. ``"auto"``: 0.05 for blocks, None for tokens. There
-            the estimate, means of 128 keys, misses what a query fetches from a few of them: on text 0.05 discards
-            queries that look far (README "Limits"); give a number where you measured it.
-        lazy_mode: What a discarded lazy query still attends: ``"local"`` = the
-            always-kept keys (sinks, window, text), ``"skip"`` = nothing: its output is 0
-            and the residual stream alone carries it.
+            under this is lazy, in [0, 1], and attends only sinks, window and text; None: no query selection.
+            ``"auto"``: 0.05 for blocks, None for tokens. There the estimate, means of 128 keys, misses what a query
+            fetches from a few of them: on text 0.05 discards queries that look far (README "Limits"); give a number
+            where you measured it.
         sink_size: First tokens every query keeps, in tokens.
         window_size: Latest tokens every query keeps, in tokens, itself included.
         last_rows: Rows of exact logits that the last two query blocks are chosen by, whatever the
@@ -65,20 +74,12 @@ class OmniSparseConfig:
             hides. The blocks are the tensor's: of a
             right-padded row they hold padding. An even number; 0: they are estimated like the
             others. Without effect at token granularity.
-        share_layers: Neighbouring sparse layers that use one choice of blocks, that of the first of them, head by
-            head; 1: every layer chooses for itself. Dense layers in between do not count. What the first one's
-            ``target_recall`` asks for holds for all of them: a follower's own has no effect (unless it is 1.0:
-            dense). A layer that cannot use the choice before it (another mask, length or number of heads)
-            chooses for itself and for those after it, and the report says so. Under activation checkpointing
-            layers share as without it; a group's choice is then kept for the backward, a byte for each pair of
-            blocks and KV head. Block granularity.
 
     Raises:
         ConfigError: On a wrong type, range or combination.
 
-    Source: PAPER "Query selection", "KV selection with head-level dynamic budget allocation"; Kascade
-    (arXiv 2512.16391) for layers that share a choice. Our choice: each head takes the choice of the head with its own
-    number; ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see README "Defaults". Query heads
+    Source: PAPER "Query selection", "KV selection with head-level dynamic budget allocation". Our
+    choice: ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see README "Defaults". Query heads
     that choose, with 32 dims, are the best rule without training that we measured on SmolLM2, as masks
     (``benchmarks/quality``, row "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1": density 0.304,
     +0.79 % perplexity; the group's choice, "mean" in the row's name, +1.33 % at that density).
@@ -86,18 +87,23 @@ class OmniSparseConfig:
 
     target_recall: float | tuple[float, ...] = 0.98
     granularity: str = "block"
+    key_block: int = 128
     segment_size: int = 256
     scoring: str = "auto"
     scoring_dims: int | None = None
     gqa_choice: str = "group"
     budget: Budget = "per_head"
+    min_peak: float | tuple[float, ...] = MIN_PEAK
     max_kv_budget: int | None = None
     lazy_threshold: float | str | None = "auto"
-    lazy_mode: str = "local"
     sink_size: int = 64
     window_size: int = 256
     last_rows: int = 64
-    share_layers: int = 1
+
+    def __new__(cls, *args: Any, **fields: Any) -> OmniSparseConfig:
+        """Say of a removed field what stands in its place; ``__init__`` would only call it unexpected."""
+        refuse_removed(fields)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         """Normalise ``target_recall`` and check every field."""
@@ -107,7 +113,13 @@ class OmniSparseConfig:
         for recall in self.recalls:
             require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
         _one_of("granularity", self.granularity, tuple(SCORINGS))
+        refuse_removed_scoring(self.scoring)
         _one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
+        ok = type(self.key_block) is int and self.key_block in KEY_BLOCKS
+        require(ok, "key_block", f"be one of {', '.join(map(str, KEY_BLOCKS))}", self.key_block)
+        ok = self.key_block == SEGMENT_UNIT or self.granularity == "block"
+        require(ok, "key_block", f"be {SEGMENT_UNIT} at token granularity", self.key_block)
+        self._check_peak()
         self._check_scoring_dims()
         self._check_gqa_choice()
         _count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
@@ -115,10 +127,6 @@ class OmniSparseConfig:
         require(ok, "segment_size", f"be a multiple of {SEGMENT_UNIT}", self.segment_size)
         _count("last_rows", self.last_rows, minimum=0)
         require(self.last_rows % 2 == 0, "last_rows", "be even", self.last_rows)
-        _count("share_layers", self.share_layers, minimum=1)
-        ok = self.share_layers == 1 or self.granularity == "block"
-        require(ok, "share_layers", "be 1 at token granularity", self.share_layers)
-        _one_of("lazy_mode", self.lazy_mode, LAZY_MODES)
         if isinstance(self.budget, str):
             _one_of("budget", self.budget, BUDGETS)
         else:
@@ -134,6 +142,20 @@ class OmniSparseConfig:
             ok = self.budget <= self.max_kv_budget
             require(ok, "budget", f"be at most max_kv_budget={self.max_kv_budget}", self.budget)
 
+    def _check_peak(self) -> None:
+        if isinstance(self.min_peak, Sequence) and not isinstance(self.min_peak, str):
+            object.__setattr__(self, "min_peak", tuple(self.min_peak))
+            require(len(self.peaks) > 0, "min_peak", "hold one value per layer", self.min_peak)
+        for peak in self.peaks:
+            require(_is_real(peak) and 0 <= peak < 1, "min_peak", "be in [0, 1)", self.min_peak)
+        if self.budget == "peak":
+            require(self.scorer == "sampled_rows", "scoring", 'be "sampled_rows" for budget="peak"', self.scoring)
+            require(self.max_kv_budget is None, "max_kv_budget", 'be None for budget="peak"', self.max_kv_budget)
+            return
+        require(self.scorer != "sampled_rows", "budget", 'be "peak" for scoring="sampled_rows"', self.budget)
+        rule = f'be left at {MIN_PEAK} without budget="peak", which alone reads it'
+        require(self.min_peak == MIN_PEAK, "min_peak", rule, self.min_peak)
+
     def _check_scoring_dims(self) -> None:
         if self.scoring_dims is None:
             return
@@ -145,7 +167,7 @@ class OmniSparseConfig:
         _one_of("gqa_choice", self.gqa_choice, GQA_CHOICES)
         if self.gqa_choice == "group":
             return
-        rule = 'be "group" at block granularity, whose maps are one for each KV head'
+        rule = 'be "group" at block granularity, where each query head always chooses'
         require(self.granularity == "token", "gqa_choice", rule, self.gqa_choice)
         rule = 'be "group" for the flattest head\'s budget, which needs all members of a group at once'
         require(self.budget != "flattest_head", "gqa_choice", rule, self.gqa_choice)
@@ -156,8 +178,20 @@ class OmniSparseConfig:
         return self.target_recall if isinstance(self.target_recall, tuple) else (self.target_recall,)
 
     @property
+    def split(self) -> int:
+        """Key blocks beside each other in the width of a query block."""
+        return SEGMENT_UNIT // self.key_block
+
+    @property
+    def peaks(self) -> tuple[float, ...]:
+        """``min_peak`` as a tuple, whichever way it was given."""
+        return self.min_peak if isinstance(self.min_peak, tuple) else (self.min_peak,)
+
+    @property
     def scorer(self) -> str:
         """``scoring`` with ``"auto"`` resolved."""
+        if self.scoring == "auto" and self.budget == "peak" and self.granularity == "block":
+            return "sampled_rows"
         return SCORINGS[self.granularity][0] if self.scoring == "auto" else self.scoring
 
     @property
@@ -170,6 +204,14 @@ class OmniSparseConfig:
     def recall_of(self, layer: int) -> float:
         """The target recall of one decoder layer (0-based)."""
         return self.recalls[layer] if len(self.recalls) > 1 else self.recalls[0]
+
+    def min_peak_of(self, layer: int) -> float:
+        """The smallest peak of one decoder layer (0-based)."""
+        return self.peaks[layer] if len(self.peaks) > 1 else self.peaks[0]
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether one decoder layer (0-based) keeps everything, by rule."""
+        return self.recall_of(layer) == 1.0 or (self.budget == "peak" and self.min_peak_of(layer) == 0)
 
     def choices(self, heads: int, kv_heads: int) -> int:
         """How many heads choose tokens, of ``heads`` query heads over ``kv_heads`` KV heads."""
@@ -192,6 +234,8 @@ class OmniSparseConfig:
         """
         ok = not isinstance(self.target_recall, tuple) or len(self.target_recall) == num_layers
         require(ok, "target_recall", f"hold one value for each of the {num_layers} layers", self.target_recall)
+        ok = not isinstance(self.min_peak, tuple) or len(self.min_peak) == num_layers
+        require(ok, "min_peak", f"hold one value for each of the {num_layers} layers", self.min_peak)
 
     @classmethod
     def paper(cls) -> OmniSparseConfig:
@@ -201,24 +245,27 @@ class OmniSparseConfig:
             granularity="token",
             budget="flattest_head",
             lazy_threshold=0.05,
-            lazy_mode="local",
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict that ``from_dict`` reads back."""
-        fields = dataclasses.asdict(self)
+        """A JSON-ready dict that ``from_dict`` reads back, of this version or a later one."""
+        fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
         if isinstance(self.target_recall, tuple):
             fields["target_recall"] = list(self.target_recall)
+        if isinstance(self.min_peak, tuple):
+            fields["min_peak"] = list(self.min_peak)
         return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> OmniSparseConfig:
-        """Build a config from ``to_dict``'s output.
+        """Build a config from ``to_dict``'s output, of this version or an earlier one.
 
         Raises:
-            ConfigError: On unknown fields or invalid values.
+            ConfigError: On unknown or removed fields, invalid values, and the schema of a later version.
         """
         require(isinstance(fields, Mapping), "config", "be a mapping of field names to values", fields)
+        fields = migrated(fields)
+        refuse_removed(fields)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         require(not unknown, "config", f"hold only the fields {sorted(known)}", unknown)

@@ -2,7 +2,7 @@
 
 The model is a sum of terms that are linear in their coefficients: pairs of the dense kernel, kept
 pairs of the sparse one, tokens and block pairs of the selection by block means, and a constant per call; what other
-estimators and tokens cost beyond that is in ``choice_cost``. The
+estimators and tokens cost beyond that is a share of the dense call (``choice_share``). The
 coefficients come with the package for measured devices (``costs.json``, made by
 ``benchmarks/prefill/fit_costs.py``) or from the user's own machine (``omnisparse-flex calibrate --speed``).
 """
@@ -13,16 +13,12 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from omnisparse_flex.choice_cost import choice_share, pair_cost
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.masks.blocks.select import BLOCK, COSTS
 
 PACKAGED = Path(__file__).with_name("costs.json")
 #: Environment variable: where the user's own coefficients lie instead of the cache directory.
@@ -30,9 +26,24 @@ FILE_VARIABLE = "OMNISPARSE_COSTS"
 #: Share of the pairs that a rule without a fixed budget is expected to keep: nobody knows before the run.
 #: Our choice: above what block selection at target 0.95 kept of SmolLM2 at 8K (0.30-0.45).
 EXPECTED_SHARE = 0.5
+#: The same for the peak rule. Our choice: above what it kept of SmolLM2 at 8K (0.22, ``peak_rule.json``).
+PEAK_SHARE = 0.3
 #: Lengths are compared in steps of this many tokens, up to the last.
 STEP, LAST = 256, 1 << 20
-BLOCK = 128
+#: Time of a choice of blocks beyond that of ``mean_pool``, as a share of a dense call's: the larger of 32K and 128K
+#: tokens on an H200 (``benchmarks/results/scorers.json``); taken for every GPU. Our choice for ``sampled_rows``, whose
+#: times are not recorded yet: what its exact rows take if every pair of blocks is a candidate.
+ON_A_GPU = {"mean_pool": 0.0, "tile_pool": 0.05, "sampled_rows": 0.2}
+#: Time of a choice of tokens: what it takes whoever is active, and what the scores of all queries take; the larger of
+#: the same lengths, by ``one_pass`` (``benchmarks/results/token.json``).
+TOKENS_ON_A_GPU = (0.24, 0.57)
+#: The same in tensor code: on a CPU a call of 2K to 32K tokens never took less than this above a dense one
+#: (``benchmarks/results/token_cpu.json``). A GPU runs it where no kernel fits; not measured there.
+TENSOR_CODE = 1.4
+#: Share of the queries that are expected to be active where some are lazy: nobody knows before the run.
+EXPECTED_ACTIVE = 0.5
+#: Time of a kept pair of tokens over that of a pair in blocks, in kernels that gather (same file).
+GATHERED = 1.9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,27 +69,8 @@ def shape_of_config(config: Any) -> Shape | None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Sample:
-    """One measured causal prefill.
-
-    Attributes:
-        tokens: N.
-        shape: Its heads.
-        share: Kept pairs over causal pairs.
-        ours: Milliseconds, selection included.
-        dense: Milliseconds of the fastest dense kernel.
-    """
-
-    tokens: int
-    shape: Shape
-    share: float
-    ours: float
-    dense: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Costs:
-    """Coefficients of one device, in milliseconds per unit of ``_terms``; at least 0.
+    """Coefficients of one device, in milliseconds per unit of ``sparse_terms``; at least 0.
 
     Attributes:
         dense: Per causal pair, head and head_dim of the dense kernel.
@@ -100,12 +92,12 @@ class Costs:
 
     def dense_ms(self, tokens: int, shape: Shape) -> float:
         """Milliseconds of one dense causal call."""
-        return self.dense * _pairs(tokens, shape) + self.dense_call
+        return self.dense * causal_pairs(tokens, shape) + self.dense_call
 
     def sparse_ms(self, tokens: int, shape: Shape, share: float) -> float:
         """Milliseconds of one sparse call that keeps ``share`` of the pairs."""
         coefficients = (self.sparse, self.token, self.block, self.call)
-        return sum(c * x for c, x in zip(coefficients, _terms(tokens, shape, share), strict=True))
+        return sum(c * x for c, x in zip(coefficients, sparse_terms(tokens, shape, share), strict=True))
 
     def break_even(self, shape: Shape, config: OmniSparseConfig, device: str) -> int:
         """From how many tokens on sparse attention is not slower, up to ``LAST``; ``LAST``: never."""
@@ -125,16 +117,40 @@ def _break_even(costs: Costs, shape: Shape, config: OmniSparseConfig, device: st
     return length
 
 
+def choice_share(config: OmniSparseConfig, device: str) -> float:
+    """Time of the choice, beyond that of block means, as a share of a dense call's.
+
+    Args:
+        config: The rules.
+        device: ``"cpu"``, or the name of a GPU.
+
+    Returns:
+        At least 0; of blocks on a CPU the share of the products.
+    """
+    if config.granularity == "block":
+        return COSTS[config.scorer] if device == "cpu" else ON_A_GPU[config.scorer]
+    if device == "cpu":
+        return TENSOR_CODE
+    anyway, scores = TOKENS_ON_A_GPU
+    return anyway + scores * (1.0 if config.lazy_below is None else EXPECTED_ACTIVE)
+
+
+def pair_cost(config: OmniSparseConfig) -> float:
+    """Time of a kept pair over that of one in blocks."""
+    return GATHERED if config.granularity == "token" else 1.0
+
+
 def expected_share(tokens: int, config: OmniSparseConfig) -> float:
     """Kept share of the causal pairs that a rule is expected to need, 0-1.
 
-    A fixed budget says it; otherwise it is ``EXPECTED_SHARE``, or less where ``max_kv_budget`` allows no more.
+    A fixed budget says it; otherwise it is ``EXPECTED_SHARE`` (``PEAK_SHARE``), or less where ``max_kv_budget`` allows no more.
     """
     if isinstance(config.budget, int):
         return _share(tokens, config.budget, config)
+    expected = PEAK_SHARE if config.budget == "peak" else EXPECTED_SHARE
     if config.max_kv_budget is None:
-        return EXPECTED_SHARE
-    return min(EXPECTED_SHARE, _share(tokens, config.max_kv_budget, config))
+        return expected
+    return min(expected, _share(tokens, config.max_kv_budget, config))
 
 
 def _share(tokens: int, budget: int, config: OmniSparseConfig) -> float:
@@ -145,23 +161,6 @@ def _share(tokens: int, budget: int, config: OmniSparseConfig) -> float:
     if kept >= blocks:
         return 1.0
     return (kept * (kept + 1) / 2 + (blocks - kept) * kept) / (blocks * (blocks + 1) / 2)
-
-
-def fit(samples: Sequence[Sample]) -> Costs:
-    """Least squares over relative errors, every coefficient at least 0.
-
-    Args:
-        samples: At several lengths, and at least two shares or many lengths.
-
-    Raises:
-        ValueError: With fewer than three samples.
-    """
-    if len(samples) < 3:
-        raise ValueError(f"at least three samples are needed, got {len(samples)}")
-    dense = _solve([(_pairs(s.tokens, s.shape), 1.0) for s in samples], [s.dense for s in samples])
-    ours = _solve([_terms(s.tokens, s.shape, s.share) for s in samples], [s.ours for s in samples])
-    sparse, token, block, call = ours
-    return Costs(dense[0], dense[1], sparse, token, block, call, shortest=min(s.tokens for s in samples))
 
 
 def costs_of(device: str) -> Costs | None:
@@ -204,29 +203,12 @@ def _read(path: Path, version: int) -> dict[str, Costs]:
         raise ConfigError(f"{path} must hold coefficients by device name (delete it to start over): {error}") from error
 
 
-def _pairs(tokens: int, shape: Shape) -> float:
+def causal_pairs(tokens: int, shape: Shape) -> float:
+    """Causal pairs of tokens times query heads and head_dim."""
     return tokens * (tokens + 1) / 2 * shape.heads * shape.head_dim
 
 
-def _terms(tokens: int, shape: Shape, share: float) -> tuple[float, float, float, float]:
+def sparse_terms(tokens: int, shape: Shape, share: float) -> tuple[float, float, float, float]:
     """What ``sparse``, ``token``, ``block`` and ``call`` multiply."""
     selected = tokens * (shape.heads + shape.kv_heads) * shape.head_dim
-    return _pairs(tokens, shape) * share, float(selected), (tokens / BLOCK) ** 2 * shape.kv_heads, 1.0
-
-
-def _solve(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
-    """Non-negative least squares over relative errors: terms that come out negative are left out."""
-    matrix, goal = torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
-    matrix = matrix / goal[:, None]
-    size = matrix.abs().amax(0)
-    used = list(range(matrix.shape[1]))
-    while True:
-        part: Tensor = matrix[:, used] / size[used]
-        found = torch.linalg.lstsq(part, torch.ones_like(goal)[:, None], driver="gelsd").solution[:, 0]
-        if (found >= 0).all():
-            break
-        used.remove(used[int(found.argmin())])
-    result = [0.0] * matrix.shape[1]
-    for place, value in zip(used, (found / size[used]).tolist(), strict=True):
-        result[place] = value
-    return result
+    return causal_pairs(tokens, shape) * share, float(selected), (tokens / BLOCK) ** 2 * shape.kv_heads, 1.0

@@ -83,6 +83,29 @@ class RewriteReport:
         return "\n".join([*lines, *table([*rows, *seen])] if seen else lines)
 
 
+@dataclasses.dataclass(eq=False)
+class Log:
+    """What one backend object did; the report and the fall-back check read it.
+
+    Attributes:
+        sites: Reports of every compiled graph.
+        graphs: Number of graphs compiled.
+        runs: Number of compiled graphs that ran.
+        inners: Inner compilers used.
+        notes: Remarks for the report.
+    """
+
+    sites: list[SiteReport] = dataclasses.field(default_factory=list)
+    graphs: int = 0
+    runs: int = 0
+    inners: set[str] = dataclasses.field(default_factory=set)
+    notes: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def report(self) -> RewriteReport:
+        """The report so far."""
+        return RewriteReport(tuple(self.sites), self.graphs > 0, self.graphs, tuple(self.notes))
+
+
 def _key(site: SiteReport) -> tuple[int, str, str]:
     return site.layer, site.path, site.kind
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.statistics import STATS
-from omnisparse_flex.model.compiled_module import Entry, State, entry_of
+from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.model.run_state import State
 from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.report import table
 
@@ -25,16 +26,13 @@ MAP_LIMIT = (64, 256, 256)
 class LayerStats:
     """One layer of the last sparse forward.
 
-    A layer that uses another's choice of blocks (``share_layers``) pays for no selection; its budget, active and
-    discarded shares, flattest head and overflow are those of the layer that chose, its density and recalls its own.
-
     Attributes:
         layer: Decoder layer, 0-based.
         density: Kept share of the layer's dense causal attention FLOPs, selection included; 0-1.
         budget: Mean number of tokens beyond the always-kept ones of an active query block.
         active_share: Share of query blocks that are active.
         discarded_share: Share of the lazy query blocks that fetch nothing.
-        flattest_head: KV head with the largest need; with ``gqa_choice="head"`` the query head.
+        flattest_head: Query head with the largest need; of tokens the KV head, unless ``gqa_choice="head"``.
         estimated_recall: The estimator's own mean recall (uncalibrated).
         worst_estimated_recall: Its minimum over heads and query blocks.
         overflow_rows: Query blocks whose need exceeded ``max_kv_budget``.
@@ -82,7 +80,7 @@ class Stats:
         return (sum(layer.density for layer in sparse) + total - len(sparse)) / total
 
     def block_maps(self, layer: int) -> Tensor | None:
-        """uint8 (H, rows, columns) of ``masks.record`` cell values for one layer, or None."""
+        """uint8 (H, rows, columns) of ``masks.statistics`` cell values for one layer, or None."""
         return None if self.maps is None else self.maps[layer].cpu()
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.passes.clean_up import clean_up
 from omnisparse_flex.passes.decide import decide
+from omnisparse_flex.passes.dump import start_dump
 from omnisparse_flex.passes.find_sites import find_sites
 from omnisparse_flex.passes.lift_masks import lift_masks
 from omnisparse_flex.passes.lower import lower
@@ -24,13 +25,14 @@ from omnisparse_flex.passes.undo_repeat_kv import undo_repeat_kv
 
 __all__ = ["PIPELINE", "Rewrite", "Settings", "Site", "Skip", "Snapshot", "run_pipeline"]
 
+#: The passes in their order, each with the reason for its place.
 PIPELINE: tuple[Callable[[Rewrite], None], ...] = (
-    find_sites,
-    undo_repeat_kv,
-    lift_masks,
-    decide,
-    lower,
-    clean_up,
+    find_sites,  # first: the others look at sites only
+    undo_repeat_kv,  # before decide, which compares the heads of queries and keys
+    lift_masks,  # before decide, which skips a site whose mask cannot be lifted
+    decide,  # after everything that may skip a site, before anything of it is changed
+    lower,  # writes the sparse call of every site that is left
+    clean_up,  # last: removes what only the dense attention used
 )
 
 
@@ -59,9 +61,12 @@ def run_pipeline(
         before = Snapshot(graph_module)
     while True:
         rewrite = Rewrite(Scope(graph_module), settings, refused=reasons)
+        dump = start_dump(graph_module)
         try:
             for run_pass in PIPELINE:
                 run_pass(rewrite)
+                if dump is not None:
+                    dump.passed(run_pass.__name__)
         except Exception as error:
             if before is None or raises_bugs():
                 raise
@@ -71,6 +76,7 @@ def run_pipeline(
                 return _untouched(graph_module, settings, reasons)
             reasons |= faults
         else:
+            rewrite.dumped_to = None if dump is None else str(dump.folder)
             return rewrite
 
 

@@ -1,10 +1,32 @@
-"""Pass 6: drop what nothing reads any more, above all the N x N mask."""
+"""Pass 6: drop what nothing reads any more, above all the N x N mask.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    layout = omnisparse_layout(q, k, window)
+    sparse = omnisparse_layer_0(q, k, v, layout, window)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return sparse
+    # site sparse: query=q, key=k, value=v, mask=lt(sub(q, kv), window), rewritten
+
+After::
+
+    layout = omnisparse_layout(q, k, window)
+    sparse = omnisparse_layer_0(q, k, v, layout, window)
+    return sparse
+    # site sparse: query=q, key=k, value=v, mask=lt(sub(q, kv), window), rewritten
+"""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from omnisparse_flex.passes.find_sites import BINDS
+from omnisparse_flex.passes.find_sites import BINDS, STATE_FROM
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.state import Rewrite
 from omnisparse_flex.passes.writes import writes
@@ -19,6 +41,11 @@ def clean_up(rewrite: Rewrite) -> None:
     for node in rewrite.root.graph_module.graph.nodes:
         if node.op == "call_function" and node.target in BINDS and not node.users:
             rewrite.root.graph_module.graph.erase_node(node)
+            rewrite.modified = True
+    for site in rewrite.sites:
+        if site.kind == "marker" and not site.rewritten and site.state:
+            # A dense site reads no state: a decode step that did would never be the same twice.
+            site.node.args, site.state = site.node.args[:STATE_FROM], ()
             rewrite.modified = True
     if not rewrite.modified:
         return

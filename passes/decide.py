@@ -1,6 +1,35 @@
-"""Pass 4: which sites pay, and which no flex kernel can run."""
+"""Pass 4: which sites pay, and which no flex kernel can run.
+
+In this example, sites of fewer than 512 queries stay dense.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=k, value=v, mask=lt(sub(q, kv), window)
+
+After::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=k, value=v, mask=lt(sub(q, kv), window), dense: fewer than min_seq_len = 512 queries
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -34,7 +63,7 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
         return f"head_dim {int(query.shape[3])} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
     if query.shape[1] % key.shape[1] != 0:
         return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
-    dense = settings.config.recall_of(site.layer) == 1.0
+    dense = settings.config.is_dense(site.layer)
     if settings.config.granularity == "token" and not dense and _learns_scores(site):
         return "a learned bias has no gradient at token granularity"
     if settings.traced and _learns_scores(site, computed=True):
@@ -45,6 +74,11 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
     if _is_zero(query.shape[2]) or _is_zero(key.shape[2]) or _is_zero(query.shape[0]):
         return "the sequence is empty"
     return None
+
+
+def _equal(size: Any, other: Any) -> bool:
+    """Whether two sizes are the same; two symbols are compared by their values, and a guard holds them to it."""
+    return str(size) == str(other) or bool(size == other)
 
 
 def _mismatch(site: Site) -> str | None:
@@ -68,7 +102,7 @@ def _mismatch(site: Site) -> str | None:
 
 def _unprofitable(site: Site, settings: Settings) -> str | None:
     q_len = shape_of(site.query)[2]
-    if settings.config.recall_of(site.layer) == 1.0 and _has_fast_dense(site):
+    if settings.config.is_dense(site.layer) and _has_fast_dense(site):
         return "dense by target_recall = 1.0"
     query, key = shape_of(site.query), shape_of(site.key)
     least = settings.least(Shape(int(query[1]), int(key[1]), int(query[3])))

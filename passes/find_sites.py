@@ -1,8 +1,33 @@
-"""Pass 1: find every attention site, in the graph and in its checkpointed sub-graphs."""
+"""Pass 1: find every attention site, in the graph and in its checkpointed sub-graphs.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+
+After::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=keys, value=values, mask=mask
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,32 +35,37 @@ import torch.nn.functional as F
 from torch._higher_order_ops.flex_attention import flex_attention as flex_hop
 from torch.fx import GraphModule, Node
 
-import omnisparse_flex.ops  # noqa: F401  (defines the marker)
+import omnisparse_flex.attention.marker  # noqa: F401  (defines the marker)
 from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.passes.match_eager import match_eager
 from omnisparse_flex.passes.nodes import number_of
 from omnisparse_flex.passes.scope import Scope
-from omnisparse_flex.passes.state import Rewrite, Site
+from omnisparse_flex.passes.state import Leaf, Rewrite, Site
 from omnisparse_flex.passes.writes import changes_between
 
 MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
 BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)
 #: Higher-order calls ``op(body, *operands)`` whose body we may extend by inputs.
 BODY_CALLS = ("tag_activation_checkpoint", "wrap")
+#: Place of the state's first operand among the marker's.
+STATE_FROM = 10
+#: Why a site stays dense that would otherwise select without knowing which tokens it may drop.
+STATE_LOST = "the call's state (visual tokens, target recall) does not reach this graph: Dynamo broke the module"
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 #: Of the flex operator's block-mask tuple: its last entry is the mask graph.
 MASK_GRAPH = -1
 
 
 def find_sites(rewrite: Rewrite) -> None:
-    """Fill ``scopes``, ``sites`` and ``state``; changes nothing."""
+    """Fill ``scopes`` and ``sites``; changes nothing."""
+    bound: tuple[Leaf | None, ...] = ()
     rewrite.scopes = list(scopes_of(rewrite.root))
     for scope in rewrite.scopes:
         for node in scope.graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
             if node.target in BINDS:
-                rewrite.state = tuple(a if isinstance(a, Node) else None for a in node.args)
+                bound = _leaves(node.args, scope)
                 continue
             site = _match_or_refuse(scope, node)
             if site is None:
@@ -45,6 +75,10 @@ def find_sites(rewrite: Rewrite) -> None:
                 if changes_between(value, reader, site.node):
                     site.refuse(f"{value.name} is changed in place before the attention that reads it is done")
     _number_layers(rewrite.sites)
+    for site in rewrite.sites:
+        site.state = site.state or bound
+        if rewrite.settings.stateful and not site.state:
+            site.refuse(STATE_LOST)
     for place, reason in rewrite.refused.items():
         rewrite.sites[place].refuse(reason)
 
@@ -92,7 +126,8 @@ def _match(scope: Scope, node: Node) -> Site | None:
 
 
 def _marker(scope: Scope, node: Node) -> Site:
-    query, key, value, padding, mask, is_causal, scale, layer, softcap, *sinks = node.args
+    query, key, value, padding, mask, is_causal, scale, layer, softcap, *sinks = node.args[:STATE_FROM]
+    state = _leaves(node.args[STATE_FROM:], scope)
     return Site(
         "marker",
         scope,
@@ -106,8 +141,19 @@ def _marker(scope: Scope, node: Node) -> Site:
         scale=number_of(scale),
         softcap=number_of(softcap) or 0.0,
         sinks=sinks[0] if sinks else node.kwargs.get("sinks"),  # type: ignore[arg-type]
-        layer=layer,  # type: ignore[arg-type]
+        state=state if any(state) else (),
+        layer=_layer_number(layer),
     )
+
+
+def _layer_number(layer: Any) -> int:
+    """The layer of a marker. Of modules that FSDP2 shards, Dynamo makes it an input of the graph: a guard fixes it."""
+    number = number_of(layer)
+    return -1 if number is None else int(number)
+
+
+def _leaves(operands: Iterable[Any], scope: Scope) -> tuple[Leaf | None, ...]:
+    return tuple(Leaf(x, scope) if isinstance(x, Node) else None for x in operands)
 
 
 def _sdpa(scope: Scope, node: Node) -> Site:

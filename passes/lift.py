@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from omnisparse_flex.attention.scalar_graph import HALVES, cast_of
 from omnisparse_flex.masks.expr.expr import Apply, Const, Expr
-from omnisparse_flex.masks.expr.program import HALVES, cast_of
 from omnisparse_flex.passes.arguments import arguments, is_plain
 from omnisparse_flex.passes.lift_base import Indices, LiftError
 from omnisparse_flex.passes.lift_shapes import ShapeRules

@@ -1,4 +1,29 @@
-"""Pass 3: every site's mask becomes index functions over small tensors, or a reason why not."""
+"""Pass 3: every site's mask becomes index functions over small tensors, or a reason why not.
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=k, value=v, mask=mask
+
+After::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=k, value=v, mask=lt(sub(q, kv), window)
+"""
 
 from __future__ import annotations
 
@@ -24,7 +49,7 @@ from omnisparse_flex.masks.expr.expr import (
     conjunction,
     simplify,
 )
-from omnisparse_flex.masks.forbidden import SCORE, split_additive
+from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
 from omnisparse_flex.passes.lift import Lifter
 from omnisparse_flex.passes.lift_base import LiftError, is_one
 from omnisparse_flex.passes.nodes import dtype_of, same_size, shape_of, value_of

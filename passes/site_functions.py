@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisparse_flex.attention.call import Site as AttentionSite
-from omnisparse_flex.attention.functional import attend, autocast, autocast_dtype, scalar
-from omnisparse_flex.attention.select import choose
-from omnisparse_flex.attention.select_op import PARTS
-from omnisparse_flex.compilation.cache_names import importable
+from omnisparse_flex.attention.call import AttentionCall, SparseCall
+from omnisparse_flex.attention.functional import attend, autocast_dtype, scalar
+from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.block_lists import map_of_lists
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout
-from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of
+from omnisparse_flex.masks.blocks.select import grid_of
 from omnisparse_flex.masks.expr.expr import Expr, number_in
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.statistics import Measured
@@ -28,20 +26,22 @@ from omnisparse_flex.passes.state import Site
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Constants:
-    """What is constant about one site; its ``repr`` tells all of it, as ``importable`` asks.
+    """What is constant about one site; its ``repr`` tells all of it, as ``stable_name`` asks.
 
     Attributes:
         layer: Decoder layer.
         target: Recall where no tensor says it.
+        min_peak: Share of a row that is a peak.
         expr: The mask.
         offset: Position of query 0.
         leaves: Number of tensors that ``expr`` reads.
         bias_leaves: Number of tensors that the bias reads.
-        fixed: Further fields of the call's ``omnisparse_flex.attention.call.Site``.
+        fixed: Further fields of the ``SparseCall``, or, without rules, of the dense ``AttentionCall``.
     """
 
     layer: int
     target: float
+    min_peak: float
     expr: Expr
     offset: Expr | None
     leaves: int
@@ -53,30 +53,34 @@ class Constants:
         query: Tensor,
         key: Tensor,
         sinks: Tensor | None,
-        given: Layout | BlockSelection | None,
+        layout: Layout | None,
         visual: Tensor | None,
         recall: Tensor | None,
         stats: Tensor | None,
         maps: Tensor | None,
         recalls: Tensor | None,
         *rest: Any,
-    ) -> AttentionSite:
-        """The site with this call's tensors; ``given`` is the layout, or a choice of blocks that holds it."""
+    ) -> AttentionCall:
+        """The site with this call's tensors."""
         mask, q_offset = _mask(self.expr, self.offset, query, key, rest[: self.leaves])
         scores = self.leaves + self.bias_leaves
-        choice = given if isinstance(given, BlockSelection) else None
-        return AttentionSite(
+        scored: dict[str, Any] = {
+            "bias_buffers": _as_tensors(rest[self.leaves : scores], query, key),
+            "score_buffers": rest[scores:],
+        }
+        if "config" not in self.fixed:
+            return AttentionCall(mask=mask, sinks=sinks, **scored, **self.fixed)
+        return SparseCall(
             mask=mask,
-            bias_buffers=_as_tensors(rest[self.leaves : scores], query, key),
-            score_buffers=rest[scores:],
             target=self.target if recall is None else _recall_of(recall, self.layer, query.device),
+            min_peak=self.min_peak,
             visual=None if visual is None else visual.to(query.device),
             q_offset=q_offset,
             sinks=sinks,
-            layout=given.layout if isinstance(given, BlockSelection) else given,
-            choice=choice,
+            layout=layout,
             write=None if stats is None else _writer(self.layer, stats, maps, recalls),
             exact=recalls is not None,
+            **scored,
             **self.fixed,
         )
 
@@ -88,34 +92,18 @@ def layout_function(site: Site, config: OmniSparseConfig) -> Callable[..., Layou
     def call(query: Tensor, key: Tensor, visual: Tensor | None, *leaves: Any) -> Layout:
         mask, q_offset = _mask(expr, offset, query, key, leaves)
         visual = None if visual is None else visual.to(query.device)
-        grid = grid_of(query, key)
-        return block_layout(mask, grid, int(key.shape[1]), config, visual=visual, q_offset=q_offset)
+        return block_layout(mask, grid_of(query, key, config.split), config, visual=visual, q_offset=q_offset)
 
-    return importable(_renamed(call, "omnisparse_layout"), None)
+    return stable_name(_renamed(call, "omnisparse_layout"), None)
 
 
 def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
-    """``(query, key, value, sinks, layout or choice, *state, *leaves, *score operands)`` to the attention's output."""
+    """``(query, key, value, sinks, layout, *state, *leaves, *score operands)`` to the attention's output."""
 
     def call(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *rest: Any) -> Tensor:
         return attend(query, key, value, constants.attention(query, key, sinks, *rest))
 
     return _named(call, f"omnisparse_layer_{site.layer}", site)
-
-
-def choice_function(site: Site, constants: Constants, *, whole: bool) -> Callable[..., BlockSelection]:
-    """``(query, key, layout, *state, *leaves, *score operands)`` to the blocks of several layers, by this one.
-
-    ``whole``: with all that a record tells, whether this layer has one or not.
-    """
-    if whole:
-        constants = dataclasses.replace(constants, fixed={**constants.fixed, "whole": True})
-
-    def call(query: Tensor, key: Tensor, *rest: Any) -> BlockSelection:
-        query, key = autocast(query, key)
-        return choose(query.detach(), key.detach(), constants.attention(query, key, None, *rest))
-
-    return _named(call, f"omnisparse_choice_{site.layer}", site)
 
 
 def listed_function(block: int) -> Callable[..., Tensor]:
@@ -124,37 +112,14 @@ def listed_function(block: int) -> Callable[..., Tensor]:
     def call(counts: Tensor, indices: Tensor, kv_len: int) -> Tensor:
         return map_of_lists(counts, indices, (kv_len + block - 1) // block)
 
-    return importable(_renamed(call, "omnisparse_listed"), None)
-
-
-def part_function(name: str) -> Callable[[BlockSelection], Tensor]:
-    """``choice`` to one of its tensors: only tensors go from graph to graph."""
-
-    def call(choice: BlockSelection) -> Tensor:
-        part: Tensor = getattr(choice, name)
-        return part
-
-    return importable(_renamed(call, f"omnisparse_{name}"), None)
-
-
-def given_function(names: tuple[str, ...]) -> Callable[..., BlockSelection]:
-    """``(layout, keep, *parts)`` to a choice that was made in another graph; what is not among ``names`` is empty."""
-
-    def call(layout: Layout, *parts: Tensor) -> BlockSelection:
-        blank = {name: parts[0].new_empty(0, dtype=dtype) for name, dtype, _ in PARTS}
-        # Copies: a node of this body that no other body has. The partitioner then keeps what it reads for the
-        # backward. Without it, the lead's lists and ours are one computation, the lead's, and so is choosing anew.
-        given = {name: part.clone() for name, part in zip(names, parts, strict=True)}
-        return BlockSelection(layout=layout, **(blank | given))
-
-    return importable(_renamed(call, "omnisparse_given"), None)
+    return stable_name(_renamed(call, "omnisparse_listed"), None)
 
 
 def _named(call: Callable[..., Any], name: str, site: Site) -> Callable[..., Any]:
     function = _renamed(call, name)
     if site.mods is not None:
         return function  # it closes over a score graph, which has no name: AOTAutograd does not cache such a graph
-    return importable(function, autocast_dtype(value_of(site.query).device.type))
+    return stable_name(function, autocast_dtype(value_of(site.query).device.type))
 
 
 def _renamed(function: Callable[..., Any], name: str) -> types.FunctionType:

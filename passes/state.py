@@ -74,6 +74,7 @@ class Site:
         scale: Logit scale, None: 1 / sqrt(D).
         softcap: 0: none.
         sinks: (Hq,) node, logit of each head's virtual key without a value, or None.
+        state: What it reads of the call's state (visual, recall, stats, maps, recalls); empty: nothing reaches it.
         dropout: Probability.
         layer: Decoder layer, 0-based; order of appearance where the model does not say.
         path: Module path, for the report.
@@ -87,8 +88,6 @@ class Site:
         skip: Set by the first pass that refuses the site.
         rewritten: Set when ``lower`` has replaced the site.
         flash_refused: Why a wanted FLASH kernel does not run it, "" otherwise.
-        lead: The site whose choice of blocks it uses, None: its own.
-        alone: Why it could not use the choice of the sites before it, "" where it does or need not.
     """
 
     kind: str
@@ -106,6 +105,7 @@ class Site:
     scale: float | None = None
     softcap: float = 0.0
     sinks: Node | None = None
+    state: tuple[Leaf | None, ...] = ()
     dropout: float = 0.0
     layer: int = -1
     path: str = ""
@@ -119,8 +119,6 @@ class Site:
     skip: Skip | None = None
     rewritten: bool = False
     flash_refused: str = ""
-    lead: Site | None = None
-    alone: str = ""
 
     def refuse(self, reason: str) -> None:
         """Leave the site dense; the first reason stands."""
@@ -139,6 +137,8 @@ class Settings:
         kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
         traced: Gradients are traced and not compiled (aot_eager).
         static: Every graph is of one length (``dynamic=False``).
+        stateful: Calls have run-time state: a site that it does not reach must stay dense.
+        training: A backward follows.
     """
 
     config: OmniSparseConfig
@@ -147,6 +147,8 @@ class Settings:
     kernel: str = "triton"
     static: bool = False
     traced: bool = False
+    stateful: bool = False
+    training: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -158,22 +160,22 @@ class Rewrite:
         settings: How to rewrite.
         scopes: ``root`` and its sub-graphs, parents first.
         sites: What was found, in graph order.
-        state: Operands of the ``bind`` op (visual, recall, stats, maps, recalls), if there is one.
         orphans: Nodes whose readers a pass removed; the clean-up erases the dead ones.
         modified: Whether any graph changed.
         refused: Reasons of sites that are to stay dense whatever the passes find, by their place in ``sites``.
         visited: The site that a pass works on, or None.
+        dumped_to: The folder of this run's dump, if one was asked for.
     """
 
     root: Scope
     settings: Settings
     scopes: list[Scope] = dataclasses.field(default_factory=list)
     sites: list[Site] = dataclasses.field(default_factory=list)
-    state: tuple[Node | None, ...] = (None, None, None, None, None)
     orphans: list[Leaf] = dataclasses.field(default_factory=list)
     modified: bool = False
     refused: Mapping[int, str] = dataclasses.field(default_factory=dict)
     visited: Site | None = None
+    dumped_to: str | None = None
 
     def open_sites(self) -> list[Site]:
         """Sites that no pass has refused."""

@@ -1,4 +1,29 @@
-"""Pass 2: keys and values repeated to the query's heads go back to their own (GQA)."""
+"""Pass 2: keys and values repeated to the query's heads go back to their own (GQA).
+
+Before::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=keys, value=values, mask=mask
+
+After::
+
+    at = arange(256)
+    getitem = getitem(at, (:, None))
+    sub = sub(getitem, at)
+    mask = lt(sub, window)
+    keys = repeat_interleave(k, 2, 1)
+    values = repeat_interleave(v, 2, 1)
+    dense = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return dense
+    # site dense: query=q, key=k, value=v, mask=mask
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.helpers.suite_time import SuiteTime
+
 # ``ci`` is what the claims rest on: no randomness, so that a red run is red again. ``dev`` looks elsewhere each time.
 settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow]
@@ -15,6 +17,10 @@ settings.register_profile("dev", deadline=None, max_examples=40, suppress_health
 # What fails inside the backend is a failure here, not a site that stays dense; see errors.py.
 os.environ.setdefault("OMNISPARSE_RAISE_BUGS", "1")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", metavar="FILE", help="write outcomes, times and versions there, as JSON")
 
 
 def pytest_configure(config):
@@ -27,6 +33,8 @@ def pytest_configure(config):
         from omnisparse_flex.backend import omnisparse_backend
 
         register_backend(omnisparse_backend, name="omnisparse")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SuiteTime(config), "suite_time")
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,7 +126,7 @@ def test_eager_only_and_encoder_decoder_models_are_refused(monkeypatch):
 
 def test_failure_half_way_restores_the_model(monkeypatch):
     model = build("qwen2_5_vl")
-    monkeypatch.setattr("omnisparse_flex.model.hf.VisualMaskHook", lambda *a: 1 / 0)
+    monkeypatch.setattr("omnisparse_flex.model.install.VisualMaskHook", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         apply_omnisparse(model)
     assert entry_of(model) is None
@@ -221,3 +223,15 @@ def test_stats_and_density(device):
     kept = (maps[:2, :8, :8] > 0).sum(dtype=torch.float32) / 2
     assert kept / 36 == pytest.approx(layer.density, abs=1e-3)
     assert "true recall" in str(stats) and stats.to_dict()["layers"][0]["layer"] == 1
+
+
+def test_the_package_is_imported_first_and_its_folders_hand_out_what_they_hold() -> None:
+    """In a process of its own: here, torch is imported already."""
+    lines = (
+        "import omnisparse_flex",
+        "from omnisparse_flex.attention import sparse_attention",
+        "from omnisparse_flex.cache import OmniSparseCache",
+        "from omnisparse_flex.calibration import calibrate, run_calibration",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,8 +1,10 @@
 """The configuration: what it takes, what it refuses and in which words, and that it stays what it was."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import re
 
 import pytest
@@ -21,6 +23,9 @@ VALID = [
     {"target_recall": 1e-6},
     {"target_recall": (0.5, 1.0, 0.9)},
     {"budget": "per_head"},
+    {"budget": "peak"},
+    {"budget": "peak", "min_peak": 0, "scoring": "sampled_rows", "key_block": 64},
+    {"budget": "peak", "min_peak": (0.02, 0.0, 0.5)},
     {"budget": 0},
     {"budget": 256, "max_kv_budget": 256},
     {"max_kv_budget": 0},
@@ -29,8 +34,6 @@ VALID = [
     {"lazy_threshold": 1.0},
     {"sink_size": 0},
     {"window_size": 1},
-    {"share_layers": 3},
-    {"granularity": "token", "share_layers": 1},
     {"granularity": "token", "scoring": "one_pass", "scoring_dims": 16},
     {"granularity": "token", "gqa_choice": "head", "budget": 64},
 ]
@@ -47,32 +50,43 @@ INVALID = [
     ({"target_recall": [0.9, 2]}, "target_recall must be in (0, 1], got (0.9, 2)"),
     ({"target_recall": ()}, "target_recall must hold one value per layer, got ()"),
     ({"granularity": "row"}, "granularity must be one of block, token, got 'row'"),
-    ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, tile_pool, antidiagonal, probe, got 'oracle'"),
+    ({"scoring": "oracle"}, "scoring must be one of auto, mean_pool, tile_pool, sampled_rows, got 'oracle'"),
     (
         {"granularity": "token", "scoring": "mean_pool"},
-        "scoring must be one of auto, one_pass, column_mass, got 'mean_pool'",
+        "scoring must be one of auto, one_pass, got 'mean_pool'",
     ),
     ({"segment_size": 100}, "segment_size must be an int of at least 128, got 100"),
     ({"segment_size": 200}, "segment_size must be a multiple of 128, got 200"),
     ({"granularity": "token", "scoring_dims": 8}, "scoring_dims must be an int of at least 16, got 8"),
     ({"granularity": "token", "scoring_dims": 48}, "scoring_dims must be a power of 2, got 48"),
     ({"scoring_dims": 32}, 'scoring_dims must be None without scoring="one_pass", got 32'),
-    (
-        {"granularity": "token", "scoring": "column_mass", "scoring_dims": 32},
-        'scoring_dims must be None without scoring="one_pass", got 32',
-    ),
     ({"gqa_choice": "member"}, "gqa_choice must be one of group, head, got 'member'"),
     (
         {"gqa_choice": "head"},
-        "gqa_choice must be \"group\" at block granularity, whose maps are one for each KV head, got 'head'",
+        "gqa_choice must be \"group\" at block granularity, where each query head always chooses, got 'head'",
     ),
     (
         {"granularity": "token", "gqa_choice": "head", "budget": "flattest_head"},
         'gqa_choice must be "group" for the flattest head\'s budget, which needs all members of a group at once, '
         "got 'head'",
     ),
-    ({"lazy_mode": None}, "lazy_mode must be one of local, skip, got None"),
-    ({"budget": "roundest_head"}, "budget must be one of flattest_head, per_head, got 'roundest_head'"),
+    ({"budget": "roundest_head"}, "budget must be one of flattest_head, per_head, peak, got 'roundest_head'"),
+    *(
+        ({"budget": "peak", "min_peak": value}, f"min_peak must be in [0, 1), got {value!r}")
+        for value in (1, 1.0, 1.5, -0.1, math.nan, math.inf, True, None, "0.1", (0.1, 1.0))
+    ),
+    ({"budget": "peak", "min_peak": ()}, "min_peak must hold one value per layer, got ()"),
+    ({"min_peak": 0.2}, 'min_peak must be left at 0.1 without budget="peak", which alone reads it, got 0.2'),
+    ({"scoring": "sampled_rows"}, 'budget must be "peak" for scoring="sampled_rows", got \'per_head\''),
+    (
+        {"budget": "peak", "scoring": "mean_pool"},
+        'scoring must be "sampled_rows" for budget="peak", got \'mean_pool\'',
+    ),
+    (
+        {"budget": "peak", "granularity": "token"},
+        'scoring must be "sampled_rows" for budget="peak", got \'auto\'',
+    ),
+    ({"budget": "peak", "max_kv_budget": 256}, 'max_kv_budget must be None for budget="peak", got 256'),
     ({"budget": -1}, "budget must be an int of at least 0, got -1"),
     ({"budget": 1.5}, "budget must be an int of at least 0, got 1.5"),
     ({"budget": True}, "budget must be an int of at least 0, got True"),
@@ -84,9 +98,6 @@ INVALID = [
     ({"sink_size": -1}, "sink_size must be an int of at least 0, got -1"),
     ({"sink_size": None}, "sink_size must be an int of at least 0, got None"),
     ({"window_size": 0}, "window_size must be an int of at least 1, got 0"),
-    ({"share_layers": 0}, "share_layers must be an int of at least 1, got 0"),
-    ({"share_layers": True}, "share_layers must be an int of at least 1, got True"),
-    ({"granularity": "token", "share_layers": 2}, "share_layers must be 1 at token granularity, got 2"),
 ]
 
 
@@ -119,6 +130,62 @@ def test_from_dict_refuses_what_it_does_not_know():
         OmniSparseConfig.from_dict({"targt_recall": 0.9})
     with pytest.raises(ConfigError, match=r"^config must be a mapping of field names to values, got 0\.9$"):
         OmniSparseConfig.from_dict(0.9)
+
+
+#: What was removed: the fields, and the message, from the constructor and from saved rules.
+REMOVED = [
+    (
+        {"share_layers": 2},
+        "share_layers must be left out, as version 0.2 removed it (every layer chooses its own blocks), got 2",
+    ),
+    (
+        {"lazy_mode": "skip"},
+        "lazy_mode must be left out, as version 0.2 removed it (lazy queries attend sinks, window and text), "
+        "got 'skip'",
+    ),
+    *(
+        (
+            {"scoring": scoring},
+            f'scoring must be "{other}" in its place, as version 0.2 removed this estimator, got {scoring!r}',
+        )
+        for scoring, other in (("probe", "sampled_rows"), ("antidiagonal", "tile_pool"), ("column_mass", "one_pass"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REMOVED, ids=[str(fields) for fields, _ in REMOVED])
+def test_what_was_removed_names_its_successor(fields, message):
+    for build in (OmniSparseConfig.from_dict, lambda given: OmniSparseConfig(**given)):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            build(fields)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(OmniSparseConfig(), **fields)
+
+
+def test_unknown_fields_are_no_removed_ones():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'targt_recall'"):
+        OmniSparseConfig(targt_recall=0.9)
+
+
+def test_rules_of_an_earlier_version_are_read():
+    saved = {"target_recall": 0.7, "sink_size": 32, "share_layers": 1, "lazy_mode": "local"}  # 0.1 wrote no schema
+    assert OmniSparseConfig.from_dict(saved) == OmniSparseConfig(target_recall=0.7, sink_size=32)
+    assert saved["share_layers"] == 1  # the caller's dict is left as it was
+    assert OmniSparseConfig().to_dict()["schema"] == 2
+    with pytest.raises(ConfigError, match="share_layers must be left out"):
+        OmniSparseConfig.from_dict({"schema": 2, "share_layers": 1})
+
+
+@pytest.mark.parametrize("schema", [0, 3, "2", None, True, 1.0])
+def test_rules_of_an_unknown_schema_are_refused(schema):
+    with pytest.raises(ConfigError, match=r"^schema must be an int from 1 to 2 .* got"):
+        OmniSparseConfig.from_dict({"schema": schema})
+
+
+def test_a_config_is_copied_and_pickled():
+    config = OmniSparseConfig(target_recall=(0.5, 0.6), budget=64)
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config and hash(other) == hash(config)
 
 
 def test_frozen_hashable_and_slotted():
@@ -163,10 +230,19 @@ def test_query_selection_by_default_is_that_of_blocks():
 
 def test_paper():
     paper = OmniSparseConfig.paper()
-    rules = (paper.target_recall, paper.budget, paper.lazy_threshold, paper.lazy_mode, paper.max_kv_budget)
-    assert rules == (0.95, "flattest_head", 0.05, "local", None)
+    rules = (paper.target_recall, paper.budget, paper.lazy_threshold, paper.max_kv_budget)
+    assert rules == (0.95, "flattest_head", 0.05, None)
 
 
 def test_a_config_error_is_a_value_error():
     with pytest.raises(ValueError, match="window_size"):
         OmniSparseConfig(window_size=0)
+
+
+def test_min_peak_holds_one_value_for_each_layer_of_the_model():
+    config = OmniSparseConfig(budget="peak", min_peak=[0.02, 0.0, 0.5])
+    assert [config.min_peak_of(layer) for layer in range(3)] == [0.02, 0.0, 0.5]
+    assert [config.is_dense(layer) for layer in range(3)] == [False, True, False]
+    assert OmniSparseConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="min_peak must hold one value for each of the 4 layers"):
+        config.check_layers(4)

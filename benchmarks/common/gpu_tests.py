@@ -9,12 +9,15 @@ A kept run may hold a second one, of files whose tests failed and were mended si
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from benchmarks.common import lanes
 from benchmarks.common.summary import record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,10 +26,14 @@ LOG = ROOT / "benchmarks" / "results" / "gpu_tests.log"
 LEFT_OUT = ("tests/test_packaging.py", "tests/benchmarks/test_summary.py")
 
 
-def run() -> str:
-    """Run pytest over everything, GPU tests included; returns its last lines."""
+def run(results: Path) -> str:
+    """Run pytest over everything, GPU tests included; returns its last lines.
+
+    Args:
+        results: Where outcomes, times and versions are written, for ``benchmarks.common.lanes``.
+    """
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "gpu or not gpu", "-p", "no:benchmark"]
-    command += [f"--ignore={path}" for path in LEFT_OUT] + ["--tb=short", "--show-capture=no"]
+    command += [f"--ignore={path}" for path in LEFT_OUT] + ["--tb=short", "--show-capture=no", f"--results={results}"]
     # Tests compile more than they compute; each process compiles in processes of its own.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     command += ["-n", str(max(1, cores // 2)), "--dist", "worksteal"]
@@ -57,6 +64,18 @@ def outcome(log: str) -> tuple[int, int, tuple[str, ...]]:
     return count(first, "passed") + len(mended) - broken, count(first, "failed") - len(mended) + broken, again
 
 
+def record_log(log: str, options: argparse.Namespace) -> int:
+    """Record a kept run's two figures; returns how many tests failed."""
+    passed, failed, again = outcome(log)
+    told = 'pytest -m "gpu or not gpu"; skips are named in the log'
+    if again:
+        told += f"; {len(again)} files again after their tests were mended"
+    where = {"device": options.device, "torch_version": options.torch, "tree": options.commit}
+    for name, value in (("passed", passed), ("failed", failed)):
+        record(f"tests.gpu_{name}", value, unit="tests", baseline=told, script=__file__, **where)
+    return failed
+
+
 def main() -> int:
     """Run or read, then record ``tests.gpu_passed`` and ``tests.gpu_failed``."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -65,24 +84,17 @@ def main() -> int:
     parser.add_argument("--torch", help="torch of the kept run")
     parser.add_argument("--commit", help="tree of the kept run")
     options = parser.parse_args()
-    log = options.log.read_text() if options.log else run()
-    if options.log is None:
+    if options.log:
+        log = options.log.read_text()
+        failed = record_log(log, options)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            results = Path(folder) / "results.json"
+            log = run(results)
+            lane = json.loads(results.read_text("utf-8"))
         LOG.write_text(log)
-    passed, failed, again = outcome(log)
-    told = 'pytest -m "gpu or not gpu"; skips are named in the log'
-    if again:
-        told += f"; {len(again)} files again after their tests were mended"
-    for name, value in (("passed", passed), ("failed", failed)):
-        record(
-            f"tests.gpu_{name}",
-            value,
-            unit="tests",
-            baseline=told,
-            script=__file__,
-            device=options.device,
-            torch_version=options.torch,
-            tree=options.commit,
-        )
+        lanes.keep(lane)
+        failed = lanes.failures_of(lane)
     print(log)
     return 1 if failed else 0
 

@@ -88,7 +88,6 @@ SCRIPTS = (
     Script("scorers", "prefill/bench_scorers.py", 240),
     Script("step", "video_needle/step_time.py", 150, False, ("--init", MODEL, "--out", VIDEO, "--figures"), False),
     Script("finetune", "smollm2/finetune_smollm2.py", 540, arguments=finetuning("tiles_warm", "tile_pool")),
-    Script("finetune_more", "smollm2/finetune_smollm2.py", 540, arguments=finetuning("antidiagonal", "antidiagonal")),
     Script("library", "quality/library.py", 300, False, ("--data", DATA), False),
     Script("tests", "common/gpu_tests.py", 600, quick=False, device=False),
 )

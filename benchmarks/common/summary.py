@@ -1,7 +1,10 @@
-"""Every figure the project claims: one flat JSON file, and the README's table made from it.
+"""Every figure the project claims: one flat JSON file, and the tables of the README and the docs made from it.
 
-``record`` is called by the benchmark scripts; nobody edits the file by hand.
-``python -m benchmarks.common.summary --readme`` rewrites the table in README.md.
+Benchmark scripts call ``record``; nobody edits the file. ``--readme`` renews what these comments mark in both pages::
+
+    <!-- headline:start --> ... <!-- headline:end -->        the first table, one rule in every row
+    <!-- figures:start video. --> ... <!-- figures:end -->   the figures whose names start so
+    <!-- figures:start --> ... <!-- figures:end -->          those that no other table of the file shows
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,21 +24,24 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SUMMARY = ROOT / "benchmarks" / "results" / "summary.json"
-START, END = "<!-- figures:start -->", "<!-- figures:end -->"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+MARKED = re.compile(r"<!-- (headline|figures):start(?: ([\w. ]+))? -->\n(.*?)<!-- \1:end -->", re.DOTALL)
 FIELDS = ("value", "unit", "baseline", "device", "torch", "script", "commit")
 
 
 def record_results(found: Mapping[str, tuple[float, str, str]], content: Mapping[str, Any], script: str) -> None:
-    """Write figures into the summary and say them, with the device and versions of their results.
+    """Write figures, name -> (value, unit, baseline), into the summary and print them.
 
-    Args:
-        found: Name -> (value, unit, baseline).
-        content: The results: ``device``, ``torch`` and ``commit``.
-        script: The file that measured them.
+    ``content`` is their results file and says ``device``, ``torch`` and ``commit``; ``script`` measured them.
     """
-    where = {"device": content["device"], "torch_version": content["torch"], "tree": content["commit"]}
+    where = {
+        "device": content["device"],
+        "torch_version": content["torch"],
+        "tree": content["commit"],
+        "script": script,
+    }
     for name, (value, unit, baseline) in found.items():
-        record(name, value, unit=unit, baseline=baseline, script=script, **where)
+        record(name, value, unit=unit, baseline=baseline, **where)
         print(f"{name} = {value} {unit}")
 
 
@@ -50,7 +57,7 @@ def record(
     tree: str | None = None,
     path: Path = SUMMARY,
 ) -> dict[str, Any]:
-    """Write one figure into the summary; the others stay as they are.
+    """Write one figure into the summary, leave the others as they are, and return its entry.
 
     Args:
         name: Dotted name, e.g. ``"prefill_cpu.speedup.8k.d15"``.
@@ -62,9 +69,6 @@ def record(
         torch_version: Torch it was measured with; None: this one.
         tree: Commit it was measured on; None: this checkout's.
         path: The summary file.
-
-    Returns:
-        The entry.
 
     Raises:
         ValueError: On a value that is no finite number, or an empty name or unit.
@@ -126,10 +130,8 @@ def device_name() -> str:
 
 def cpu_name() -> str:
     """Model name of this machine's CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -140,10 +142,8 @@ def commit() -> str:
     The results themselves do not count: a run of several benchmarks writes them one by one.
     """
     head = _git("rev-parse", "--short", "HEAD")
-    if head is None:
-        return "unknown"
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-    return head + ("-dirty" if changes else "")
+    return "unknown" if head is None else head + ("-dirty" if changes else "")
 
 
 def _git(*arguments: str) -> str | None:
@@ -154,15 +154,15 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
+def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures as a Markdown table, sorted by name."""
     lines = ["| figure | value | against | device | torch | script | commit |", "|---|---:|---|---|---|---|---|"]
     for name in sorted(figures):
         entry = figures[name]
         value = f"{_short(entry['value'])} {entry['unit']}"
         cells = (f"`{name}`", value, entry["baseline"], entry["device"], entry["torch"])
-        links = (f"[{Path(entry['script']).name}]({entry['script']})", f"`{entry['commit']}`")
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in (*cells, *links)) + " |")
+        source = (f"`{entry['script']}`", f"`{entry['commit']}`")
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in (*cells, *source)) + " |")
     return "\n".join(lines)
 
 
@@ -170,38 +170,80 @@ def _short(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def rewrite(text: str, figures: dict[str, dict[str, Any]]) -> str:
-    """``text`` with the table between the two markers renewed.
+#: Rules that the README's first table may show, the first measured one wins: prefix of their figures -> what they are,
+#: and the prefixes of figures for the quality they lose (the last one measured wins).
+POINTS = {
+    "ttft.default": ("the default rules", ("peak", "qwen")),
+    "ttft": ("a fixed budget, whose share of the block pairs is *kept*", ()),
+}
+#: Its rows, in visual tokens, and its columns, made of figures "{prefix}.{name}.{length}".
+LENGTHS = ("8k", "32k", "128k", "256k")
+COLUMNS = {
+    "dense": "{dense_s:.2f} s",
+    "OmniSparse": "{s:.2f} s (**{speedup:.1f}x**)",
+    "XAttention's rule": "{rival_s:.2f} s",
+    "memory, dense → OmniSparse": "{dense_gib:.1f} → {gib:.1f} GiB",
+    "kept": "{density:.3f}",
+    "quality lost": "{ppl_delta_pct:.1f} % perplexity",
+}
+
+
+def headline(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Time to first token, memory and quality by length, one rule in every row; "not measured" where so."""
+    point = next((p for p in POINTS if any(f"{p}.speedup.{length}" in figures for length in LENGTHS)), "ttft")
+    rules, quality = POINTS[point]
+
+    def cell(template: str, length: str) -> str:
+        wanted = re.findall(r"{(\w+)", template)
+        places = [(n, f"{p}.{n}.{length}") for n in wanted for p in (quality if n == "ppl_delta_pct" else (point,))]
+        known = {name: figures[place]["value"] for name, place in places if place in figures}
+        return template.format(**known) if len(known) == len(wanted) else "not measured"
+
+    rows = [[length.upper(), *(cell(template, length) for template in COLUMNS.values())] for length in LENGTHS]
+    lines = ["| " + " | ".join(row) + " |" for row in [["tokens", *COLUMNS], ["---:"] * (len(COLUMNS) + 1), *rows]]
+    speedups = [figures[n] for length in LENGTHS if (n := f"{point}.speedup.{length}") in figures]
+    where = {f"{x['device']}, torch {x['torch']}. Baseline: {x['baseline'].partition(';')[0]}." for x in speedups}
+    return "\n".join([*lines, "", " ".join([f"One rule in every row: {rules}.", *sorted(where)])])
+
+
+def rewrite(text: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """``text`` with every marked table renewed.
 
     Raises:
-        ValueError: Unless both markers stand there once, in order.
+        ValueError: If it marks no table, or leaves one open.
     """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"file must hold {START} and then {END}, once each")
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    return f"{before}{START}\n{table(figures)}\n{END}{after}"
+    marks = text.count(":start") + text.count(":end -->")
+    found = list(MARKED.finditer(text))
+    if not found or marks != 2 * len(found):
+        raise ValueError(f"file must hold marked tables, each with a start and an end, got {marks} marks")
+    named = tuple(prefix for match in found for prefix in (match[2] or "").split())
+
+    def renewed(match: re.Match[str]) -> str:
+        prefixes = tuple((match[2] or "").split())
+        own = {n for n in figures if (n.startswith(prefixes) if prefixes else not n.startswith(named))}
+        made = headline(figures) if match[1] == "headline" else table({name: figures[name] for name in own})
+        return f"{match[0].partition('-->')[0]}-->\n{made}\n<!-- {match[1]}:end -->"
+
+    return MARKED.sub(renewed, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, or write it into the README."""
+    """Print the table of all figures, or renew the tables of the README and the docs."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--readme", action="store_true", help="rewrite the table between the markers")
+    parser.add_argument("--readme", action="store_true", help="rewrite the marked tables")
     parser.add_argument("--check", action="store_true", help="with --readme: change nothing, exit 1 if it would change")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md", help="the file to rewrite")
+    parser.add_argument("--file", type=Path, nargs="+", default=PAGES, help="the files to rewrite")
     parser.add_argument("--summary", type=Path, default=SUMMARY, help="the figures")
     options = parser.parse_args(arguments)
     figures = read(options.summary)
     if not options.readme:
         print(table(figures))
-        return 0
-    old = options.file.read_text()
-    new = rewrite(old, figures)
-    if options.check:
-        return int(old != new)
-    if old != new:
-        options.file.write_text(new)
-    return 0
+    texts = {file: file.read_text() for file in options.file if options.readme}
+    changed = {file: new for file, old in texts.items() if (new := rewrite(old, figures)) != old}
+    for file, text in changed.items():
+        if not options.check:
+            file.write_text(text)
+    return int(options.check and bool(changed))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnisparse_flex.cache.choose_keys import Choice, ranked
-from omnisparse_flex.cache.layer import TAIL_STEP, SlimLayer
+from omnisparse_flex.cache.choose_keys import HeadChoice, ranked
+from omnisparse_flex.cache.layer import MIN_TAIL_STEP, SlimLayer
 from omnisparse_flex.cache.store import SlimStore
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -56,14 +56,14 @@ class Sizes:
         self.length = visual + 2 * TEXT
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
-    def chooser(self, mass: Tensor, layer: int) -> Choice:
+    def chooser(self, mass: Tensor, layer: int) -> HeadChoice:
         """The split that the look-up benchmark found, with k* for the ratio."""
         count, width = mass.shape[2], 2 * DIM * self.dtype.itemsize
-        room = self.length / self.ratio * width / (width + POSITION_BYTES) - TAIL_STEP
+        room = self.length / self.ratio * width / (width + POSITION_BYTES) - MIN_TAIL_STEP
         lazy = tuple(range(self.lazy[layer]))
         fetching = tuple(range(len(lazy), KV_HEADS))
         k = min(count, int(KV_HEADS * (room - (self.length - count)) / max(1, len(fetching))))
-        return Choice(lazy, fetching, ranked(mass[:, list(fetching)])[:, :, :k])
+        return HeadChoice(lazy, fetching, ranked(mass[:, list(fetching)])[:, :, :k])
 
     def random(self, heads: int, tokens: int) -> Tensor:
         """(1, heads, tokens, D)."""
@@ -214,7 +214,7 @@ def measure(sizes: Sizes, dense: dict[str, Any]) -> dict[str, Any]:
     store.begin(inputs[0][:, 0], None, None)
     for layer in store.layers:
         layer.limit = 1 << 30
-    # The tail grows with every run, and has room for all of them (``TAIL_STEP``): a graph may write to it.
+    # The tail grows with every run, and has room for all of them (``MIN_TAIL_STEP``): a graph may write to it.
     result["eager_ms"], result["device_ms"] = times(lambda: slim_step(store, inputs), sizes.device)
     result["memory_ratio"] = (dense["resident"] or report.full) / (result["resident"] or report.device)
     for kind in ("eager_ms", "device_ms"):

@@ -50,6 +50,7 @@ from benchmarks.decode.bench_decode import (
 )
 from benchmarks.model import bench_compile
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
+from omnisparse_flex.model.cache_argument import as_cache_argument
 from omnisparse_flex.model.compiled_module import entry_of
 
 RUNS, WARM = 40, 5
@@ -128,7 +129,7 @@ def dense_dynamic(model: Any, sizes: Sizes) -> dict[str, float]:
     for layer in range(sizes.layers):
         cache.update(sizes.random(KV_HEADS, sizes.length - 1), sizes.random(KV_HEADS, sizes.length - 1), layer)
     token = inputs_of(model, sizes)
-    return spread(lambda: model(**token, past_key_values=cache), sizes.device, runs=10)
+    return spread(lambda: model(**token, **as_cache_argument(model.forward, cache)), sizes.device, runs=10)
 
 
 def by_layer(model: Any, device: str) -> Callable[..., Tensor]:
@@ -188,7 +189,7 @@ def slim(model: Any, sizes: Sizes) -> dict[str, Any]:
     cache.store.chooser = sizes.chooser
     cache._omnisparse_visual = visual_tokens(sizes)
     memory = fill_store(cache.store, sizes)
-    cache._measure()
+    cache._set_length()
     for layer in cache.layers:
         # Filled without the host's part, which takes long, and told otherwise: so the steps keep their
         # queries for the next refresh, as they do when offloading.
@@ -196,7 +197,7 @@ def slim(model: Any, sizes: Sizes) -> dict[str, Any]:
     token = inputs_of(model, sizes)
 
     def step() -> Any:
-        return model(**token, past_key_values=cache)
+        return model(**token, **as_cache_argument(model.forward, cache))
 
     start = time.perf_counter()
     step()

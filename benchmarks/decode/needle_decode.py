@@ -33,8 +33,9 @@ from torch import Tensor
 from benchmarks.decode.needle_held import held_share, summary_of, words_in
 from benchmarks.decode.needle_items import WORDS_PER_ANSWER, Items, make_items
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.cache.choose_keys import Choice, choose, ranked
-from omnisparse_flex.cache.layer import TAIL_STEP
+from omnisparse_flex.cache.choose_keys import HeadChoice, choose_keys, ranked
+from omnisparse_flex.cache.layer import MIN_TAIL_STEP
+from omnisparse_flex.model.cache_argument import as_cache_argument
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,7 @@ FIGURES = {
 
 def budgeted(
     variant: Variant, length: int, width: int, shares: list[tuple[int, int, int]]
-) -> Callable[[Tensor, int], Choice]:
+) -> Callable[[Tensor, int], HeadChoice]:
     """A chooser that spends exactly the memory of ``variant``: lazy heads by recall, the others share what is left.
 
     Args:
@@ -102,12 +103,12 @@ def budgeted(
     assert variant.ratio is not None
     generator = torch.Generator().manual_seed(0)
     # What a head may hold, its positions and the room for new tokens included.
-    room = length / variant.ratio * width / (width + POSITION_BYTES) - TAIL_STEP
+    room = length / variant.ratio * width / (width + POSITION_BYTES) - MIN_TAIL_STEP
 
-    def chooser(mass: Tensor, layer: int) -> Choice:
+    def chooser(mass: Tensor, layer: int) -> HeadChoice:
         heads, count = mass.shape[1], mass.shape[2]
         base = length - count
-        lazy = choose(mass, RECALL).lazy if variant.keys == "mass" else ()
+        lazy = choose_keys(mass, RECALL).lazy if variant.keys == "mass" else ()
         spare = max(0, int(heads * (room - base)))
         fetching = tuple(h for h in range(heads) if h not in lazy)
         k = min(count, spare // max(1, len(fetching)))
@@ -118,7 +119,7 @@ def budgeted(
         if variant.keys == "recent":
             order = torch.arange(count, device=mass.device).flip(0).expand_as(own)
         shares.append((layer, len(lazy), k))
-        return Choice(lazy, fetching, order[:, :, :k])
+        return HeadChoice(lazy, fetching, order[:, :, :k])
 
     return chooser
 
@@ -149,7 +150,7 @@ def run(model: Any, variant: Variant, items: Items, span: list[int]) -> tuple[Te
     for question in range(2):
         said = []
         for _ in range(WORDS_PER_ANSWER):
-            logits = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(input_ids=tokens, **as_cache_argument(model.forward, cache), logits_to_keep=1).logits
             span[0] = 0
             tokens = logits[:, -1].argmax(-1, keepdim=True)
             said.append(tokens)

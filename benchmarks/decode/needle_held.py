@@ -38,7 +38,7 @@ def held_share(layers: Any, places: Tensor) -> Tensor:
     """
     shares = []
     for layer in layers:
-        parts = [(head, part, column) for part in layer.rectangles for column, head in enumerate(part.heads)]
+        parts = [(head, part, column) for part in layer.kept for column, head in enumerate(part.heads)]
         kept = [_kept(part.positions[:, column], layer.prefix) for _, part, column in sorted(parts, key=lambda x: x[0])]
         marked = places.to(kept[0].device)
         shares.append(torch.stack([(x[:, : marked.shape[1]] & marked).sum(1) / marked.sum(1) for x in kept], 1))

@@ -1,4 +1,4 @@
-"""Run the demo and record its figures: python -m benchmarks.model.bench_demo [--out DIR]."""
+"""Run the seeded demo and record its figures: python -m benchmarks.model.bench_demo [--out DIR]."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLAIMS = {
 def main() -> None:
     """Run the demo once and write what it claims into the summary."""
     from benchmarks.common.summary import record
-    from omnisparse_flex.cli.demo import run_demo
+    from benchmarks.model.seeded_demo import run_demo
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "scratch")

@@ -126,27 +126,40 @@ class Bench:
         return row
 
 
+def figures(content: dict[str, Any], kind: str) -> dict[str, tuple[float, str, str]]:
+    """Name -> (value, unit, baseline) of the long rows.
+
+    Args:
+        content: A results file.
+        kind: Which sparse result of a row, e.g. ``"d0.04"``.
+    """
+    found: dict[str, tuple[float, str, str]] = {}
+    for row in content["rows"]:
+        name, own, dense = f"{row['tokens'] // K}k", row[kind], row["dense"]
+        if name not in ("128k", "256k"):
+            continue
+        kept = f"{own['whole_model']:.3f} of the block pairs of the whole model"
+        what = f"same compiled decoder, dense cuDNN SDPA; {row['layers']} layers of the 7B shape, {kept}"
+        shape = f"{row['layers']} layers of the 7B shape, random weights, batch 1, no cache"
+        found[f"ttft.speedup.{name}"] = (round(own["speedup"], 3), "x", what)
+        found[f"ttft.density.{name}"] = (round(own["whole_model"], 4), "share", "causal block pairs")
+        for prefix, side, text in (("", own, f"sparse, {kept}"), ("dense_", dense, "dense cuDNN SDPA, same compiler")):
+            found[f"ttft.{prefix}s.{name}"] = (round(side["ms"] / 1000, 3), "s", f"{text}; {shape}")
+            found[f"ttft.{prefix}gib.{name}"] = (round(side["peak_gib"], 2), "GiB", f"peak; {text}; {shape}")
+        if "hf" in row and name == "128k":
+            against = f"torch.compile(model) as it is; {row['layers']} layers, {kept}"
+            found["ttft.speedup_vs_hf_compile.128k"] = (round(row["hf"]["ms"] / own["ms"], 3), "x", against)
+    return found
+
+
 def keep(bench: Bench) -> None:
     """Write the JSON and the figures."""
     from benchmarks.common import summary
 
-    options = bench.options
-    versions = {"torch": torch.__version__, "device": summary.device_name()}
-    summary.write_json({**versions, "rows": bench.rows}, RESULTS)
-    for row in bench.rows:
-        name = f"{row['tokens'] // K}k"
-        if name not in ("128k", "256k"):
-            continue
-        found = row[f"d{options.shares[0]}"]
-        kept = f"{found['whole_model']:.3f} of the block pairs of the whole model"
-        baseline = f"same compiled decoder, dense cuDNN SDPA; {row['layers']} layers of the 7B shape, {kept}"
-        summary.record(f"ttft.speedup.{name}", round(found["speedup"], 3), unit="x", baseline=baseline, script=__file__)
-        density = round(found["whole_model"], 4)
-        summary.record(f"ttft.density.{name}", density, unit="share", baseline="causal block pairs", script=__file__)
-        if "hf" in row and name == "128k":
-            ratio = round(row["hf"]["ms"] / found["ms"], 3)
-            what = f"torch.compile(model) as it is; {row['layers']} layers, {kept}"
-            summary.record("ttft.speedup_vs_hf_compile.128k", ratio, unit="x", baseline=what, script=__file__)
+    versions = {"torch": torch.__version__, "device": summary.device_name(), "commit": summary.commit()}
+    content = {**versions, "rows": bench.rows}
+    summary.write_json(content, RESULTS)
+    summary.record_results(figures(content, f"d{bench.options.shares[0]}"), content, __file__)
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from benchmarks.model.bench_compile import build
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.attention import select_op
 from omnisparse_flex.calibration.timing import milliseconds
+from omnisparse_flex.model.cache_argument import as_cache_argument
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "short.json"
 K = 1024
@@ -57,7 +58,9 @@ class Decoder:
 
     def decode(self, token: Tensor, past: Any) -> Tensor:
         """One more token (B, 1, hidden) behind a full cache, which is cut back afterwards."""
-        out = self.model(inputs_embeds=token, past_key_values=past, use_cache=True).last_hidden_state
+        out = self.model(
+            inputs_embeds=token, **as_cache_argument(self.model.forward, past), use_cache=True
+        ).last_hidden_state
         past.crop(-1)
         return out
 
@@ -86,7 +89,7 @@ def times(decoders: dict[str, Decoder], batch: int, tokens: int, device: str) ->
             note(name, "prefill", milliseconds(decoder.prefill, [(inputs,)], runs=2, warm_up=1, queued=1).median)
     pasts = {name: DynamicCache(config=model.config) for name in decoders}
     for name, decoder in decoders.items():
-        decoder.model(inputs_embeds=inputs, past_key_values=pasts[name], use_cache=True)
+        decoder.model(inputs_embeds=inputs, **as_cache_argument(decoder.model.forward, pasts[name]), use_cache=True)
     for _ in range(TOKEN_TURNS):
         for name, decoder in decoders.items():
             note(name, "decode", milliseconds(decoder.decode, [(inputs[:, :1], pasts[name])], runs=7, queued=1).median)

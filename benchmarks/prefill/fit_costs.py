@@ -15,8 +15,9 @@ from typing import Any
 
 from benchmarks.prefill import prefill_cases
 from benchmarks.prefill.bench_prefill import DIM, HEADS, KV_HEADS
+from omnisparse_flex.calibration.fit import Sample, fit
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost_model import PACKAGED, Costs, Sample, Shape, fit, write
+from omnisparse_flex.cost_model import PACKAGED, Costs, Shape, write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -116,10 +116,11 @@ def selection(config: OmniSparseConfig, query: Tensor, key: Tensor) -> Callable[
 def scoring(name: str, query: Tensor, key: Tensor) -> Callable[[], Any]:
     """One scorer alone, compiled, the mask's own block maps given."""
     mask = MaskProgram(causal())
-    some = block_layout(mask, grid_of(query, key), KV_HEADS, OmniSparseConfig()).some
+    some = block_layout(mask, grid_of(query, key), OmniSparseConfig()).some
 
     def score(query: Tensor, key: Tensor, some: Tensor) -> Tensor:
-        mass = SCORERS[name](query, key, some, scale=SCALE, block=BLOCK, adjust=None, allowed=mask.pairs)
+        sides: dict[str, Any] = {"scale": SCALE, "block": BLOCK, "key_block": BLOCK, "adjust": None}
+        mass = SCORERS[name](query, key, some, allowed=mask.pairs, **sides)
         realized: Tensor = torch.ops.omnisparse.realize(mass)
         return realized
 

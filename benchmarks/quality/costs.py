@@ -2,7 +2,7 @@
 
 Dense: 4 D per query head and causal pair (q·k, then p·v). A pass over all pairs of q·k is 0.5 of that; exact column
 mass takes two (one for the row's log-sum-exp, one for the columns). FLOPs only: the exponentials, which bind a narrow
-pass in practice (FACTS), are not in it, so times must be measured before anything is claimed.
+pass in practice, are not in it, so times must be measured before anything is claimed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from benchmarks.quality.rows import logits
 LEADER = 16
 
 
-def loudest(query: Tensor, key: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+def top_head_dims(query: Tensor, key: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """The ``dims`` coordinates of each KV head that say most: by the product of their mean squares in queries and keys.
 
     Unlike the leading directions of ``pca`` they need no eigenvectors, whose computation waits for the device.
@@ -24,7 +24,7 @@ def loudest(query: Tensor, key: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def _without(query: Tensor, key: Tensor, dims: int) -> Tensor:
-    """The queries with zeros at the ``loudest`` coordinates, (B, Hq, N, D)."""
+    """The queries with zeros at the ``top_head_dims`` coordinates, (B, Hq, N, D)."""
     grouped, index = _loud(query, key, dims)
     return grouped.scatter(-1, index.unsqueeze(2).expand(*grouped.shape[:-1], dims), 0.0).flatten(1, 2)
 
@@ -71,7 +71,7 @@ class OnePass:
             window: Keys of the local part at the end, the query's own included.
             pool: Keys to a mean.
             bits8: Round queries and keys to float8_e4m3.
-            dims: Only as many coordinates (``loudest``) in the pass; 0: all.
+            dims: Only as many coordinates (``top_head_dims``) in the pass; 0: all.
             scatter: The guess knows the variance of each mean's keys too, coordinate by coordinate: their log-sum-exp
                 to second order. Means alone are far below what a few loud keys give.
             early: Who is lazy is judged by the guess, before the pass, which is then made for active queries alone.
@@ -87,7 +87,7 @@ class OnePass:
         pools = key.unflatten(2, (-1, pool))
         self.means = pools.mean(3)
         self.variances = pools.var(3, correction=0) if scatter else None
-        narrow = loudest(query, key, dims) if dims else (query, key)
+        narrow = top_head_dims(query, key, dims) if dims else (query, key)
         self.rest = _without(query, key, dims) if rest else None
         self.narrow = [x.to(torch.float8_e4m3fn).to(x.dtype) if bits8 else x for x in narrow]
 

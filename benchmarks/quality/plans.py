@@ -74,7 +74,7 @@ def _token(label: str, estimator: str, options: dict[str, int | bool], refine: f
 
 
 def first() -> list[Row]:
-    """Trend of FACTS.md, cheap estimators, controls; then budgets and segments."""
+    """Recall against density, cheap estimators, controls; then budgets and segments."""
     both = (PPL, ITEMS)
     rows = [Row(DENSE, both), *with_controls(token("exact"), both)]
     rows += [Row(_token(*entry), both if i < 3 else (PPL,)) for i, entry in enumerate(CHEAP)]
@@ -234,7 +234,7 @@ def lengths() -> list[Row]:
 
 
 def quick() -> list[Row]:
-    """The trend of FACTS.md in a few rows; look-up items last."""
+    """Recall against density in a few rows; look-up items last."""
     rows = [
         Row(DENSE),
         Row(token("exact")),

@@ -55,13 +55,8 @@ class Plan:
         """The rules; the sparse layers' target is replaced at run time.
 
         Args:
-            scoring: An estimator, or ``NAME@2``: two neighbouring layers share one choice.
+            scoring: An estimator.
             layers: Of the model.
         """
         recalls = [1.0] * self.dense_layers + [0.5] * (layers - self.dense_layers)
-        name, _, shared = scoring.partition("@")
-        fields = {"scoring": name, "target_recall": recalls}
-        if shared:
-            require(shared.isdecimal(), "scoring", "name a number of layers after @", scoring)
-            fields["share_layers"] = int(shared)
-        return OmniSparseConfig.from_dict({**self.base, **fields})
+        return OmniSparseConfig.from_dict({**self.base, "scoring": scoring, "target_recall": recalls})

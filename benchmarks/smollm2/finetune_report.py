@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import summary
-from benchmarks.video_needle.intervals import interval
+from benchmarks.common.intervals import interval
 
 #: The figures are of this length, of the whole model, and of the densest sparse row up to this density.
 TOKENS, LAYERS, DENSITY = 8192, 30, 0.2

@@ -32,7 +32,7 @@ from omnisparse_flex.warmup import RecallWarmup
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "finetune_smollm2.json"
 #: The first is the one that figures are about.
-SCORINGS = ["tile_pool", "mean_pool", "antidiagonal", "tile_pool@2"]
+SCORINGS = ["tile_pool", "mean_pool"]
 QUICK = {"tokens": 1024, "steps": 2, "rows": 1, "windows": 1, "densities": [0.9], "train_density": 0.9}
 WORK = Path(__file__).resolve().parents[1] / "scratch" / "finetune_smollm2"
 
@@ -206,7 +206,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.quality.prepare")
     parser.add_argument("--minutes", type=float, default=3.0, help="begin nothing new after so long")
-    parser.add_argument("--scoring", nargs="+", default=SCORINGS, help="estimators; NAME@2: two layers share a choice")
+    parser.add_argument("--scoring", nargs="+", default=SCORINGS, help="estimators")
     parser.add_argument("--plan", type=json.loads, default={}, help="fields of the plan as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="two layers, two steps, 1K tokens: figures mean nothing")

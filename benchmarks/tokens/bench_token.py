@@ -27,16 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common.gpu_timing import dense_attention, kernel_milliseconds
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.tokens.dispatch import (
     attend_and_select,
-    attend_near,
     attend_tokens,
-    choose,
     segments_of_site,
     takes_kernels,
 )
 from omnisparse_flex.attention.tokens.op import call_token_op
+from omnisparse_flex.attention.tokens.tensor_code import attend_near, choose
 from omnisparse_flex.calibration.timing import milliseconds
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.select import BLOCK
@@ -69,12 +68,12 @@ def inputs(tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     return query, (noise(KV_HEADS, tokens) + place).to(dtype), noise(KV_HEADS, tokens).to(dtype)
 
 
-def site_of(budget: int, threshold: float) -> Site:
+def site_of(budget: int, threshold: float) -> SparseCall:
     """A causal site with a fixed budget."""
     config = OmniSparseConfig(
         granularity="token", target_recall=0.95, budget=budget, max_kv_budget=budget, lazy_threshold=threshold
     )
-    return Site(config=config, target=0.95, mask=MaskProgram(causal()))
+    return SparseCall(config=config, target=0.95, mask=MaskProgram(causal()))
 
 
 def threshold_for(share: float, query: Tensor, key: Tensor, value: Tensor) -> float:
@@ -87,9 +86,8 @@ def threshold_for(share: float, query: Tensor, key: Tensor, value: Tensor) -> fl
     return (low + high) / 2
 
 
-def parts(query: Tensor, key: Tensor, value: Tensor, site: Site) -> dict[str, Callable[[], Any]]:
+def parts(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> dict[str, Callable[[], Any]]:
     """The steps of one call, each on its own."""
-    assert site.config is not None
     segments = segments_of_site(query, key, site)
     text = torch.zeros((1, query.shape[2]), dtype=torch.bool, device=query.device)
     if not takes_kernels(query, value, site):

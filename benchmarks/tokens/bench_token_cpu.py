@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.tokens.bench_token_cpu
 
-The cost model's constant for it (``choice_cost.TENSOR_CODE``) stands on these times. Random data, a fixed budget.
+The cost model's constant for it (``cost_model.TENSOR_CODE``) stands on these times. Random data, a fixed budget.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Questions about one generated clip, answered dense and sparse; ``omnisparse-flex demo --weights`` runs it."""
+"""Questions about one generated clip, answered dense and sparse; ``omnisparse-flex demo`` runs it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from benchmarks.video_needle.scene import STEPS
 from benchmarks.video_needle.vocabulary import WORDS
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, remove_omnisparse
 from omnisparse_flex.calibration.progress import Progress
+from omnisparse_flex.cli.plot import save_masks
 from omnisparse_flex.report import table
 
 #: Visual tokens of the clip, and of the quick one. Which video: the first of the test split.
@@ -23,13 +24,14 @@ LENGTH, QUICK, VIDEO = 8192, 2048, 0
 CONFIG = OmniSparseConfig(target_recall=0.9, window_size=128)
 
 
-def run(weights: Path, *, quick: bool = False, rounds: int = 2) -> dict[str, Any]:
+def run(weights: Path, *, quick: bool = False, rounds: int = 2, picture: Path | None = None) -> dict[str, Any]:
     """Ask, print a table, count.
 
     Args:
         weights: A released folder.
         quick: A shorter clip.
         rounds: Questions of each kind.
+        picture: Where a picture of the block masks goes, or None.
 
     Returns:
         ``questions``, ``truth``, ``dense``, ``sparse`` (lists of words), ``density``.
@@ -48,7 +50,7 @@ def run(weights: Path, *, quick: bool = False, rounds: int = 2) -> dict[str, Any
     config = CONFIG if trained is None else OmniSparseConfig.from_dict(trained)
     apply_omnisparse(model, config, min_seq_len=0, dynamic=False)
     try:
-        with progress.step("sparse (compiles first)"), collect_stats(model) as stats:
+        with progress.step("sparse (compiles first)"), collect_stats(model, maps=picture is not None) as stats:
             sparse = answers(model, batch, rounds)
     finally:
         remove_omnisparse(model)
@@ -58,6 +60,11 @@ def run(weights: Path, *, quick: bool = False, rounds: int = 2) -> dict[str, Any
     print("\n" + "\n".join(table(rows)))
     count = lambda said: sum(a == b for a, b in zip(said, truth, strict=True))  # noqa: E731
     progress(f"right: dense {count(dense)}, sparse {count(sparse)} of {len(truth)}, at density {stats.density:.3f}")
+    if picture is not None:
+        title = f"OmniSparse block masks\n{length} visual tokens of a generated clip · density {stats.density:.2f}"
+        heads = model.config.get_text_config().num_attention_heads
+        save_masks(stats, batch.answers.shape[1], heads, picture, title=title)
+        progress(f"saved {picture}")
     told = {"questions": [question.text for question in asked], "truth": truth, "dense": dense, "sparse": sparse}
     return told | {"density": stats.density, "tokens": length}
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common.intervals import interval
 from benchmarks.video_needle import report
 from benchmarks.video_needle.controls import match_density, scoring
 from benchmarks.video_needle.evaluate import by_kind, describe, evaluate
 from benchmarks.video_needle.families import FAMILIES, Family
-from benchmarks.video_needle.intervals import interval
 from benchmarks.video_needle.slim_cache import KNOWN, ask_slim, dense_prefill, sparse_prefill
 from omnisparse_flex import apply_omnisparse, collect_stats, remove_omnisparse
 from omnisparse_flex.errors import require

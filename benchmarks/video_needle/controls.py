@@ -37,8 +37,8 @@ SCORERS = {"window only": latest_blocks, "random": random_blocks}
 
 
 def _places(query: Tensor, key: Tensor, some: Tensor) -> list[Tensor]:
-    """Index of batch row, KV head, query block and key block, each ready to be broadcast."""
-    shape = (query.shape[0], key.shape[1], some.shape[-2], some.shape[-1])
+    """Index of batch row, query head, query block and key block, each ready to be broadcast."""
+    shape = (query.shape[0], query.shape[1], some.shape[-2], some.shape[-1])
     return [
         torch.arange(n, device=key.device, dtype=torch.float32).view(*(-1 if i == axis else 1 for i in range(4)))
         for axis, n in enumerate(shape)

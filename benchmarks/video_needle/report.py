@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import summary  # benchmarks/summary.py
+from benchmarks.common.intervals import interval
 from benchmarks.video_needle import plot
 from benchmarks.video_needle.evaluate import MEAN_CHANCE
-from benchmarks.video_needle.intervals import interval
 from benchmarks.video_needle.vocabulary import KINDS
 from omnisparse_flex.errors import require
 

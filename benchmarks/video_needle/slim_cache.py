@@ -16,6 +16,7 @@ from benchmarks.video_needle.data import batch_of, inputs, make_batch, position_
 from benchmarks.video_needle.scene import CELLS, STEPS
 from benchmarks.video_needle.vocabulary import KINDS
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, remove_omnisparse
+from omnisparse_flex.model.cache_argument import as_cache_argument
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
 
 #: What of a question is known when keys are dropped: its first word, or all but the ``?`` (how a prompt arrives). The
@@ -100,9 +101,9 @@ def _decode(model: Any, batch: Any, ratio: float | None, known: str) -> tuple[np
         width = 2 * text.hidden_size // text.num_attention_heads * dtype.itemsize
         cache.store.chooser = budgeted(Variant("slim", ratio), start, width, [])
     prompt = given | {"input_ids": ids[:, :start], "position_ids": given["position_ids"][..., :start]}
-    model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(**prompt, **as_cache_argument(model.forward, cache), use_cache=True, logits_to_keep=1)
     for at in range(start, ids.shape[1]):
         step = {"input_ids": ids[:, at : at + 1], "position_ids": given["position_ids"][..., at : at + 1]}
-        logits = model(**step, past_key_values=cache, use_cache=True).logits
+        logits = model(**step, **as_cache_argument(model.forward, cache), use_cache=True).logits
     right = logits[:, -1].argmax(-1) == batch.answers[:, -1]
     return right.cpu().numpy(), cache.memory_report().ratio

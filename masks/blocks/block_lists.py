@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from omnisparse_flex.kernels.fallback import guarded
+from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.types import MaskMod
+
+KERNEL = ("block_lists.lists_in_one", "the kernel for block lists failed, they are made in tensor code")
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,6 +31,25 @@ def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     return keep.sum(-1, dtype=torch.int32), lists.scatter(-1, place, columns)[..., :count]
 
 
+def wider(keep: Tensor, full: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    """Maps of key blocks ``split`` times as wide.
+
+    Args:
+        keep: bool (B, H, NQ, NK), kept blocks.
+        full: bool, broadcastable to ``keep``: blocks that run without a mask.
+        split: Blocks that become one.
+
+    Returns:
+        ``(keep, full)``, both bool (B, H, NQ, NK / ``split``): a block is kept if a part of it is, and full if all
+        of it is kept and full. In the others a mask has to tell which part is kept.
+    """
+    short = -keep.shape[-1] % split
+    # In numbers: Inductor's C++ code for padded bool reductions does not compile.
+    kept, whole = (x.expand_as(keep).to(torch.uint8) for x in (keep, keep & full))
+    parts = [F.pad(x, (0, short)).unflatten(-1, (-1, split)) for x in (kept, whole)]
+    return parts[0].amax(-1) > 0, parts[1].amin(-1) > 0
+
+
 def map_of_lists(counts: Tensor, indices: Tensor, least: int = 0) -> Tensor:
     """The inverse of ``block_lists``: bool (B, H, NQ, width), True at the listed blocks.
 
@@ -47,17 +66,25 @@ def map_of_lists(counts: Tensor, indices: Tensor, least: int = 0) -> Tensor:
 
 
 def block_mask_from_maps(
-    keep: Tensor, full: Tensor, mask_mod: MaskMod, lengths: tuple[int, int], block: int, *, transposed: bool
+    keep: Tensor,
+    full: Tensor,
+    mask_mod: MaskMod,
+    lengths: tuple[int, int],
+    block: int,
+    *,
+    transposed: bool,
+    key_block: int | None = None,
 ) -> BlockMask:
     """A ``BlockMask`` from a map of kept blocks; never an N x N tensor.
 
     Args:
-        keep: bool (B, H, NQ, NK), blocks to compute.
+        keep: bool (B or 1, H or 1, NQ, NK), blocks to compute.
         full: bool, broadcastable to ``keep``: blocks that run without ``mask_mod``.
         mask_mod: Applied inside the other kept blocks.
         lengths: Numbers of queries and keys.
         block: Block side.
         transposed: Build the key-to-query lists too, which the backward needs.
+        key_block: Side of a key block, if it is another; the backward then does not run on every GPU.
 
     Returns:
         A ``BlockMask`` with full and partial blocks in separate lists.
@@ -78,32 +105,24 @@ def block_mask_from_maps(
         q_indices=q_idx,
         full_q_num_blocks=full_q_num,
         full_q_indices=full_q_idx,
-        BLOCK_SIZE=(block, block),
+        BLOCK_SIZE=(block, key_block or block),
         mask_mod=mask_mod,
     )
 
 
-def _map_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _map_lists(keep: Tensor, full: Tensor) -> Lists:
     full = full.expand_as(keep)
-    if keep.is_cuda and (kernel := _kernel()) is not None:
-        made = kernel(keep, full)
+    if keep.is_cuda and (kernel := load(*KERNEL)) is not None:
+        made: Lists | None = kernel(keep, full)
         if made is not None:
             return made
     lists = (*block_lists(keep & ~full), *block_lists(keep & full))
-    number, indices, full_number, full_indices = (x.contiguous() for x in lists)
+    # Not ``contiguous``: a dimension of 1 would keep a foreign stride, and the flex kernels read by it.
+    number, indices, full_number, full_indices = (x.clone(memory_format=torch.contiguous_format) for x in lists)
     return number, indices, full_number, full_indices
 
 
-@functools.cache
-def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor] | None] | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from omnisparse_flex.kernels.block_lists import lists_in_one
-
-    return guarded(lists_in_one, "the kernel for block lists failed, they are made in tensor code")
-
-
-def _fake_lists(keep: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_lists(keep: Tensor, full: Tensor) -> Lists:
     numbers = keep.new_empty(keep.shape[:-1], dtype=torch.int32)
     indices = keep.new_empty(keep.shape, dtype=torch.int32)
     return numbers, indices, torch.empty_like(numbers), torch.empty_like(indices)

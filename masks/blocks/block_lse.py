@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnisparse_flex.kernels.fallback import guarded
+from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
+
+KERNEL = ("block_lse.block_lse_in_one", "the kernel for exact rows failed, they are made in tensor code")
 
 
 def block_lse(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, scale: float, block: int) -> Tensor:
@@ -35,8 +33,8 @@ def block_lse(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, scal
 
 def _block_lse(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, scale: float, block: int) -> Tensor:
     takes = rows.is_cuda and rows.dtype != torch.float64 and rows.shape[3] <= 256
-    if takes and (kernel := _kernel()) is not None:
-        made = kernel(rows, key, last, real, scale, block)
+    if takes and (kernel := load(*KERNEL)) is not None:
+        made: Tensor | None = kernel(rows, key, last, real, scale, block)
         if made is not None:
             return made
     heads, kv_heads, kv_len = rows.shape[1], key.shape[1], key.shape[2]
@@ -48,15 +46,6 @@ def _block_lse(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, sca
     logits = logits.masked_fill(hidden if real is None else hidden | ~real[:, None, None], -torch.inf)
     padded = F.pad(logits, (0, -kv_len % block), value=-torch.inf)
     return torch.logsumexp(padded.unflatten(-1, (-1, block)), -1)
-
-
-@functools.cache
-def _kernel() -> Callable[..., Tensor | None] | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from omnisparse_flex.kernels.block_lse import block_lse_in_one
-
-    return guarded(block_lse_in_one, "the kernel for exact rows failed, they are made in tensor code")
 
 
 def _fake(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, scale: float, block: int) -> Tensor:

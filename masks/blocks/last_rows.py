@@ -28,48 +28,47 @@ def with_last_rows(
     *,
     scale: float,
     block: int,
+    key_block: int,
     adjust: Callable[..., Tensor] | None,
     mask: MaskProgram | OpaqueMask,
 ) -> Tensor:
     """Replace the estimate of the last query blocks by exact softmax rows of some of their queries.
 
     Args:
-        mass: float32 (B, Hkv, NQ, NK), what an estimator gave.
+        mass: float32 (B, Hq, NQ, NK), what an estimator gave.
         query: (B, Hq, L, D).
         key: (B, Hkv, S, D).
-        some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair have zero mass.
+        some: bool (B or 1, Hq or 1, NQ, NK); blocks with no allowed pair have zero mass.
         count: Rows in all, a multiple of ``BLOCKS``, evenly spaced within what each block holds.
         scale: Logit scale.
-        block: Tokens per block.
+        block: Tokens per query block.
+        key_block: Tokens per key block.
         adjust: The model's own change of the logits at given positions, see ``Scorer``, or None.
         mask: The model's own mask.
 
     Returns:
-        float32 (B, Hkv, NQ, NK). Where the mask is plain and logits are products alone, nothing larger than the
+        float32 (B, Hq, NQ, NK). Where the mask is plain and logits are products alone, nothing larger than the
         result is in memory on a GPU; else the products, B * Hq * ``count`` * S elements in the queries' dtype.
 
     Source: the last queries as a sample of what a prompt looks for: MInference, arXiv
     2407.02490 (64 of them), FlexPrefill, arXiv 2502.20766. Our choice: two blocks of
     queries, because the last one may hold but a few tokens.
     """
-    heads, length = query.shape[1:3]
-    kv_heads, blocks = key.shape[1], mass.shape[2]
+    length, blocks = query.shape[2], mass.shape[2]
     last = min(BLOCKS, blocks)
     rows, new = _positions(length, blocks - last, last, min(count // BLOCKS, block), block, query.device)
     vectors = query.index_select(2, rows.flatten())
     plain = plain_mask(mask, query.shape[0], key.shape[2], query.device) if adjust is None else None
     if plain is None:
-        lse = _lse_by_pairs(vectors, key, rows, scale, block, adjust, mask.pairs)
+        lse = _lse_by_pairs(vectors, key, rows, scale, key_block, adjust, mask.pairs)
     else:
         everything = torch.full_like(rows, key.shape[2] - 1)
         seen_to = everything if plain.offset is None else rows + plain.offset
-        lse = block_lse(vectors, key, seen_to.flatten(), plain.real, scale, block).unflatten(2, rows.shape)
+        lse = block_lse(vectors, key, seen_to.flatten(), plain.real, scale, key_block).unflatten(2, rows.shape)
 
     below = some[:, :, blocks - last :]
-    seen = below if below.shape[1] == 1 else below.repeat_interleave(heads // kv_heads, 1)
-    lse = lse.masked_fill(~(seen.unsqueeze(2) & new.unsqueeze(-1)), float("-inf"))
-    weights = torch.softmax(lse, dim=-1).nan_to_num(0.0)
-    exact = normalised(weights.unflatten(1, (kv_heads, -1)).sum((2, 3)), below)
+    lse = lse.masked_fill(~(below.unsqueeze(2) & new.unsqueeze(-1)), float("-inf"))
+    exact = normalised(torch.softmax(lse, dim=-1).nan_to_num(0.0).sum(2), below)
     # Realized: Inductor would shift the maps that it fuses into a concatenation, and fail to compare their indices.
     joined: Tensor = torch.ops.omnisparse.realize(torch.cat((mass[:, :, : blocks - last], exact), dim=2))
     return joined

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.masks.blocks.text_runs import text_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid, any_in_blocks
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
@@ -17,17 +18,17 @@ from omnisparse_flex.masks.expr.program import MaskProgram
 class Layout(NamedTuple):
     """Block maps that follow from the mask, the lengths and the visual tokens alone.
 
-    Layers with one mask share one layout. The head axis is that of the KV heads, 1 where
+    Layers with one mask share one layout. The head axis is that of the query heads, 1 where
     the mask does not distinguish heads.
 
     Attributes:
-        full: bool (B or 1, Hkv or 1, NQ, NK), blocks wholly allowed by the model's mask.
-        some: bool (B or 1, Hkv or 1, NQ, NK), blocks with possibly allowed pairs.
-        near: bool (B or 1, Hkv or 1, NQ, NK), sinks and window.
-        forced: bool (B or 1, Hkv or 1, NQ, NK), always kept: ``near``, text keys, and what
-            keeps a row from losing every key.
-        eligible: bool (B or 1, Hkv or 1, NQ, NK), blocks to choose from.
-        text_rows: bool (B or 1, 1, NQ), query blocks with a text token.
+        full: bool (B or 1, Hq or 1, NQ, NK), blocks wholly allowed by the model's mask.
+        some: bool (B or 1, Hq or 1, NQ, NK), blocks with possibly allowed pairs.
+        near: bool (B or 1, Hq or 1, NQ, NK), sinks and window.
+        forced: bool (B or 1, Hq or 1, NQ, NK), always kept: ``near``, text (``text_blocks``),
+            and what keeps a row from losing every key.
+        eligible: bool (B or 1, Hq or 1, NQ, NK), blocks to choose from.
+        text_rows: bool (B or 1, 1, NQ), query blocks with a query of text that is always kept.
     """
 
     full: Tensor
@@ -42,7 +43,6 @@ class Layout(NamedTuple):
 def block_layout(
     mask: MaskProgram | OpaqueMask,
     grid: Grid,
-    kv_heads: int,
     config: OmniSparseConfig,
     *,
     visual: Tensor | None = None,
@@ -53,31 +53,23 @@ def block_layout(
     Args:
         mask: The model's own mask.
         grid: The site's blocks.
-        kv_heads: Number of KV heads.
         config: Rules: sinks and window.
-        visual: bool (B, S), tokens eligible for selection; the others are always kept. A
-            row without visual tokens, or None: every token is eligible.
+        visual: bool (B, S), visual tokens; None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
 
     Returns:
         The layout.
 
-    Source: PAPER "KV selection": sinks, the local window and text keys are always kept.
+    Source: PAPER "KV selection": sinks, the local window and text keys are always kept. Our choice: which text,
+    see ``text_blocks``.
     """
-    own_full, own_some = mask.bounds(grid)  # of each query head
-    full, some = _per_group(own_full, kv_heads, "all"), _per_group(own_some, kv_heads, "any")
-    first = _per_group(_first_blocks(own_some, sink_blocks(mask, config, grid)), kv_heads, "any")
-    near = some & (_window_blocks(grid, q_offset, config.window_size) | first)
-    text_keys, text_rows = _text_blocks(visual, grid, q_offset)
-    rescued = _per_group(_rescue(mask, own_some, grid, q_offset), kv_heads, "any")
-    forced = near | (some & (text_keys | rescued))
-    return Layout(full, some, near, forced, some & ~forced, text_rows)
-
-
-def mask_blocks(mask: MaskProgram | OpaqueMask, grid: Grid, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """``(full, some)`` of the model's own mask for each KV head; bool (B or 1, Hkv or 1, NQ, NK)."""
     full, some = mask.bounds(grid)
-    return _per_group(full, kv_heads, "all"), _per_group(some, kv_heads, "any")
+    near = some & (
+        _window_blocks(grid, q_offset, config.window_size) | _first_blocks(some, sink_blocks(mask, config, grid))
+    )
+    text = text_blocks(visual, grid, own_positions(grid, q_offset))
+    forced = near | (some & (text.keys | _rescue(mask, some, grid, q_offset)))
+    return Layout(full, some, near, forced, some & ~forced, text.rows)
 
 
 def sink_blocks(mask: MaskProgram | OpaqueMask, config: OmniSparseConfig, grid: Grid) -> int:
@@ -88,7 +80,7 @@ def sink_blocks(mask: MaskProgram | OpaqueMask, config: OmniSparseConfig, grid: 
     """
     if config.sink_size == 0:
         return 0
-    blocks = (config.sink_size + grid.block - 1) // grid.block
+    blocks = (config.sink_size + grid.kv_block - 1) // grid.kv_block
     return blocks + 1 if mask.starts_anywhere else blocks
 
 
@@ -96,32 +88,13 @@ def _first_blocks(some: Tensor, count: int) -> Tensor:
     return some.cumsum(-1) <= count
 
 
-def _per_group(x: Tensor, kv_heads: int, how: str) -> Tensor:
-    """Reduce a per-query-head map to KV heads, if the mask distinguishes heads at all."""
-    if x.shape[1] == 1:
-        return x
-    grouped: Tensor = x.unflatten(1, (kv_heads, -1))
-    return grouped.all(2) if how == "all" else grouped.any(2)
-
-
 def _window_blocks(grid: Grid, q_offset: Tensor | int, window: int) -> Tensor:
     """Blocks within ``window`` tokens of a query, on both sides; (NQ, NK)."""
     first_q = torch.arange(grid.q_blocks, device=grid.device)[:, None] * grid.block + q_offset
-    first_k = torch.arange(grid.kv_blocks, device=grid.device) * grid.block
-    # Queries past the last key (cross attention) count as sitting at it, as in _own_positions.
-    reaches_back = first_k + grid.block > first_q.clamp(max=grid.kv_len - 1) - window + 1
+    first_k = torch.arange(grid.kv_blocks, device=grid.device) * grid.kv_block
+    # Queries past the last key (cross attention) count as sitting at it, as in own_positions.
+    reaches_back = first_k + grid.kv_block > first_q.clamp(max=grid.kv_len - 1) - window + 1
     return reaches_back & (first_k < first_q + grid.block + window - 1)
-
-
-def _text_blocks(visual: Tensor | None, grid: Grid, q_offset: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Blocks with a text key, (B or 1, 1, 1, NK), and query blocks with a text query, (B or 1, 1, NQ)."""
-    if visual is None:
-        nothing = torch.zeros((1, 1, 1), dtype=torch.bool, device=grid.device)
-        return nothing.unsqueeze(-1), nothing
-    text = ~visual & visual.any(-1, keepdim=True)
-    text_rows = text.index_select(1, _own_positions(grid, q_offset))
-    key_blocks = any_in_blocks(text, 1, grid.kv_blocks, grid.block)[:, None, None]
-    return key_blocks, any_in_blocks(text_rows, 1, grid.q_blocks, grid.block)[:, None]
 
 
 def _rescue(mask: MaskProgram | OpaqueMask, some: Tensor, grid: Grid, q_offset: Tensor | int) -> Tensor:
@@ -152,12 +125,12 @@ def _blind_rows(mask: MaskProgram | OpaqueMask, grid: Grid, q_offset: Tensor | i
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1)
     q = torch.arange(grid.q_len, device=grid.device).view(1, 1, -1)
-    own = _own_positions(grid, q_offset).view(1, 1, -1)
+    own = own_positions(grid, q_offset).view(1, 1, -1)
     blind = ~mask.pairs(b, h, q, own).to(torch.bool)
     return any_in_blocks(blind, blind.dim() - 1, grid.q_blocks, grid.block)
 
 
-def _own_positions(grid: Grid, q_offset: Tensor | int) -> Tensor:
+def own_positions(grid: Grid, q_offset: Tensor | int) -> Tensor:
     """Key position of each query, (L,); outside the keys (L > S), the nearest one."""
     positions = (torch.arange(grid.q_len, device=grid.device) + q_offset).clamp(min=0, max=grid.kv_len - 1)
     # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.

@@ -16,31 +16,31 @@ def mean_pool(
     *,
     scale: float,
     block: int,
+    key_block: int,
     adjust: Callable[..., Tensor] | None,
     allowed: Callable[..., Tensor],
     live: Tensor | None = None,
 ) -> Tensor:
-    """Softmax between block means, each head of a group on its own.
+    """Softmax between block means.
 
     Args, Returns: see ``Scorer``. ``allowed`` is not used: block means resolve no pairs.
 
-    Source: PAPER "Scores"; block means as in most block-sparse prefill methods. Our
-    choice: the group shares the mean of its heads' mass.
+    Source: PAPER "Scores"; block means as in most block-sparse prefill methods.
     """
     kv_heads = key.shape[1]
     pooled_q = block_mean(query, block).unflatten(1, (kv_heads, query.shape[1] // kv_heads))
-    pooled_k = block_mean(key, block, live).unsqueeze(2)
-    logits = (for_products(pooled_q) @ for_products(pooled_k).transpose(-1, -2)).float() * scale
+    pooled_k = block_mean(key, key_block, live).unsqueeze(2)
+    logits = (for_products(pooled_q) @ for_products(pooled_k).transpose(-1, -2)).float().flatten(1, 2) * scale
     if adjust is not None:
-        logits = adjust(logits.flatten(1, 2)).view_as(logits)
+        logits = adjust(logits)
     if live is not None:
-        logits = logits + (live_counts(live, block) / block).log()[:, None, None, None]
-    mass = torch.softmax(logits.masked_fill(~some.unsqueeze(2), float("-inf")), dim=-1)
-    return mass.masked_fill(~some.unsqueeze(2), 0.0).mean(dim=2)
+        logits = logits + (live_counts(live, key_block) / key_block).log()[:, None, None]
+    mass = torch.softmax(logits.masked_fill(~some, float("-inf")), dim=-1)
+    return mass.masked_fill(~some, 0.0)
 
 
 def for_products(x: Tensor) -> Tensor:
-    """What products are taken of: float16 holds them, unscaled, up to 65,504 alone; attention's own are float32."""
+    """What products are taken of: unscaled ones may exceed float16's 65,504, where attention's own are float32."""
     return x.float() if x.dtype == torch.float16 else x
 
 

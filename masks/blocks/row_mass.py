@@ -64,14 +64,14 @@ def add_rows(
         total: What this returned for the rows before, or None.
         rows: The rows.
         units: What they look at.
-        some: bool (B or 1, Hkv or 1, NQ, NK).
+        some: bool (B or 1, Hq or 1, NQ, NK).
         scale: Logit scale.
         adjust: The model's own change of the logits, see ``Scorer``, or None.
         allowed: The model's mask, ``(b, h, q, kv) -> bool``.
 
     Returns:
-        float32 (B, Hkv, NQ, NK), summed over rows and over the group's heads. Rows without an
-        allowed unit, and rows that are not finite, add nothing.
+        float32 (B, Hq, NQ, NK), summed over rows. Rows without an allowed unit, and rows that
+        are not finite, add nothing.
     """
     batch, heads, q_blocks, _ = rows.vectors.shape
     kv_heads, kv_blocks, per_block = units.vectors.shape[1], some.shape[-1], units.positions.shape[0]
@@ -87,13 +87,11 @@ def add_rows(
     b = torch.arange(batch, device=some.device).view(-1, 1, 1, 1)
     h = torch.arange(heads, device=some.device).view(-1, 1, 1)
     pairs = allowed(b, h, rows.positions, units.positions).to(torch.bool)
-    blocks = some if some.shape[1] == 1 else some.repeat_interleave(heads // kv_heads, 1)
-    logits = (logits + units.weights).masked_fill(~(pairs & blocks & rows.exist), float("-inf"))
+    logits = (logits + units.weights).masked_fill(~(pairs & some & rows.exist), float("-inf"))
     # First over the units of a block: nothing but the products is then ever as large as they are. Realized: Inductor
     # would write the masked products of every unit, head and row out in one kernel, which takes minutes to compile.
     lse = torch.ops.omnisparse.realize(torch.logsumexp(logits, dim=0))
-    weights = torch.softmax(lse, dim=-1).nan_to_num(0.0)
-    mass: Tensor = weights.unflatten(1, (kv_heads, -1)).sum(2)
+    mass = torch.softmax(lse, dim=-1).nan_to_num(0.0)
     return mass if total is None else total + mass
 
 
@@ -113,7 +111,7 @@ def tile_mass(
     Args:
         tiles: (B, Hq, NQ, c, E), the ``c`` tiles of every query block.
         units: What they look at.
-        some: bool (B or 1, Hkv or 1, NQ, NK).
+        some: bool (B or 1, Hq or 1, NQ, NK).
         length: Number of queries.
         block: Tokens per block.
         scale: Logit scale.
@@ -121,7 +119,7 @@ def tile_mass(
         allowed: The model's mask.
 
     Returns:
-        float32 (B, Hkv, NQ, NK), see ``normalised``.
+        float32 (B, Hq, NQ, NK), see ``normalised``.
     """
     count = int(tiles.shape[3])
     starts = torch.arange(tiles.shape[2], device=tiles.device) * block
@@ -143,11 +141,11 @@ def normalised(total: Tensor, some: Tensor) -> Tensor:
     spreads its mass evenly over ``some``: nothing is known, so nothing is preferred.
 
     Args:
-        total: float32 (B, Hkv, NQ, NK), at least 0.
-        some: bool (B or 1, Hkv or 1, NQ, NK).
+        total: float32 (B, Hq, NQ, NK), at least 0.
+        some: bool (B or 1, Hq or 1, NQ, NK).
 
     Returns:
-        float32 (B, Hkv, NQ, NK); a row sums to 1, or to 0 where ``some`` allows nothing.
+        float32 (B, Hq, NQ, NK); a row sums to 1, or to 0 where ``some`` allows nothing.
     """
     seen = total.sum(-1, keepdim=True)
     even = some / some.sum(-1, keepdim=True).clamp(min=1)

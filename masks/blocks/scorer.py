@@ -19,6 +19,7 @@ class Scorer(Protocol):
         *,
         scale: float,
         block: int,
+        key_block: int,
         adjust: Callable[..., Tensor] | None,
         allowed: Callable[..., Tensor],
         live: Tensor | None = None,
@@ -28,15 +29,16 @@ class Scorer(Protocol):
         Args:
             query: (B, Hq, L, D).
             key: (B, Hkv, S, D).
-            some: bool (B or 1, Hkv or 1, NQ, NK); blocks with no allowed pair get zero mass.
+            some: bool (B or 1, Hq or 1, NQ, NK); blocks with no allowed pair get zero mass.
             scale: Logit scale.
-            block: Tokens per block.
+            block: Tokens per query block.
+            key_block: Tokens per key block.
             adjust: The model's own change of the logits (bias, soft cap), (..., B, Hq, NQ, NK) -> the same shape; at
                 the positions ``q`` and ``kv`` where they are given, else over whole blocks; or None.
             allowed: The model's mask, ``(b, h, q, kv) -> bool`` over broadcastable indices.
             live: bool (B, S), keys that the mask leaves of the sequence; the others must not enter a mean. None: all.
 
         Returns:
-            float32 (B, Hkv, NQ, NK): the mean over the rows of logits that stand for a query block and over the
-            group's query heads; a row sums to 1, or to 0 where nothing is allowed.
+            float32 (B, Hq, NQ, NK): the mean over the rows of logits that stand for a query block; a row sums to 1,
+            or to 0 where nothing is allowed.
         """

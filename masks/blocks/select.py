@@ -5,63 +5,60 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks.blocks.antidiagonal import STRIDE, antidiagonal
 from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.blocks.last_rows import with_last_rows
-from omnisparse_flex.masks.blocks.layout import Layout, block_layout, mask_blocks
+from omnisparse_flex.masks.blocks.layout import Layout, block_layout, own_positions
 from omnisparse_flex.masks.blocks.lazy import active_rows
 from omnisparse_flex.masks.blocks.mean_pool import block_mean, mean_pool
-from omnisparse_flex.masks.blocks.sampled_rows import PROBES, probe
+from omnisparse_flex.masks.blocks.peak import Peaks
+from omnisparse_flex.masks.blocks.peak_op import peaks_of
+from omnisparse_flex.masks.blocks.peak_rows import ROWS
 from omnisparse_flex.masks.blocks.scorer import Scorer
 from omnisparse_flex.masks.blocks.tile_pool import TILE, tile_pool
 from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.live_keys import live_keys
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.live_keys import live_keys
 
-#: Side of a block, in tokens: the only size that the sm90 backward takes (DESIGN, FACTS).
+#: Side of a block, in tokens: of queries, and of keys unless ``config.key_block`` is less. FlexAttention's backward
+#: takes no other size on sm90.
 BLOCK = 128
 
 #: Logits under it stand for pairs that are not allowed, whoever says so.
 FORBIDDEN = -1e6
 
-SCORERS: dict[str, Scorer] = {
-    "mean_pool": mean_pool,
-    "tile_pool": tile_pool,
-    "antidiagonal": antidiagonal,
-    "probe": probe,
-}
+SCORERS: dict[str, Scorer] = {"mean_pool": mean_pool, "tile_pool": tile_pool}
 #: A scorer's products for a pair of blocks, as a share of what attention itself computes for it (QK and PV).
-COSTS = {
-    "mean_pool": 0.5 / BLOCK**2,
-    "tile_pool": 0.5 / TILE**2,
-    "antidiagonal": 0.5 / STRIDE,
-    "probe": 0.5 * PROBES / BLOCK,
-}
+COSTS = {"mean_pool": 0.5 / BLOCK**2, "tile_pool": 0.5 / TILE**2, "sampled_rows": 0.5 * ROWS / BLOCK}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockSelection:
-    """What one attention site keeps; the head axis is that of the KV heads.
+    """What one attention site keeps; the head axis is that of the query heads.
 
     Attributes:
-        keep: bool (B, Hkv, NQ, NK), the blocks to compute.
+        keep: bool (B, Hq, NQ, NK), the blocks to compute.
         layout: What does not depend on queries and keys.
-        mass: float32 (B, Hkv, NQ, NK), the estimate.
-        needs: int64 (B, Hkv, NQ), blocks each head would need.
-        budget: int64 (B, Hkv, NQ), blocks each head got, at most ``max_kv_budget``.
-        active: bool (B, Hkv, NQ).
-        lazy: bool (B, Hkv, NQ).
-        overflow: bool (B, Hkv, NQ), rows whose need exceeded ``max_kv_budget``.
+        recall: float32 (B, Hq, NQ), what of its mass a row block keeps: by the estimate, or of an exact row.
+        scored: float32 (B, Hq, NQ), key blocks whose keys were multiplied, where the rule chooses which.
+        mass: float32 (B, Hq, NQ, NK), the estimate; NK = 0 for the peak rule, which makes none.
+        needs: int64 (B, Hq, NQ), blocks each head would need.
+        budget: int64 (B, Hq, NQ), blocks each head got, at most ``max_kv_budget``.
+        active: bool (B, Hq, NQ).
+        lazy: bool (B, Hq, NQ).
+        overflow: bool (B, Hq, NQ), rows whose need exceeded ``max_kv_budget``.
     """
 
     keep: Tensor
     layout: Layout
+    recall: Tensor
+    scored: Tensor
     mass: Tensor
     needs: Tensor
     budget: Tensor
@@ -82,9 +79,11 @@ def select_blocks(
     visual: Tensor | None = None,
     q_offset: Tensor | int = 0,
     adjust: Callable[..., Tensor] | None = None,
+    min_peak: Tensor | float = 0.0,
+    score: Callable[..., Tensor] | None = None,
     layout: Layout | None = None,
 ) -> BlockSelection:
-    """Choose the key blocks of every query block.
+    """Choose the key blocks of every query block, each query head for itself.
 
     Args:
         query: (B, Hq, L, D).
@@ -93,10 +92,12 @@ def select_blocks(
         config: Rules; its ``target_recall`` is ignored in favour of ``target``.
         target: Recall to keep, number or 0-d tensor.
         scale: Logit scale.
-        visual: bool (B, S), tokens eligible for selection; the others are always kept. A
-            row without visual tokens, or None: every token is eligible.
+        visual: bool (B, S), visual tokens; of the others long runs are always kept, see ``text_blocks``.
+            None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
-        adjust: The model's own change of the logits; see ``change_of_logits``.
+        adjust: The model's own change of the logits, see ``change_of_logits``, for the rules that count.
+        min_peak: Share of a row that is a peak, number or 0-d tensor, for the peak rule.
+        score: The model's own change of a logit, ``(logits, b, h, q, kv) -> logits``, or None, for the peak rule.
         layout: What ``block_layout`` gives for these inputs, where layers share it; None: made here.
 
     Returns:
@@ -104,52 +105,71 @@ def select_blocks(
 
     Source: PAPER "KV selection" and "Query selection" at block granularity.
     """
-    kv_heads = key.shape[1]
+    grid = grid_of(query, key, config.split)
     if layout is None:
-        layout = block_layout(mask, grid_of(query, key), kv_heads, config, visual=visual, q_offset=q_offset)
+        layout = block_layout(mask, grid, config, visual=visual, q_offset=q_offset)
 
-    score = SCORERS[config.scorer]
-    live = live_keys(mask, query.shape[0], key.shape[2], query.device)
-    mass = score(query, key, layout.some, scale=scale, block=BLOCK, adjust=adjust, allowed=mask.pairs, live=live)
-    if config.last_rows > 0:
-        mass = with_last_rows(
-            mass, query, key, layout.some, config.last_rows,
-            scale=scale, block=BLOCK, adjust=adjust, mask=mask,
+    if config.budget == "peak":
+        peaks = peaks_of(
+            query, key, mask, layout, grid, own=own_positions(grid, q_offset), q_offset=q_offset, min_peak=min_peak,
+            floor=target, scale=scale, last_rows=config.last_rows, score=score,
         )  # fmt: skip
+        return _by_peaks(peaks, layout)
+    sides: dict[str, Any] = {"scale": scale, "block": BLOCK, "key_block": grid.kv_block, "adjust": adjust}
+    live = live_keys(mask, query.shape[0], key.shape[2], query.device)
+    mass = SCORERS[config.scorer](query, key, layout.some, allowed=mask.pairs, live=live, **sides)
+    if config.last_rows > 0:
+        mass = with_last_rows(mass, query, key, layout.some, config.last_rows, mask=mask, **sides)
     local_mass = (mass * layout.near).sum(-1)
-    pooled = block_mean(query, BLOCK).unflatten(1, (kv_heads, -1))
-    active, lazy = active_rows(pooled, local_mass, layout.text_rows, config.lazy_below)
+    active, lazy = active_rows(block_mean(query, BLOCK), local_mass, layout.text_rows, config.lazy_below)
 
     sorted_mass, order = rank(mass, layout.eligible)
     needs = need(sorted_mass, (mass * layout.forced).sum(-1), layout.eligible.sum(-1), target)
-    needs, overflow = _capped(needs, config.max_kv_budget)
-    budget = shared_budget(needs, active, _blocks_of(config.budget))
+    needs, overflow = _capped(needs, config.max_kv_budget, grid.kv_block)
+    budget = shared_budget(needs, active, _blocks_of(config.budget, grid.kv_block))
     keep = layout.forced | keep_top(order, layout.eligible, budget)
-    if config.lazy_mode == "skip":
-        keep = keep & (active | ~lazy).unsqueeze(-1)
-    return BlockSelection(keep, layout, mass, needs, budget, active, lazy, overflow & active)
+    recall = (mass * keep).sum(-1)
+    scored = torch.zeros_like(recall)
+    return BlockSelection(keep, layout, recall, scored, mass, needs, budget, active, lazy, overflow & active)
+
+
+def _by_peaks(peaks: Peaks, layout: Layout) -> BlockSelection:
+    """What the peak rule chose: a query block that fetches nothing is lazy."""
+    chosen = peaks.chosen & layout.eligible
+    number = chosen.sum(-1)
+    active = number > 0
+    blank = torch.zeros((*chosen.shape[:3], 0), dtype=torch.float32, device=chosen.device)
+    none = torch.zeros_like(active)
+    keep = chosen | layout.forced
+    return BlockSelection(keep, layout, peaks.recall, peaks.scored, blank, number, number, active, ~active, none)
 
 
 def dense_selection(query: Tensor, key: Tensor, mask: MaskProgram | OpaqueMask) -> tuple[Tensor, Tensor]:
-    """``(keep, full)`` maps that keep everything the mask allows; (1 or B, 1 or Hkv, NQ, NK)."""
-    full, some = mask_blocks(mask, grid_of(query, key), key.shape[1])
+    """``(keep, full)`` maps that keep everything the mask allows; (1 or B, 1 or Hq, NQ, NK)."""
+    full, some = mask.bounds(grid_of(query, key))
+    some, full = torch.broadcast_tensors(some, full)
     return some, full
 
 
-def grid_of(query: Tensor, key: Tensor) -> Grid:
-    """The blocks of (B, Hq, L, D) queries over (B, Hkv, S, D) keys."""
-    return Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], BLOCK, query.device)
+def grid_of(query: Tensor, key: Tensor, split: int = 1) -> Grid:
+    """The blocks of (B, Hq, L, D) queries over (B, Hkv, S, D) keys, ``split`` key blocks to ``BLOCK`` tokens."""
+    return Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], BLOCK, query.device, split)
 
 
-def _blocks_of(budget: str | int) -> str | int:
-    """A token budget in blocks, rounded up; rule names pass through."""
-    return budget if isinstance(budget, str) else (budget + BLOCK - 1) // BLOCK
+def scoring_cost(config: OmniSparseConfig) -> float:
+    """``COSTS`` of the config's scorer: a mean of fewer keys stands for fewer pairs."""
+    return COSTS[config.scorer] * (config.split if config.scorer == "mean_pool" else 1)
 
 
-def _capped(needs: Tensor, max_kv_budget: int | None) -> tuple[Tensor, Tensor]:
+def _blocks_of(budget: str | int, block: int) -> str | int:
+    """A token budget in key blocks, rounded up; rule names pass through."""
+    return budget if isinstance(budget, str) else (budget + block - 1) // block
+
+
+def _capped(needs: Tensor, max_kv_budget: int | None, block: int) -> tuple[Tensor, Tensor]:
     if max_kv_budget is None:
         return needs, torch.zeros_like(needs, dtype=torch.bool)
-    limit = (max_kv_budget + BLOCK - 1) // BLOCK
+    limit = (max_kv_budget + block - 1) // block
     return needs.clamp(max=limit), needs > limit
 
 
@@ -173,13 +193,13 @@ def change_of_logits(grid: Grid, score: Callable[..., Tensor]) -> Callable[..., 
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
     first_q = torch.arange(grid.q_blocks, device=grid.device).view(1, 1, -1, 1) * grid.block
-    first_kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.block
+    first_kv = torch.arange(grid.kv_blocks, device=grid.device).view(1, 1, 1, -1) * grid.kv_block
 
     def at_samples(logits: Tensor) -> Tensor:
         total = None
         for sample in range(SAMPLES):
-            inside = (2 * sample + 1) * grid.block // (2 * SAMPLES)
-            q, kv = (first_q + inside).clamp(max=grid.q_len - 1), (first_kv + inside).clamp(max=grid.kv_len - 1)
+            of_q, of_kv = ((2 * sample + 1) * side // (2 * SAMPLES) for side in (grid.block, grid.kv_block))
+            q, kv = (first_q + of_q).clamp(max=grid.q_len - 1), (first_kv + of_kv).clamp(max=grid.kv_len - 1)
             changed = score(logits, b, h, q, kv).expand_as(logits)
             total = changed if total is None else torch.logaddexp(total, changed)
         assert total is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -21,6 +20,7 @@ def tile_pool(
     *,
     scale: float,
     block: int,
+    key_block: int,
     adjust: Callable[..., Tensor] | None,
     allowed: Callable[..., Tensor],
     live: Tensor | None = None,
@@ -35,9 +35,9 @@ def tile_pool(
     Source: Our choice, between block means and the tiles of XAttention, arXiv 2503.16428. One
     tile of every query block at a time: B * Hq * NQ * (S / ``TILE``) products are in memory.
     """
-    tile = math.gcd(block, TILE)
-    per_block = block // tile
-    units = Units(whole_blocks(block_mean(key, tile, live), per_block), *unit_places(key, block, tile, live))
-    tiles = whole_blocks(block_mean(query, tile), per_block).unflatten(2, (some.shape[-2], per_block))
+    tile = min(key_block, TILE)
+    vectors = whole_blocks(block_mean(key, tile, live), key_block // tile)
+    units = Units(vectors, *unit_places(key, key_block, tile, live))
+    tiles = whole_blocks(block_mean(query, tile), block // tile).unflatten(2, (some.shape[-2], block // tile))
     length = query.shape[2]
     return tile_mass(tiles, units, some, length=length, block=block, scale=scale, adjust=adjust, allowed=allowed)

@@ -27,8 +27,9 @@ class Grid:
         heads: Number of query heads.
         q_len: Number of queries.
         kv_len: Number of keys.
-        block: Block side, in tokens.
+        block: Side of a query block, in tokens.
         device: Where bounds are computed.
+        split: Key blocks beside each other in the width of a query block; it divides ``block``.
     """
 
     batch: int
@@ -37,6 +38,12 @@ class Grid:
     kv_len: int
     block: int
     device: torch.device
+    split: int = 1
+
+    @property
+    def kv_block(self) -> int:
+        """Side of a key block, in tokens."""
+        return self.block // self.split
 
     @property
     def q_blocks(self) -> int:
@@ -46,7 +53,7 @@ class Grid:
     @property
     def kv_blocks(self) -> int:
         """Number of key blocks, the last one possibly ragged."""
-        return (self.kv_len + self.block - 1) // self.block
+        return (self.kv_len + self.kv_block - 1) // self.kv_block
 
 
 #: (lowest, highest) value in each block, broadcastable to (B, H, NQ, NK). None: nothing is known.
@@ -59,7 +66,7 @@ def block_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Ten
     Args:
         expr: A boolean expression.
         buffers: The captured tensors that its loads refer to.
-        grid: Lengths and block size.
+        grid: Lengths and block sizes.
 
     Returns:
         ``(full, some)``: bool tensors (B or 1, H or 1, NQ, NK). ``full`` implies that
@@ -73,7 +80,7 @@ def block_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Ten
         return full, ~full
     low, high = (torch.broadcast_to(x.to(torch.bool), torch.broadcast_shapes(x.shape, shape)) for x in bounds)
     kv = torch.arange(grid.kv_blocks, device=grid.device)
-    return low & ((kv + 1) * grid.block <= grid.kv_len), high
+    return low & ((kv + 1) * grid.kv_block <= grid.kv_len), high
 
 
 def _bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> Bounds:
@@ -103,12 +110,18 @@ def _axis_bounds(axis: str, grid: Grid) -> tuple[Tensor, Tensor]:
     if axis == "h":
         exact = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1)
         return exact, exact
-    length, count, shape = (
-        (grid.q_len, grid.q_blocks, (1, 1, -1, 1)) if axis == "q" else (grid.kv_len, grid.kv_blocks, (1, 1, 1, -1))
-    )
-    first = torch.arange(count, device=grid.device) * grid.block
-    last = (first + grid.block - 1).clamp(max=length - 1)
+    length, count, block = _of_axis(axis, grid)
+    shape = (1, 1, -1, 1) if axis == "q" else (1, 1, 1, -1)
+    first = torch.arange(count, device=grid.device) * block
+    last = (first + block - 1).clamp(max=length - 1)
     return first.view(shape), last.view(shape)
+
+
+def _of_axis(axis: str, grid: Grid) -> tuple[int, int, int]:
+    """Tokens, blocks and a block's side of queries (``"q"``) or keys."""
+    if axis == "q":
+        return grid.q_len, grid.q_blocks, grid.block
+    return grid.kv_len, grid.kv_blocks, grid.kv_block
 
 
 def _load_bounds(buffer: Tensor, at: tuple[Expr, ...], buffers: Sequence[Tensor], grid: Grid) -> Bounds:
@@ -126,12 +139,11 @@ def _load_bounds(buffer: Tensor, at: tuple[Expr, ...], buffers: Sequence[Tensor]
     strided: dict[Expr, Expr] = {}
     for dim, index in reversed(list(enumerate(at))):
         if isinstance(index, Index) and index.axis in ("q", "kv"):
-            if index in pooled or buffer.shape[dim] < (grid.q_len if index.axis == "q" else grid.kv_len):
+            length, count, block = _of_axis(index.axis, grid)
+            if index in pooled or buffer.shape[dim] < length:
                 return None
-            count = grid.q_blocks if index.axis == "q" else grid.kv_blocks
-            length = grid.q_len if index.axis == "q" else grid.kv_len
-            low = _pool(low.narrow(dim, 0, length), dim, count, grid.block, highest=False)
-            high = _pool(high.narrow(dim, 0, length), dim, count, grid.block, highest=True)
+            low = _pool(low.narrow(dim, 0, length), dim, count, block, highest=False)
+            high = _pool(high.narrow(dim, 0, length), dim, count, block, highest=True)
             pooled.append(index)
         elif (stride := _stride(index)) is not None and index.args[0] not in pooled:  # type: ignore[union-attr]
             axis = index.args[0]  # type: ignore[union-attr]
@@ -161,10 +173,10 @@ def _stride(index: Expr) -> int | None:
 
 def _strided_places(axis: Expr, stride: int, grid: Grid) -> list[Tensor]:
     """Elements of a table that each block's positions read: int64 tensors (blocks,), enough of them to name all."""
-    length, count = (grid.q_len, grid.q_blocks) if axis == Index("q") else (grid.kv_len, grid.kv_blocks)
-    first = torch.arange(count, device=grid.device) * grid.block
-    last = (first + grid.block - 1).clamp(max=length - 1) // stride
-    found = [torch.minimum(first // stride + step, last) for step in range((grid.block + stride - 2) // stride + 1)]
+    length, count, block = _of_axis("q" if axis == Index("q") else "kv", grid)
+    first = torch.arange(count, device=grid.device) * block
+    last = (first + block - 1).clamp(max=length - 1) // stride
+    found = [torch.minimum(first // stride + step, last) for step in range((block + stride - 2) // stride + 1)]
     # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.
     return [torch.ops.omnisparse.realize(x) for x in found]
 
@@ -213,7 +225,7 @@ def any_in_blocks(x: Tensor, dim: int, count: int, block: int) -> Tensor:
 
 
 def all_in_blocks(x: Tensor, dim: int, count: int, block: int) -> Tensor:
-    """Whether each block of a bool tensor's ``dim`` holds true elements alone; past the end nothing counts."""
+    """Whether each block of a bool tensor's ``dim`` holds true elements alone; places past the end do not count."""
     return _pool(x, dim, count, block, highest=False)
 
 
@@ -261,7 +273,7 @@ def _mul(a: Interval, b: Interval) -> Interval:
 
 
 def _floor_divide(a: Interval, b: Interval) -> Interval:
-    """Exact for a positive divisor known exactly; else what a divisor of 1 would make it at most, or unbounded."""
+    """Exact for a known positive divisor; else as wide as a divisor of at least 1 makes it, or unbounded."""
     safe = (b[0] == b[1]) & (b[0] > 0)
     divisor = torch.where(safe, b[0], 1)  # by 0 integers are not divided
     low, high = (torch.div(x, divisor, rounding_mode="floor") for x in a)

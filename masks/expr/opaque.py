@@ -61,7 +61,8 @@ class OpaqueMask:
         b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1, 1, 1, 1)
         h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1, 1, 1, 1)
         q = torch.arange(grid.q_blocks * grid.block, device=grid.device).view(1, 1, -1, grid.block, 1, 1)
-        kv = torch.arange(grid.kv_blocks * grid.block, device=grid.device).view(1, 1, 1, 1, -1, grid.block)
+        side = grid.kv_block
+        kv = torch.arange(grid.kv_blocks * side, device=grid.device).view(1, 1, 1, 1, -1, side)
         q_exists, kv_exists = q < grid.q_len, kv < grid.kv_len
         allowed = self.pairs(b, h, q.clamp(max=grid.q_len - 1), kv.clamp(max=grid.kv_len - 1))
         full = (allowed | ~q_exists) & kv_exists

@@ -61,7 +61,7 @@ def column_mass(
         together they sum to 1, or to 0 for a segment without such rows. A key that is not
         finite counts 1, so that it is kept and the model's own NaN shows.
 
-    Source: PAPER "Scores"; FACTS: pooling or sampling queries loses the tokens.
+    Source: PAPER "Scores".
     """
     kv_heads, kv_len = key.shape[1:3]
     segment, wide = config.segment_size, wide_dtype(query)

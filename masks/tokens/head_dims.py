@@ -8,7 +8,7 @@ from torch import Tensor
 from omnisparse_flex.masks.tokens.segments import wide_dtype
 
 
-def loudest(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
+def top_head_dims(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
     """Coordinates by the product of their mean squares in queries and keys.
 
     Args:
@@ -24,11 +24,11 @@ def loudest(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
     Our choice: unlike leading directions, coordinates need no eigenvectors, whose computation waits for the device;
     measured in ``benchmarks/quality`` (rows "dims32"). All tokens of the call have a say, later ones too.
     """
-    return loudest_of(_squares(query), _squares(key), choices, dims)
+    return top_dims_of(_squares(query), _squares(key), choices, dims)
 
 
-def loudest_of(of_query: Tensor, of_key: Tensor, choices: int, dims: int) -> Tensor:
-    """``loudest`` from sums of squares over tokens.
+def top_dims_of(of_query: Tensor, of_key: Tensor, choices: int, dims: int) -> Tensor:
+    """``top_head_dims`` from sums of squares over tokens.
 
     Args:
         of_query: float32 or float64 (B, Hq, D).
@@ -45,7 +45,7 @@ def loudest_of(of_query: Tensor, of_key: Tensor, choices: int, dims: int) -> Ten
     return columns
 
 
-def take_columns(x: Tensor, columns: Tensor) -> Tensor:
+def gather_dims(x: Tensor, columns: Tensor) -> Tensor:
     """The chosen coordinates (B, Hc, dims) of (B, H, N, D), Hc dividing H; tokens that are not finite stay so."""
     own = columns.repeat_interleave(x.shape[1] // columns.shape[1], 1).unsqueeze(2)
     narrow = x.gather(3, own.expand(-1, -1, x.shape[2], -1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.tokens.column_mass import column_mass
-from omnisparse_flex.masks.tokens.head_dims import take_columns
+from omnisparse_flex.masks.tokens.head_dims import gather_dims
 from omnisparse_flex.masks.tokens.pooled_lse import pooled_lse
 from omnisparse_flex.types import MaskMod, ScoreMod
 
@@ -61,12 +61,12 @@ def one_pass(
         for a segment without rows that see a key.
 
     Source: PAPER "Scores". Our choice: measured on real weights against exact mass
-    (``benchmarks/quality``, rows "one-pass"); on CUDA the products are float8 (``one_pass_kernel``).
+    (``benchmarks/quality``, rows "one-pass"); on CUDA the products are float8 (``kernels.column_mass``).
     """
     rules: dict[str, Any] = {"block": block, "scale": scale, "score": score, "first": first}
     guess = guessed_lse(query, key, near_lse, eligible, config.segment_size, **rules)
     if columns is not None:
-        query, key = (take_columns(x, columns) for x in (query, key))
+        query, key = (gather_dims(x, columns) for x in (query, key))
     return column_mass(query, key, near_lse, eligible, rows, row_count, config, pairs=pairs, guess=guess, **rules)
 
 

@@ -15,11 +15,13 @@ from omnisparse_flex.masks.expr.block_bounds import any_in_blocks
 class SegmentLayout(NamedTuple):
     """A layout seen from segments of queries: every query of a segment has the same always-kept blocks.
 
+    The head axis is that of the heads that choose, Hc, 1 where the mask does not distinguish heads.
+
     Attributes:
-        some: bool (B or 1, Hkv or 1, NQ, NK), blocks with possibly allowed pairs.
-        near: bool (B or 1, Hkv or 1, NQ, NK), blocks that each query block always keeps.
-        forced: bool (B or 1, Hkv or 1, M, NK), their union over a segment.
-        eligible: bool (B or 1, Hkv or 1, M, NK), blocks whose tokens may be fetched.
+        some: bool (B or 1, Hc or 1, NQ, NK), blocks with possibly allowed pairs.
+        near: bool (B or 1, Hc or 1, NQ, NK), blocks that each query block always keeps.
+        forced: bool (B or 1, Hc or 1, M, NK), their union over a segment.
+        eligible: bool (B or 1, Hc or 1, M, NK), blocks whose tokens may be fetched.
     """
 
     some: Tensor
@@ -28,27 +30,31 @@ class SegmentLayout(NamedTuple):
     eligible: Tensor
 
 
-def segment_layout(layout: Layout, blocks: int) -> SegmentLayout:
-    """Segments of ``blocks`` query blocks each.
+def segment_layout(layout: Layout, blocks: int, choices: int) -> SegmentLayout:
+    """Segments of ``blocks`` query blocks each, seen by ``choices`` heads that choose.
 
-    Our choice: what one query block of a segment always keeps, all of it keep, so that the
-    keys to choose from are the same for the whole segment.
+    Our choice: what one query block of a segment always keeps, all of it keep, and what one
+    query head of a group does, all of its group, so that the keys to choose from are the same.
     """
-    rows = layout.some.shape[2]
+    pairs, kept = (_any_of_group(x, choices) for x in (layout.some, layout.forced))
+    rows = pairs.shape[2]
     count = (rows + blocks - 1) // blocks
-    some, forced = (any_in_blocks(x, 2, count, blocks) for x in (layout.some, layout.forced))
+    some, forced = (any_in_blocks(x, 2, count, blocks) for x in (pairs, kept))
     own = torch.arange(rows, device=some.device) // blocks
-    return SegmentLayout(layout.some, layout.some & forced.index_select(2, own), forced, some & ~forced)
+    return SegmentLayout(pairs, pairs & forced.index_select(2, own), forced, some & ~forced)
+
+
+def _any_of_group(x: Tensor, choices: int) -> Tensor:
+    """(B, Hq or 1, ...) -> (B, Hc or 1, ...): what any head of a group has."""
+    if x.shape[1] in (1, choices):
+        return x
+    grouped: Tensor = x.unflatten(1, (choices, -1)).any(2)
+    return grouped
 
 
 def per_member(x: Tensor, group: int) -> Tensor:
     """(B, Hkv, ...) -> (B, Hkv * group, ...): each KV head's for every query head of its group; a copy."""
     return x if group == 1 else x.repeat_interleave(group, 1)
-
-
-def segments_per_member(segments: SegmentLayout, group: int) -> SegmentLayout:
-    """The layout with a head axis of query heads, or still of 1."""
-    return SegmentLayout(*(x if x.shape[1] == 1 else per_member(x, group) for x in segments))
 
 
 def pack_rows(active: Tensor, kv_heads: int, segment: int) -> tuple[Tensor, Tensor]:

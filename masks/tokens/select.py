@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +12,12 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.blocks.lazy import LAZY_STRIDE, REDUNDANCY_THRESHOLD
 from omnisparse_flex.masks.tokens.chunks import at_once
-from omnisparse_flex.masks.tokens.column_mass import column_mass
-from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.head_dims import top_head_dims
 from omnisparse_flex.masks.tokens.key_bits import pack_bits, unpack_bits
 from omnisparse_flex.masks.tokens.one_pass import one_pass
 from omnisparse_flex.masks.tokens.pooled_lse import pooled_lse
 from omnisparse_flex.masks.tokens.segments import SegmentLayout, pack_rows, tokens_of_blocks, wide_dtype
 from omnisparse_flex.types import MaskMod, ScoreMod
-
-#: Estimators by name; each one's products for a pair, as a share of attention's own, is a half.
-ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"one_pass": one_pass, "column_mass": column_mass}
 
 #: What ranking takes for each mass: in float32 the masses, as they are sorted, and their running sum; the order in
 #: int64; and a few flags.
@@ -102,7 +97,7 @@ def select_tokens(
     segment, count = config.segment_size, segments.eligible.shape[2]
     each = RANKED_BYTES * key.shape[0] * key.shape[1] * key.shape[2]
     step, found = at_once(count, each, key, 1), []
-    columns = None if config.scoring_dims is None else loudest(query, key, key.shape[1], config.scoring_dims)
+    columns = None if config.scoring_dims is None else top_head_dims(query, key, key.shape[1], config.scoring_dims)
     for first in range(0, count, step):
         part, own = slice(first, first + step), slice(first * segment, (first + step) * segment)
         inputs = (query[:, :, own], key, near_lse[:, :, own], segments.eligible[:, :, part], text[:, own], config)
@@ -127,11 +122,8 @@ def _select(
     """The fields of a ``TokenSelection`` from ``active`` on, for some segments."""
     active, lazy = active_tokens(query, key, near_lse, eligible, text, config, **rules)
     rows, row_count = pack_rows(active, key.shape[1], config.segment_size)
-    if columns is not None:
-        rules["columns"] = columns
-    mass, kept = ESTIMATORS[config.scorer](
-        query, key, near_lse, eligible, rows, row_count, config, pairs=pairs, **rules
-    )
+    inputs = (query, key, near_lse, eligible, rows, row_count, config)
+    mass, kept = one_pass(*inputs, pairs=pairs, columns=columns, **rules)
     tokens = tokens_of_blocks(eligible, rules["block"], key.shape[2]).expand_as(mass)
     ranked, order = rank(mass, tokens)
     needs = need(ranked, kept, tokens.sum(-1), target)
@@ -210,6 +202,4 @@ def kept_pairs(selection: TokenSelection, places: Tensor, kv_len: int, config: O
     fetched = unpack_bits(selection.chosen.index_select(2, segment), kv_len)
     near = tokens_of_blocks(selection.segments.near.index_select(2, places // block), block, kv_len).expand_as(fetched)
     fetched, near = (x.repeat_interleave(heads // choices, 1) for x in (fetched, near))
-    active, lazy = (x.index_select(2, places).unsqueeze(-1) for x in (selection.active, selection.lazy))
-    kept = near | (fetched & active)
-    return kept & (active | ~lazy) if config.lazy_mode == "skip" else kept
+    return near | (fetched & selection.active.index_select(2, places).unsqueeze(-1))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.kernels.attend_lists import Lists, attend_lists
-from omnisparse_flex.kernels.column_mass import KEYS, classify, column_masses
+from omnisparse_flex.kernels.attend_lists import KeyLists, attend_lists
+from omnisparse_flex.kernels.classify_queries import classify
+from omnisparse_flex.kernels.column_mass import KEYS, column_masses
 from omnisparse_flex.kernels.pack_keys import ReadyKeys, packed_type, ready_keys
 from omnisparse_flex.kernels.top_keys import masses_needed, pick
 from omnisparse_flex.masks.blocks.block_lists import block_lists
@@ -44,7 +45,7 @@ def select_quickly(
     real: Tensor | None,
     columns: Tensor | None = None,
 ) -> TokenSelection:
-    """Choose the active queries and the keys of every segment, under a ``PlainMask`` and with ``scoring="one_pass"``.
+    """Choose the active queries and the keys of every segment, under a ``PlainMask``.
 
     Args:
         query: (B, Hq, L, D), last dimension contiguous.
@@ -157,7 +158,7 @@ def _pooled(
     count, listed = block_lists(eligible)
     own, own_count = (None, None) if rows is None else rows
     size = (means.shape[0], means.shape[1], -1)
-    lists = Lists(own, own_count, listed.expand(*size, -1), count.expand(size), block // pool, segment)
+    lists = KeyLists(own, own_count, listed.expand(*size, -1), count.expand(size), block // pool, segment)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
     attend_lists(query, means, None, None, lse, lists, scale)
     return lse.add_(math.log(pool))

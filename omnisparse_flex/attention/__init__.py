@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omnisparse_flex.attention.functional import sparse_attention as sparse_attention
 
-# Found when asked for: parts of this folder are imported by what it would import.
+# Imported on first use: modules that these names need import other modules of this folder.
 _HOMES = {
-    "sparse_attention": "omnisparse_flex.attention.functional.functional",
+    "sparse_attention": "omnisparse_flex.attention.functional",
 }
 __all__ = ["sparse_attention"]
 

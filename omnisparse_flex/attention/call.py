@@ -20,58 +20,36 @@ from omnisparse_flex.masks.statistics import Measured, measure
 from omnisparse_flex.masks.tokens.select import TokenSelection
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Site:
-    """Everything about one attention call except its tensors' values.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """Everything about one attention call except its tensors' values; as it is, it keeps all that the mask allows.
 
     Attributes:
-        config: Selection rules; None keeps all that the mask allows (a dense layer).
         mask: The model's own mask.
-        target: Recall of this site, a number or 0-d tensor.
         score_mod: ``(score, b, h, q, kv, *score_buffers)``, the model's own, or None.
         score_buffers: Trailing arguments of ``score_mod``.
         softcap: ``c`` of ``c * tanh(logit / c)``, applied first; 0: none.
         bias: Additive logits as an expression over ``bias_buffers``, applied last, or None.
         bias_buffers: Tensors that ``bias`` reads; they may require gradients.
         scale: Logit scale; None: 1 / sqrt(D).
-        visual: bool (B, S), tokens eligible for selection, or None.
-        q_offset: Position of query 0 among the keys.
         sinks: (Hq,), logit of each head's virtual key without a value, or None; may require gradients. It takes
             its share of the mass after the selection. Our choice: recall is of the real tokens' mass, so what
             is selected does not depend on the sinks.
         lists: The kernel honours block lists (Inductor). Otherwise (eager, aot_eager) the
             selection rides in the ``mask_mod``.
-        static: Graphs are of one length each.
         kernel_options: Options for the flex kernel.
-        layout: The part of the selection that layers of one mask share; None: made here.
-        choice: Another layer's choice of blocks, of this layout, to be used in place of an own one; or None.
-        write: Called with what the selection left behind, to record statistics; or None.
-        exact: ``write`` wants true recalls too.
-        whole: Without ``write``, too, all of the selection is wanted: the record of a layer that uses it tells of it.
-        rules: Name under which the operators know this site's constants, where a graph is traced; or "".
     """
 
-    config: OmniSparseConfig | None
     mask: MaskProgram | OpaqueMask
-    target: Tensor | float = 1.0
     score_mod: Callable[..., Tensor] | None = None
     score_buffers: tuple[Tensor, ...] = ()
     softcap: float = 0.0
     bias: Expr | None = None
     bias_buffers: tuple[Tensor, ...] = ()
     scale: float | None = None
-    visual: Tensor | None = None
-    q_offset: Tensor | int = 0
     sinks: Tensor | None = None
     lists: bool = False
-    static: bool = False
     kernel_options: tuple[tuple[str, Any], ...] = ()
-    layout: Layout | None = None
-    choice: BlockSelection | None = None
-    write: Callable[[Measured], None] | None = None
-    exact: bool = False
-    whole: bool = False
-    rules: str = ""
 
     @property
     def changes_scores(self) -> bool:
@@ -81,16 +59,6 @@ class Site:
     def scale_for(self, query: Tensor) -> float:
         """Logit scale of queries (..., D)."""
         return query.shape[-1] ** -0.5 if self.scale is None else self.scale
-
-    def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
-        """The record of a selection that this site made, or was given (``choice``)."""
-        assert self.config is not None
-        scale = self.scale_for(query)
-        score = self.plain_score if self.changes_scores else None
-        return measure(
-            selection, query, key, self.mask, self.config,
-            scale=scale, score=score, exact=self.exact, chose=self.choice is None,
-        )  # fmt: skip
 
     def score(self, load: Loader, score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *own: Tensor) -> Tensor:
         """The model's own change of a logit; ``load`` reads the bias' buffers, ``own`` are the score_mod's."""
@@ -108,39 +76,77 @@ class Site:
         return self.score(load, score, b, h, q, kv, *self.score_buffers)
 
 
-#: Sites without tensors, by name.
-_SITES: dict[str, Site] = {}
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SparseCall(AttentionCall):
+    """A call that selects what it keeps.
+
+    Attributes:
+        config: Selection rules.
+        target: Recall of this call, a number or 0-d tensor.
+        min_peak: Share of a row that is a peak in this call, likewise, for the peak rule.
+        visual: bool (B, S), visual tokens; None: every token is eligible. See ``text_blocks``.
+        q_offset: Position of query 0 among the keys.
+        static: Graphs are of one length each.
+        layout: The part of the selection that layers of one mask share; None: made here.
+        write: Called with what the selection left behind, to record statistics; or None.
+        exact: ``write`` wants true recalls too.
+        rules: Name under which the operators know this call's constants, where a graph is traced; or "".
+    """
+
+    config: OmniSparseConfig
+    target: Tensor | float = 1.0
+    min_peak: Tensor | float = 0.0
+    visual: Tensor | None = None
+    q_offset: Tensor | int = 0
+    static: bool = False
+    layout: Layout | None = None
+    write: Callable[[Measured], None] | None = None
+    exact: bool = False
+    rules: str = ""
+
+    def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
+        """The record of a selection that this site made."""
+        scale = self.scale_for(query)
+        score = self.plain_score if self.changes_scores else None
+        return measure(
+            selection, query, key, self.mask, self.config,
+            scale=scale, score=score, exact=self.exact,
+        )  # fmt: skip
 
 
-def register(site: Site) -> str:
-    """Keep what is constant about a site.
+#: Calls without tensors, by name.
+_CALLS: dict[str, SparseCall] = {}
+
+
+def register(site: SparseCall) -> str:
+    """Keep what is constant about a call.
 
     Args:
-        site: Any site with a ``MaskProgram``; its tensors are left out.
+        site: Any call with a ``MaskProgram``; its tensors are left out.
 
     Returns:
-        Its name: the same in every process, for the same constants, unless the site holds a function of its own.
+        Its name: the same in every process, for the same constants, unless the call holds a function of its own.
     """
     assert isinstance(site.mask, MaskProgram)
     bare = dataclasses.replace(
         site,
         mask=MaskProgram(site.mask.expr),
         target=1.0,
+        min_peak=0.0,
         score_buffers=(),
         bias_buffers=(),
         visual=None,
         q_offset=0,
         sinks=None,
         layout=None,
-        choice=None,
         write=None,
         exact=False,
     )
     name = hashlib.sha256(repr(bare).encode()).hexdigest()[:16]
-    _SITES[name] = bare
+    _CALLS[name] = bare
     return name
 
 
-def registered(name: str) -> Site:
-    """The site without tensors that ``register`` was given."""
-    return _SITES[name]
+def registered(name: str) -> SparseCall:
+    """The call without tensors that ``register`` was given."""
+    return _CALLS[name]

@@ -29,39 +29,45 @@ def call_flex(
     scale: float,
     needs_grad: bool,
     needs_lse: bool,
+    enable_gqa: bool,
+    key_block: int,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Attend over the kept blocks.
 
     Args:
-        query: (Z, G, L, D); Z is batch times KV heads, G the heads of a group.
-        key: (Z, 1, S, D).
-        value: (Z, 1, S, Dv).
-        keep: bool (Z, 1, NQ, NK), blocks to compute.
-        full: bool (Z, 1, NQ, NK), blocks that run without ``mask_mod``.
-        mask_mod: ``(z, g, q, kv, *mask_buffers) -> bool``.
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        keep: bool (B or 1, Hq or 1, NQ, NK), blocks to compute.
+        full: bool, broadcastable to ``keep``: blocks that run without ``mask_mod``.
+        mask_mod: ``(b, h, q, kv, *mask_buffers) -> bool``.
         mask_buffers: Its trailing arguments.
-        score_mod: ``(score, z, g, q, kv, *score_buffers) -> score``.
+        score_mod: ``(score, b, h, q, kv, *score_buffers) -> score``.
         score_buffers: Its trailing arguments; they may require gradients.
         scale: Logit scale.
         needs_grad: A backward will follow.
         needs_lse: The log-sum-exp is wanted too. Inductor's CPU kernel has none.
+        enable_gqa: Hq is a multiple of Hkv, not the same.
+        key_block: Keys of a block; ``BLOCK`` where a backward will follow.
         options: Kernel options.
 
     Returns:
-        (Z, G, L, Dv), and the natural log-sum-exp of the logits (Z, G, L) or None; it is float32 (float64),
+        (B, Hq, L, Dv), and the natural log-sum-exp of the logits (B, Hq, L) or None; it is float32 (float64),
         differentiable, -inf or any number where a row has no key.
     """
     block_mask = block_mask_from_maps(
         keep,
         full,
-        lambda z, g, q, kv: mask_mod(z, g, q, kv, *mask_buffers),
+        lambda b, h, q, kv: mask_mod(b, h, q, kv, *mask_buffers),
         (query.shape[2], key.shape[2]),
         BLOCK,
         transposed=needs_grad,
+        key_block=key_block,
     )
     if torch.compiler.is_dynamo_compiling():
-        return _call_function(query, key, value, block_mask, score_mod, score_buffers, scale, needs_lse, options)
+        how = (scale, needs_lse, enable_gqa, options)
+        return _call_function(query, key, value, block_mask, score_mod, score_buffers, *how)
     # The public function refuses CPU gradients, and closures under AOT tracing: call the operator
     # itself, with every captured tensor as a trailing argument.
     complete = {
@@ -89,6 +95,7 @@ def _call_function(
     score_buffers: tuple[Tensor, ...],
     scale: float,
     needs_lse: bool,
+    enable_gqa: bool,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The same call as Dynamo can trace it: captured tensors in closures."""
@@ -97,10 +104,10 @@ def _call_function(
         query,
         key,
         value,
-        score_mod=lambda s, z, g, q, kv: score_mod(s, z, g, q, kv, *score_buffers),
+        score_mod=lambda s, b, h, q, kv: score_mod(s, b, h, q, kv, *score_buffers),
         block_mask=block_mask,
         scale=scale,
-        enable_gqa=query.shape[1] > 1,
+        enable_gqa=enable_gqa,
         kernel_options=options or None,
         return_aux=AuxRequest(lse=True) if needs_lse else None,
     )

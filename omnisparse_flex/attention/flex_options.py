@@ -20,6 +20,10 @@ Options = tuple[tuple[str, Any], ...]
 #: measures it and a test with a model's strides.
 TRITON_OPTIONS: dict[tuple[int, int], Options] = {}
 FLASH: Options = (("BACKEND", "FLASH"),)
+#: The Triton kernel's tile of keys may not be wider than a block of them; Inductor's own is, of half precision, D = 64.
+NARROW: Options = (("fwd_BLOCK_N", 64),)
+#: Where FLASH was run with blocks of 64 keys.
+FLASH_NARROW_HEAD_DIM = 128
 #: What the FLASH backend was run with.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_DIMS = (64, 128)
@@ -47,6 +51,7 @@ def kernel_options(
     plain_scores: bool,
     captures: bool,
     sinks: bool = False,
+    narrow: bool = False,
 ) -> tuple[Options, str]:
     """Options of one site's kernel.
 
@@ -59,6 +64,7 @@ def kernel_options(
         plain_scores: Logits are scaled dot products: no bias, soft cap or score_mod.
         captures: The mask reads tensors.
         sinks: The site has logit sinks.
+        narrow: Key blocks of 64.
 
     Returns:
         The options, and why a wanted FLASH kernel is not taken ("" if it is, or was not wanted).
@@ -72,9 +78,12 @@ def kernel_options(
         reason = _flash_refuses(query, key, value, dtype, capability) or _flash_refuses_mods(
             plain_scores, captures, sinks
         )
+        if not reason and narrow and query.shape[3] != FLASH_NARROW_HEAD_DIM:
+            reason = f"key blocks of 64 at head_dim {int(query.shape[3])}"
         if not reason:
             return FLASH, ""
-    return TRITON_OPTIONS.get((capability, int(query.shape[3])), ()), reason
+    options = TRITON_OPTIONS.get((capability, int(query.shape[3])), ())
+    return (*options, *(NARROW if narrow and dtype in FLASH_DTYPES else ())), reason
 
 
 def notes(refused: Iterable[tuple[int, str]]) -> list[str]:

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.attention import sink_copies
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import AttentionCall, SparseCall
 from omnisparse_flex.attention.flex import call_flex
-from omnisparse_flex.attention.logit_sinks import check_sinks, discount
+from omnisparse_flex.attention.logit_sinks import check_sinks, discount, with_sink_block
+from omnisparse_flex.attention.scalar_graph import UntraceableError
+from omnisparse_flex.attention.score_captures import with_captures
 from omnisparse_flex.attention.select import choose
-from omnisparse_flex.attention.sink_block import with_sink_block
 from omnisparse_flex.attention.sink_copies import original, spread
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.attention.tokens.op import call_token_op
 from omnisparse_flex.attention.trace_mask import trace_forbidden, trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import require
+from omnisparse_flex.masks.blocks.block_lists import wider
 from omnisparse_flex.masks.blocks.select import BLOCK, dense_selection
 from omnisparse_flex.masks.expr.captures import Captures
 from omnisparse_flex.masks.expr.expr import Const, Load, causal, causal_offset, number_in
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram, UntraceableError
-from omnisparse_flex.score_captures import with_captures
+from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: head_dim range of the flex kernels.
@@ -53,10 +54,9 @@ def sparse_attention(
         query: (B, Hq, L, D), float16 / bfloat16 / float32 (float64 eagerly).
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
-        config: Selection rules. Only the first ``target_recall`` is used if it lists layers; ``share_layers`` is
-            without effect, this being one layer.
-        visual_mask: bool (B, S), tokens eligible for selection; the others are always kept.
-            None: every token is eligible.
+        config: Selection rules. Only the first ``target_recall`` is used if it lists layers.
+        visual_mask: bool (B, S), visual tokens. The text before and after them, and runs of text of 128 tokens and
+            more, are always kept; shorter runs between them are eligible as they are. None: every token is eligible.
         is_causal: Query i sees keys up to i + S - L (lower-right causality).
         mask_mod: Further restriction, ``(b, h, q_idx, kv_idx) -> bool``, pointwise.
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, pointwise.
@@ -80,8 +80,8 @@ def sparse_attention(
     if sinks is not None:
         check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]
-    offset: Tensor | int = kv_len - q_len if is_causal else 0
     order = causal_program(kv_len - q_len, query.device) if is_causal else NO_MASK
+    offset: Tensor | int = kv_len - q_len if is_causal else 0
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
     if score_mod is not None and isinstance(mask, MaskProgram) and not torch.compiler.is_dynamo_compiling():
         mask = mask.joined(trace_forbidden(score_mod, query.dtype, query.device))
@@ -91,9 +91,10 @@ def sparse_attention(
     learned: tuple[Tensor, ...] = ()
     if score_mod is not None and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
         score_mod, learned = with_captures(score_mod, query.dtype, query.device)
-    site = Site(
+    site = SparseCall(
         config=config,
         target=config.recall_of(0),
+        min_peak=config.min_peak_of(0),
         mask=mask,
         score_mod=score_mod,
         score_buffers=learned,
@@ -105,7 +106,7 @@ def sparse_attention(
     return attend(query, key, value, site)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, site: AttentionCall) -> Tensor:
     """Run one attention site: select, build the block lists, call flex.
 
     Args:
@@ -118,38 +119,35 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         (B, Hq, L, Dv).
     """
     query, key, value = autocast(*_distinct(query, key, value))
-    if site.config is not None and site.config.granularity == "token":
+    if isinstance(site, SparseCall) and site.config.granularity == "token":
         return call_token_op(query, key, value, site) if site.rules else attend_tokens(query, key, value, site)
-    # Heads are numbers, also where Dynamo made every size a symbol: masks divide by them.
-    kv_heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
+    # Numbers, also where Dynamo made every size a symbol: the kernels' templates divide by them.
+    heads, kv_heads = int(query.shape[1]), int(key.shape[1])
     scale = site.scale_for(query)
     keep, full = _maps(query.detach(), key.detach(), site)
-
-    # Where block lists are ignored, the map of kept blocks is one more captured tensor: realized,
-    # because the Triton template cannot read through what computes it.
-    selection = () if site.lists or site.config is None else (torch.ops.omnisparse.realize(keep),)
-    captures = Captures.of((*site.mask.buffers, *selection), query.device)
     needs_grad = _needs_grad(query, key, value, *site.bias_buffers, *site.score_buffers)
+    own_block = BLOCK // site.config.split if isinstance(site, SparseCall) else BLOCK
+    key_block = BLOCK if needs_grad else own_block  # the backward takes no narrow blocks
+
+    # Where block lists are ignored, or wider than the map, it is one more captured tensor: realized,
+    # because the Triton template cannot read through what computes it.
+    has_map = isinstance(site, SparseCall) and (not site.lists or key_block > own_block)
+    selection = (torch.ops.omnisparse.realize(keep),) if has_map else ()
+    captures = Captures.of((*site.mask.buffers, *selection), query.device)
     copied = _sinks_to_copy(key, site) if needs_grad else 0
-    mask_mod = _folded_mask(site, captures, kv_heads, groups, has_map=len(selection) > 0, sinks=copied)
+    mask_mod = _mask_of_call(site, captures, map_block=own_block if has_map else 0, sinks=copied)
     score_captures = Captures.of(site.bias_buffers, query.device)
-    score_mod = _folded_score(site, score_captures, kv_heads, groups, sinks=copied)
+    score_mod = _score_of_call(site, score_captures, sinks=copied)
     score_buffers = (*site.score_buffers, *score_captures.tensors)
 
-    # KV heads move into the batch: the heads of a group then share one row of block lists.
-    batch = query.shape[0]
-    query = query.reshape(batch * kv_heads, groups, query.shape[2], query.shape[3])
-    key = key.reshape(batch * kv_heads, 1, key.shape[2], key.shape[3])
-    value = value.reshape(batch * kv_heads, 1, value.shape[2], value.shape[3])
-    keep, full = (
-        x.expand(batch, kv_heads, *x.shape[2:]).reshape(batch * kv_heads, 1, *x.shape[2:]) for x in (keep, full)
-    )
+    if key_block > own_block:
+        keep, full = wider(keep, full, key_block // own_block)
     if copied > 0:
         key, value, keep, full = spread(key, value, keep, full, sinks=copied, block=BLOCK)
     needs_lse = site.sinks is not None and _has_lse(query, site)
     if site.sinks is not None and not needs_lse:
         operands = (key, value, keep, full, mask_mod, score_mod)
-        key, value, keep, full, mask_mod, score_mod = with_sink_block(*operands, kv_heads=kv_heads, groups=groups)
+        key, value, keep, full, mask_mod, score_mod = with_sink_block(*operands, key_block)
         score_buffers = (*score_buffers, torch.ops.omnisparse.realize(site.sinks))
     out, lse = call_flex(
         query,
@@ -164,22 +162,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
         score_buffers=score_buffers,
         scale=scale,
         needs_lse=needs_lse,
+        enable_gqa=heads != kv_heads,
+        key_block=key_block,
         options=dict(site.kernel_options),
     )
-    out = out.reshape(batch, kv_heads * groups, *out.shape[2:])
-    if site.sinks is None or lse is None:
-        return out
-    return discount(out, lse.reshape(out.shape[:3]), site.sinks)
+    return out if site.sinks is None or lse is None else discount(out, lse, site.sinks)
 
 
-def _has_lse(query: Tensor, site: Site) -> bool:
+def _has_lse(query: Tensor, site: AttentionCall) -> bool:
     """Whether the flex kernel that runs ``site`` returns its log-sum-exp; Inductor's on the CPU does not."""
     return query.device.type != "cpu" or not (site.lists or torch.compiler.is_dynamo_compiling())
 
 
-def _maps(query: Tensor, key: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+def _maps(query: Tensor, key: Tensor, site: AttentionCall) -> tuple[Tensor, Tensor]:
     """The kept and the full block maps of a site."""
-    if site.config is None:
+    if not isinstance(site, SparseCall):
         return dense_selection(query, key, site.mask)
     selection = choose(query, key, site)
     return selection.keep, selection.layout.full
@@ -189,39 +186,36 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _sinks_to_copy(key: Tensor, site: Site) -> int:
+def _sinks_to_copy(key: Tensor, site: AttentionCall) -> int:
     """Sink blocks that ``spread`` shall repeat; 0 where sinks need not be the first blocks, or it does not pay."""
-    if site.config is None or not site.lists or site.mask.starts_anywhere:
+    if not isinstance(site, SparseCall) or not site.lists or site.mask.starts_anywhere:
         return 0
     if key.shape[2] < sink_copies.MIN_KEYS:
         return 0
     return (site.config.sink_size + BLOCK - 1) // BLOCK
 
 
-def _folded_mask(
-    site: Site, captures: Captures, kv_heads: int, groups: int, *, has_map: bool, sinks: int
-) -> Callable[..., Tensor]:
-    """The site's mask over (batch x KV head, head of the group, query, key), captures trailing."""
+def _mask_of_call(site: AttentionCall, captures: Captures, *, map_block: int, sinks: int) -> Callable[..., Tensor]:
+    """The site's mask, and in it the map of kept blocks of ``map_block`` keys, if not 0; captures trailing."""
 
     def omnisparse_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
-        load = captures.loader(arguments)
-        batch, kv_head, kv = b // kv_heads, b % kv_heads, original(kv, sinks=sinks, block=BLOCK)
-        allowed = site.mask.at(load, batch, kv_head * groups + h, q, kv)
-        if has_map:
-            allowed = allowed & load(len(site.mask.buffers), (batch, kv_head, q // BLOCK, kv // BLOCK))
+        load, kv = captures.loader(arguments), original(kv, sinks=sinks, block=BLOCK)
+        allowed = site.mask.at(load, b, h, q, kv)
+        if map_block > 0:
+            allowed = allowed & load(len(site.mask.buffers), (b, h, q // BLOCK, kv // map_block))
         return allowed
 
     return omnisparse_mask
 
 
-def _folded_score(site: Site, captures: Captures, kv_heads: int, groups: int, *, sinks: int) -> Callable[..., Tensor]:
-    """The site's score change over the folded heads, captures trailing."""
+def _score_of_call(site: AttentionCall, captures: Captures, *, sinks: int) -> Callable[..., Tensor]:
+    """The site's score change; captures trailing."""
     own = len(site.score_buffers)
 
     def omnisparse_score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
         load = captures.loader(arguments[own:])
         kv = original(kv, sinks=sinks, block=BLOCK)
-        return site.score(load, score, b // kv_heads, (b % kv_heads) * groups + h, q, kv, *arguments[:own])
+        return site.score(load, score, b, h, q, kv, *arguments[:own])
 
     return omnisparse_score
 

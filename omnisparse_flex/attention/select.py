@@ -1,17 +1,15 @@
-"""Which blocks one site keeps: chosen by its own queries and keys, or by another layer's."""
+"""Which blocks one site keeps."""
 
 from __future__ import annotations
-
-import dataclasses
 
 from torch import Tensor
 
 from omnisparse_flex.attention import select_op
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.masks.blocks.select import BlockSelection, change_of_logits, grid_of, select_blocks
 
 
-def choose(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
+def choose(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
     """The blocks that a sparse site keeps, recorded where ``site.write`` asks for it.
 
     Args:
@@ -20,28 +18,16 @@ def choose(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         site: The rest.
 
     Returns:
-        ``site.choice`` if there is one: another layer's, head by head. Otherwise the site's own. The record
-        of a site with another's choice has that layer's budgets and queries; the estimate of recall is of the
-        site's own queries and keys under the blocks it was given, and its selection cost nothing.
-
-    Source: Kascade (arXiv 2512.16391) for choices that layers share. Our choice: a head takes that of the head
-    with its own number.
+        The selection; made by the compiled operator where the site's rules have a name.
     """
-    if site.choice is None:
-        selection = _own(query, key, site)
-    elif site.write is None:
-        return site.choice
-    else:
-        selection = dataclasses.replace(site.choice, mass=_own(query, key, site).mass)
+    selection = select_op.call_select_op(query, key, site) if site.rules else _inline(query, key, site)
     if site.write is not None:
         site.write(site.measured(selection, query, key))
     return selection
 
 
-def _own(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
-    if site.rules:
-        return select_op.call_select_op(query, key, site)
-    assert site.config is not None
+def _inline(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
+    grid = grid_of(query, key, site.config.split)
     return select_blocks(
         query,
         key,
@@ -51,6 +37,8 @@ def _own(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         scale=site.scale_for(query),
         visual=site.visual,
         q_offset=site.q_offset,
-        adjust=change_of_logits(grid_of(query, key), site.plain_score) if site.changes_scores else None,
+        adjust=change_of_logits(grid, site.plain_score) if site.changes_scores else None,
+        min_peak=site.min_peak,
+        score=site.plain_score if site.changes_scores else None,
         layout=site.layout,
     )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from omnisparse_flex.attention.call import Site, registered
-from omnisparse_flex.compilation.cache_names import importable
+from omnisparse_flex.attention.call import SparseCall, registered
+from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph
 from omnisparse_flex.errors import bug, raises_bugs
@@ -29,10 +29,11 @@ from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of, select_
 from omnisparse_flex.masks.expr.program import MaskProgram
 
 _lib = torch.library.Library("omnisparse", "FRAGMENT")
-# record: all of the selection, for statistics; else ``keep`` alone, and the rest empty.
+# record: all of the selection, for statistics; else the first ``ALWAYS`` parts, and the rest empty.
 _lib.define(
-    "select_blocks(Tensor query, Tensor key, Tensor[] layout, Tensor target, Tensor[] mask_buffers, str rules, "
-    "bool record) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "select_blocks(Tensor query, Tensor key, Tensor[] layout, Tensor target, Tensor min_peak, "
+    "Tensor[] mask_buffers, str rules, bool record) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 #: Graphs for one set of rules (a length, all lengths, one row and several, ...); past it the selection runs uncompiled.
@@ -48,6 +49,8 @@ FUNCTION: Callable[..., tuple[Tensor, ...]]
 #: ``BlockSelection``'s tensors in the operator's order, their dtypes, and whether they have a key axis.
 PARTS = (
     ("keep", torch.bool, True),
+    ("recall", torch.float32, False),
+    ("scored", torch.float32, False),
     ("mass", torch.float32, True),
     ("needs", torch.int64, False),
     ("budget", torch.int64, False),
@@ -55,9 +58,11 @@ PARTS = (
     ("lazy", torch.bool, False),
     ("overflow", torch.bool, False),
 )
+#: How many of them, the first, are made whether there is a record or not.
+ALWAYS = 3
 
 
-def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
+def call_select_op(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
     """``select_blocks`` through the operator.
 
     Args:
@@ -66,7 +71,7 @@ def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         site: A site with a layout and a name for its rules, whose logits are plain products.
 
     Returns:
-        The selection; without ``site.write`` or ``site.whole`` everything but ``keep`` and ``layout`` is empty.
+        The selection; without ``site.write`` only ``layout`` and the first ``ALWAYS`` of ``PARTS`` hold anything.
     """
     assert site.layout is not None and isinstance(site.mask, MaskProgram)
     parts = torch.ops.omnisparse.select_blocks(
@@ -74,16 +79,17 @@ def call_select_op(query: Tensor, key: Tensor, site: Site) -> BlockSelection:
         key,
         list(site.layout),
         torch.as_tensor(site.target, dtype=torch.float32, device=query.device),
+        torch.as_tensor(site.min_peak, dtype=torch.float32, device=query.device),
         list(site.mask.buffers),
         site.rules,
-        site.write is not None or site.whole,
+        site.write is not None,
     )
     return BlockSelection(layout=site.layout, **{name: x for (name, *_), x in zip(PARTS, parts, strict=True)})
 
 
 def _select(
-    query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, buffers: Sequence[Tensor], rules: str,
-    record: bool,
+    query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, min_peak: Tensor, buffers: Sequence[Tensor],
+    rules: str, record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kind = (int(query.shape[1]), int(key.shape[1]), int(query.shape[3]), query.dtype, query.device.type)
     run = compiled(rules, record, len(layout), kind)
@@ -91,7 +97,8 @@ def _select(
     # Dynamo guards on grad mode, autocast and dispatch keys: one state for all. The inputs have followed autocast.
     below = torch._C._AutoDispatchBelowADInplaceOrView()  # where a first call is, and later ones are not
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False), below, limits:
-        made = _run_or_plain(run, rules, record, len(layout), (query.detach(), key.detach(), target, *layout, *buffers))
+        inputs = (query.detach(), key.detach(), target, min_peak, *layout, *buffers)
+        made = _run_or_plain(run, rules, record, len(layout), inputs)
     blank = (query.new_empty(0, dtype=dtype) for _, dtype, _ in PARTS[len(made) :])
     return (*made, *blank)
 
@@ -118,17 +125,18 @@ def _run_or_plain(
 def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
     """The selection by its rules' name, a function of tensors alone."""
     site = registered(rules)
-    assert site.config is not None and isinstance(site.mask, MaskProgram)
+    assert isinstance(site.mask, MaskProgram)
     config, expr, scale = site.config, site.mask.expr, site.scale
-    names = [name for name, *_ in PARTS] if record else ["keep"]
+    names = [name for name, *_ in PARTS][: len(PARTS) if record else ALWAYS]
 
-    def select(query: Tensor, key: Tensor, target: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def select(query: Tensor, key: Tensor, target: Tensor, min_peak: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         chosen = select_blocks(
             query,
             key,
             MaskProgram(expr, rest[maps:]),
             config,
             target=target,
+            min_peak=min_peak,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             layout=Layout(*rest[:maps]),
         )
@@ -147,7 +155,7 @@ def compiled(rules: str, record: bool, maps: int, kind: tuple[Any, ...]) -> Call
     function = _plain(rules, record, maps)
     assert isinstance(function, types.FunctionType)
     # Dynamo takes it for one call, which AOTAutograd traces through: as in a model's graph.
-    function = torch.compiler.allow_in_graph(importable(function, rules))
+    function = torch.compiler.allow_in_graph(stable_name(function, rules))
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         return FUNCTION(*tensors)  # noqa: F821
@@ -167,19 +175,17 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any]) -> CompiledFn:
 
 
 def _fake(
-    query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, buffers: Sequence[Tensor], rules: str,
-    record: bool,
+    query: Tensor, key: Tensor, layout: Sequence[Tensor], target: Tensor, min_peak: Tensor, buffers: Sequence[Tensor],
+    rules: str, record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return empty_parts(query, key, len(PARTS) if record else 1)
-
-
-def empty_parts(query: Tensor, key: Tensor, wanted: int) -> tuple[Tensor, ...]:
-    """Tensors of the sizes of a selection's ``PARTS``; those past the first ``wanted`` hold nothing."""
-    grid = grid_of(query, key)
-    shape = (query.shape[0], key.shape[1], grid.q_blocks, grid.kv_blocks)
+    config = registered(rules).config
+    wanted, grid = len(PARTS) if record else ALWAYS, grid_of(query, key, config.split)
+    shape = (query.shape[0], query.shape[1], grid.q_blocks, grid.kv_blocks)
+    sizes = {name: shape if keys else shape[:3] for name, _, keys in PARTS}
+    if config.budget == "peak":
+        sizes["mass"] = (*shape[:3], 0)
     return tuple(
-        query.new_empty((shape if keys else shape[:3]) if i < wanted else (0,), dtype=dtype)
-        for i, (_, dtype, keys) in enumerate(PARTS)
+        query.new_empty(sizes[name] if i < wanted else (0,), dtype=dtype) for i, (name, dtype, _) in enumerate(PARTS)
     )
 
 

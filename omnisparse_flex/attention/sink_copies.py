@@ -26,9 +26,9 @@ class Spread(NamedTuple):
     """Keys, values and maps with the copies in front.
 
     Attributes:
-        key: (Z, 1, added + S, D).
-        value: (Z, 1, added + S, Dv).
-        keep: bool (Z, 1, NQ, added / block + NK).
+        key: (B, Hkv, added + S, D).
+        value: (B, Hkv, added + S, Dv).
+        keep: bool (B or 1, Hq or 1, NQ, added / block + NK).
         full: The same for blocks without a mask.
     """
 
@@ -42,10 +42,10 @@ def spread(key: Tensor, value: Tensor, keep: Tensor, full: Tensor, *, sinks: int
     """Repeat the first ``sinks`` blocks, and let the query blocks share the copies out.
 
     Args:
-        key: (Z, 1, S, D), S at least ``sinks * block``.
-        value: (Z, 1, S, Dv).
-        keep: bool (Z, 1, NQ, NK).
-        full: bool, of keep's shape.
+        key: (B, Hkv, S, D), S at least ``sinks * block``.
+        value: (B, Hkv, S, Dv).
+        keep: bool (B or 1, Hq or 1, NQ, NK).
+        full: bool, broadcastable to ``keep``.
         sinks: Blocks to repeat, at least 1.
         block: Block side, in tokens.
 

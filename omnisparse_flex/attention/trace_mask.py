@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from omnisparse_flex.attention.scalar_graph import UntraceableError, read_scalar_graph
 from omnisparse_flex.masks.expr.expr import axes, simplify
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram, UntraceableError, read_scalar_graph
-from omnisparse_flex.masks.forbidden import SCORE, split_additive
+from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
+from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 

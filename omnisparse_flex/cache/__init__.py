@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omnisparse_flex.cache.hf_cache import OmniSparseCache as OmniSparseCache
 
-# Found when asked for: parts of this folder are imported by what it would import.
+# Imported on first use: modules that these names need import other modules of this folder.
 _HOMES = {
-    "OmniSparseCache": "omnisparse_flex.cache.hf_cache.hf_cache",
+    "OmniSparseCache": "omnisparse_flex.cache.hf_cache",
 }
 __all__ = ["OmniSparseCache"]
 

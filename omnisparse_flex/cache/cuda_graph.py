@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class CudaGraphs:
-    """Records steps as CUDA graphs; a ``replay.Recorder``.
+    """Records steps as CUDA graphs; a ``recorded_step.Recorder``.
 
-    Steps of one cache are recorded one after the other into one memory pool: a new one takes the
-    memory of the one before, whose results were copied out.
+    The steps of one cache share a memory pool: a new recording reuses the memory of the one before, whose results
+    were copied.
 
     Attributes:
-        bytes: Device memory that the pool took: intermediate results of one step, and, for the first
-            pool in a process, cuBLAS's workspace of the side stream.
+        bytes: Device memory of the pool: intermediate results of one step, and, for the first pool of a process,
+            cuBLAS's workspace of the side stream.
     """
 
     def __init__(self) -> None:
@@ -31,17 +31,17 @@ class CudaGraphs:
         self.free()
 
     def free(self) -> None:
-        """Give the pool back; the recorded steps must not be replayed any more."""
-        # Lives until the next one is recorded: a pool is usable for as long as it has a graph.
+        """Free the pool; its recorded steps must not be replayed any more."""
+        # Kept until the next recording: a pool can be reused as long as one of its graphs exists.
         self._latest: torch.cuda.CUDAGraph | None = None
         self.bytes = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CudaGraphs:
-        """A copy records for itself."""
+        """A copy makes recordings of its own."""
         return CudaGraphs()
 
     def serves(self, device: torch.device) -> bool:
-        """Whether ``device`` is a CUDA device, and nobody else records on it just now."""
+        """Whether ``device`` is a CUDA device on which no other recording is in progress."""
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     def takes(self, layers: Sequence[SlimLayer]) -> bool:
@@ -56,12 +56,12 @@ class CudaGraphs:
             device: A CUDA device.
 
         Returns:
-            The graph, and what ``step`` returned: memory that each replay fills anew.
+            The graph, and the result of ``step``, whose tensors each replay overwrites.
 
         Raises:
-            Exception: Whatever ``step`` raises, or CUDA because of what it did.
+            Exception: Errors of ``step``, and of CUDA where it cannot record an operation.
         """
-        with _ONE:
+        with _RECORDING:
             return self._record(step, device)
 
     def _record(self, step: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -69,13 +69,13 @@ class CudaGraphs:
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_reserved(device)
         pool = torch.cuda.graph_pool_handle() if self._latest is None else self._latest.pool()
-        # Not torch.cuda.graph: it empties the allocator's cache, which the next prompt would have to fill again.
+        # torch.cuda.graph would empty the allocator's cache, which the next prompt would have to fill again.
         with torch.cuda.device(device), torch.cuda.stream(stream), _no_collection(), _own_casts():
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 result = step()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # says only that the recording is void
+                with contextlib.suppress(RuntimeError):  # it only says that the recording is void
                     _end(graph, pool)
                 raise
             _end(graph, pool)
@@ -85,9 +85,9 @@ class CudaGraphs:
         return graph, result
 
 
-#: Threads record one after the other: they share the side stream.
-_ONE = threading.Lock()
-#: Recordings that failed. The allocators may go on asking them whether they record.
+#: Only one thread records at a time, because all share the side stream.
+_RECORDING = threading.Lock()
+#: Failed recordings, kept because the allocators may still ask them whether they record.
 _VOID: list[torch.cuda.CUDAGraph] = []
 
 
@@ -96,7 +96,7 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         graph.capture_end()
     except RuntimeError:
         _VOID.append(graph)
-        # Before torch 2.12 the allocator was not told, and failed later (pytorch/pytorch#180395).
+        # Before torch 2.12 the allocator was not notified, and failed later (pytorch/pytorch#180395).
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         _free_generator()
@@ -104,9 +104,10 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 
 
 def _free_generator() -> None:
-    """Let the device draw random numbers again: until torch 2.12 a void recording leaves its generator recording.
+    """Let the device draw random numbers again.
 
-    ("Offset increment outside graph capture encountered unexpectedly".) Another recording, of one kernel, ends that.
+    Until torch 2.12 a void recording leaves the generator in recording mode ("Offset increment outside graph capture
+    encountered unexpectedly"). Another recording, of one kernel, ends that mode.
     """
     with contextlib.suppress(RuntimeError):
         graph = torch.cuda.CUDAGraph()
@@ -117,16 +118,17 @@ def _free_generator() -> None:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS keeps a workspace for every stream that it ever saw."""
+    """One stream for all recordings: cuBLAS keeps a workspace for each stream that it was used on."""
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def _own_casts() -> Iterator[None]:
-    """Autocast casts the weights anew inside the recording, and forgets these casts: nobody computed them yet.
+    """Let autocast cast the weights inside the recording, and drop these casts afterwards.
 
-    A cast that it remembers is gone when its region ends, and a recorded step stays. (Switching its memory off instead
-    would fail the guards of compiled code.)
+    A cast from before the recording is freed when its autocast region ends, but the recorded step would still read it.
+    A cast inside the recording has no values yet. (Switching autocast's cache off would fail the guards of compiled
+    code.)
     """
     torch.clear_autocast_cache()
     try:
@@ -137,7 +139,7 @@ def _own_casts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection: what it frees may call CUDA in ways that make a recording void."""
+    """Switch garbage collection off: freeing an object may call CUDA in ways that make a recording void."""
     enabled = gc.isenabled()
     gc.disable()
     try:

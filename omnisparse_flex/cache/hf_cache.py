@@ -6,13 +6,14 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from omnisparse_flex.cache.choose_keys import choose
+from omnisparse_flex.cache.choose_keys import choose_keys
 from omnisparse_flex.cache.cuda_graph import CudaGraphs
+from omnisparse_flex.cache.hf_answers import CacheAnswers, full_attention_layers, with_transformers_base
 from omnisparse_flex.cache.layer import SlimLayer
 from omnisparse_flex.cache.memory_report import MemoryReport, memory_report
 from omnisparse_flex.cache.step_replay import Replay
@@ -21,54 +22,51 @@ from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import Entry, entry_of
 
 
-class OmniSparseCache:
+class OmniSparseCache(CacheAnswers):
     """A key-value cache whose heads hold only the visual keys that they use.
 
-    ``model.generate(**inputs, past_key_values=OmniSparseCache(model))``. A prompt is computed
-    with all its keys; as soon as a layer is done, its *lazy* heads keep text, sinks and recent
-    tokens, its *fetching* heads also their own k* visual keys. Logical positions and lengths
-    are those of a full cache. Greedy search, sampling, beam search, assisted decoding, batches
-    with padding and continued conversations work as with a ``DynamicCache``.
+    ``model.generate(**inputs, cache=OmniSparseCache(model))``; before transformers 5.24 the argument is
+    called ``past_key_values``, which later versions convert until 6.0. A prompt is computed with all its keys. As
+    soon as a layer is done, its *lazy* heads keep text, sinks and recent tokens; its *fetching* heads also keep k*
+    visual keys each. Logical positions and lengths are those of a full cache. Greedy search, sampling, beam search,
+    assisted decoding, batches with padding and continued conversations work as with a ``DynamicCache``.
 
-    Sinks, recent tokens and an upper bound of k* are ``sink_size``, ``window_size`` and
-    ``max_kv_budget`` of the model's ``OmniSparseConfig``.
+    ``sink_size``, ``window_size`` and ``max_kv_budget`` of the model's ``OmniSparseConfig`` set the number of sinks,
+    of recent tokens, and the upper bound of k*.
 
     Args:
         model: A transformers model that ``apply_omnisparse`` changed.
-        visual_recall: Share of its attention mass that each head must keep, in (0, 1]; measured
-            on the last text queries of each turn, and again every ``REFRESH`` decoded tokens. 1
-            drops nothing.
-        offload: Keep all droppable keys in (pinned) host memory: every turn then computes its
-            question over the whole conversation and chooses anew. False drops them for good: a
-            later question about something else is answered from what the first one kept, and
-            new visual tokens of later turns are kept whole.
-        cuda_graphs: On a GPU, record a decode step of the decoder as a CUDA graph, after three steps alike,
-            and replay it for the next tokens. Costs the memory of one step's intermediate results
-            (``memory_report``). Dynamo still checks its guards for each token: a change of weights, hooks
-            or modes ends the recording. Steps that cannot be recorded (beams, drafts, padded batches, no
-            ``position_ids``, several devices) run as compiled code, and ``rewrite_report`` says why. No
-            effect elsewhere. Custom operators of a model must do all their work on the device, or switch it off;
-            so must who frees weights by resizing their memory in place (FSDP).
+        visual_recall: Share of its attention mass that each head keeps, in (0, 1]. It is measured on the last text
+            queries of each turn, and again every ``REFRESH`` decoded tokens. 1 drops nothing.
+        offload: Keep all droppable keys in (pinned) host memory: every turn then computes its question over the whole
+            conversation and chooses anew. False drops them for good: a later question is answered from what the first
+            one kept, and visual tokens of later turns are kept whole.
+        cuda_graphs: On a GPU, record a decode step of the decoder as a CUDA graph after three equal steps, and replay
+            it for the next tokens; no effect elsewhere. It costs the memory of one step's intermediate results
+            (``memory_report``). Dynamo still checks its guards for each token: a change of weights, hooks or modes ends
+            the recording. Steps that cannot be recorded (beams, drafts, padded batches, no ``position_ids``, several
+            devices) run as compiled code, and ``rewrite_report`` says why. Set it to False if a custom operator of the
+            model works on the host, or if weights are freed by resizing their memory in place (FSDP).
 
     Raises:
         ConfigError: If the model was not changed by ``apply_omnisparse``, has layers without full
             attention, or an argument is out of range. In use: another model, batch or device, no
             visual mask, gradients, an earlier call that failed.
 
-    An ``attention_mask`` must not change for tokens that the cache holds. A prompt without visual
-    tokens, or whose last token is visual (no question yet), is kept in full. Without host memory
-    for offloading, a layer keeps a full cache and warns. Assisted decoding sends its first draft along with the prompt,
-    and in a later turn feeds all the tokens that it is given: give it the new ones only (before transformers 5.23,
-    ``reset`` the cache). After beam search, let ``reorder_cache`` choose the beams to go on with.
+    The ``attention_mask`` of cached tokens must not change. A prompt without visual tokens, or whose last token is
+    visual (no question yet), is kept in full. A layer for which the host has no memory keeps a full cache and warns.
+    Assisted decoding sends its first draft along with the prompt, and in a later turn computes all the tokens that it
+    gets: pass only the new ones (before transformers 5.23, ``reset`` the cache). After beam search, ``reorder_cache``
+    chooses the beams to go on with.
 
-    Source: PAPER "KV-cache slimming". Our choice: the mass is of exact softmax rows; one rule,
-    ``visual_recall``, decides both which heads are lazy and how much the others fetch. Logit sinks
-    join the softmax of every decoded token; the mass is of the real tokens alone.
+    Source: PAPER "KV-cache slimming". Our choice: the mass is of exact softmax rows, and ``visual_recall`` decides both
+    which heads are lazy and how many keys the others fetch. Logit sinks join the softmax of every decoded token, but
+    not the mass.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> OmniSparseCache:
         """Make an instance that is a transformers ``Cache`` too, which is imported only now."""
-        return object.__new__(_with_base() if cls is OmniSparseCache else cls)
+        return object.__new__(with_transformers_base(cast(Any, cls)) if cls is OmniSparseCache else cls)
 
     def __init__(
         self, model: nn.Module, *, visual_recall: float = 0.95, offload: bool = True, cuda_graphs: bool = True
@@ -82,13 +80,13 @@ class OmniSparseCache:
         for name, value in (("offload", offload), ("cuda_graphs", cuda_graphs)):
             require(isinstance(value, bool), name, "be True or False", value)
         assert entry is not None
-        layers = [SlimLayer(i) for i in range(_full_layers(entry.module))]
+        layers = [SlimLayer(i) for i in range(full_attention_layers(entry.module))]
         super().__init__(layers=layers)  # type: ignore[call-arg]
         config = entry.backend.config
-        rule = functools.partial(choose, recall=visual_recall, most=config.max_kv_budget)
+        rule = functools.partial(choose_keys, recall=visual_recall, max_keys=config.max_kv_budget)
         self.store = SlimStore(layers, lambda mass, layer: rule(mass), offload, config.sink_size, config.window_size)
         self.replay = Replay(self.store, CudaGraphs()) if cuda_graphs else None
-        # What a call still has to do when its recorded step runs already; see ``Entry.prepare``.
+        # What a call still has to do after its recorded step was launched; see ``Entry.prepare``.
         self.omnisparse_later: list[Callable[[], None]] = []
         self.owner = -1
         self._decoder = weakref.ref(entry.module)
@@ -96,18 +94,17 @@ class OmniSparseCache:
 
     @contextlib.contextmanager
     def omnisparse_call(self, entry: Entry, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Surrounds one call of the decoder; ``Entry`` enters it.
+        """The context of one call of the decoder; ``Entry`` enters it.
 
         Raises:
             ConfigError: On a call that the cache cannot serve.
         """
         rule = "be used with the model it was made for"
         require(entry.module is self._decoder(), "cache", rule, type(entry.module).__name__)
-        tokens = kwargs.get("inputs_embeds")
-        tokens = kwargs.get("input_ids") if tokens is None else tokens
-        require(isinstance(tokens, Tensor), "input_ids or inputs_embeds", "be a tensor", type(tokens).__name__)
-        assert isinstance(tokens, Tensor)
-        busy = entry.owner.cache is not None
+        tokens = _tokens(kwargs)
+        if not isinstance(tokens, Tensor):
+            raise ConfigError(f"input_ids or inputs_embeds must be a tensor, got {type(tokens).__name__}")
+        busy = self.mode is not None or entry.owner.cache is not None
         require(not busy, "model", "run one call with a cache at a time", "a call in progress (in another thread?)")
         self.store.begin(tokens, kwargs.get("attention_mask"), self._omnisparse_visual)
         self.mode, self.owner, entry.owner.cache = self.store.mode, entry.owner.number, self.store
@@ -119,30 +116,27 @@ class OmniSparseCache:
         finally:
             self.mode = self.store.mode = entry.owner.cache = None
         self.store.end(tokens.shape[1])
-        self._measure()
+        self._set_length()
 
     def omnisparse_waits(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a recorded step is at hand, and a call with these arguments may be one more of them."""
+        """Whether there is a recorded step, and a call with these arguments may be one more of them."""
         if self.replay is None or self.replay.recorded is None:
             return False
-        tokens = kwargs.get("inputs_embeds")
-        tokens = kwargs.get("input_ids") if tokens is None else tokens
+        tokens = _tokens(kwargs)
         return isinstance(tokens, Tensor) and tokens.shape[1] == 1
 
     def omnisparse_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the decoder within ``omnisparse_call``, or replay a recorded step of it."""
         store = self.store
-        if store.is_step and not store.padded and isinstance(kwargs.get("position_ids"), Tensor):
-            # All ones, or ``store.marks`` knows better: without it the decode graph knows no length.
+        if store.is_step and not store.tokens.padded and isinstance(kwargs.get("position_ids"), Tensor):
+            # ``store.tokens.marks`` holds its zeros. Without the mask, the decode graph does not depend on the length.
             kwargs.update({"attention_mask": None} if "attention_mask" in kwargs else {})
         return entry.run(args, kwargs) if self.replay is None else self.replay.run(entry, self, args, kwargs)
 
-    def _measure(self) -> None:
-        """Give the ruler the cache's length."""
-        self._ruler = torch.empty(self.store.length, 0)
-        torch._dynamo.maybe_mark_dynamic(self._ruler, 0)
-
-    # What transformers asks of a cache.
+    def _set_length(self) -> None:
+        """Update the tensor from whose size a compiled graph reads the cache's length."""
+        self._length_tensor = torch.empty(self.store.length, 0)
+        torch._dynamo.maybe_mark_dynamic(self._length_tensor, 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """New keys and values of a layer; in a later turn, all of them.
@@ -159,28 +153,12 @@ class OmniSparseCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens in the cache, dropped ones included."""
-        # The length of a tensor without elements: a compiled graph sees a size, not a constant.
-        return self._ruler.shape[0]
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Position of the next token."""
-        return self.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the logical keys."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No maximum."""
-        return -1
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """No maximum."""
-        return -1
+        # The size of a tensor without elements: a compiled graph sees a dynamic size, not a constant.
+        return self._length_tensor.shape[0]
 
     def activate_past_recording(self) -> None:
         """Assisted decoding announces that it will crop."""
-        self.store.recording = True
+        self.store.is_assisted = True
 
     @property
     def _is_user_defined(self) -> bool:
@@ -188,10 +166,10 @@ class OmniSparseCache:
 
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
-        # ``generate`` sets this when it begins: what follows is a turn, not a draft to verify.
-        self.store.recording = self.store.cropped = False
+        # ``generate`` sets this when it begins: a turn follows, not a draft to verify.
+        self.store.is_assisted = self.store.cropped = False
         if self.replay is not None:
-            self.replay.forget()  # another answer, in other circumstances
+            self.replay.forget()  # the next answer may run in other modes
 
     @property
     def batch_size(self) -> int:
@@ -203,35 +181,10 @@ class OmniSparseCache:
         """Whether the cache holds tokens."""
         return self.store.length > 0
 
-    @property
-    def is_compileable(self) -> bool:
-        """False: ``apply_omnisparse`` compiles the decoder, not ``generate``."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """``crop`` leaves no trace."""
-        return True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """No layer slides."""
-        return [False] * len(self.layers)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """No layer is linear."""
-        return [False] * len(self.layers)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        """Every layer holds keys."""
-        return [False] * len(self.layers)
-
     layers: list[SlimLayer]
     #: How the call in progress uses the cache; None between calls.
     mode: str | None
-    _omnisparse_visual: Tensor | None  # the name is integration.HISTORY
+    _omnisparse_visual: Tensor | None  # the name is ``model.visual_mask.HISTORY``
 
     def reset(self) -> None:
         """Forget everything and free it; the cache can be used anew."""
@@ -240,7 +193,7 @@ class OmniSparseCache:
             self.replay.drop()
         self.mode = None
         self._omnisparse_visual = None
-        self._measure()
+        self._set_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens.
@@ -259,7 +212,7 @@ class OmniSparseCache:
         self.store.crop(remaining)
         if self._omnisparse_visual is not None:
             self._omnisparse_visual = self._omnisparse_visual[:, :remaining]
-        self._measure()
+        self._set_length()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row i the keys of row ``beam_idx[i]``, int64 (B,)."""
@@ -287,26 +240,7 @@ class OmniSparseCache:
         return memory_report(self.layers, self.store.batch, self.store.length, recorded)
 
 
-@functools.cache
-def _with_base() -> type[OmniSparseCache]:
-    """The class with transformers' ``Cache`` as its base."""
-    from transformers import Cache
-
-    fields = {"__module__": __name__, "__doc__": OmniSparseCache.__doc__}
-    return type("OmniSparseCache", (OmniSparseCache, Cache), fields)
-
-
-def _full_layers(decoder: Any) -> int:
-    """Number of decoder layers.
-
-    Raises:
-        ConfigError: Unless every layer has full attention over keys of its own.
-    """
-    config = getattr(decoder, "config", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    require(isinstance(layers, int), "model", "be a transformers model", type(decoder).__name__)
-    kinds = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
-    require(kinds == ["full_attention"], "model", "have full attention in every layer", kinds)
-    shared = getattr(config, "num_kv_shared_layers", None) or 0
-    require(shared == 0, "model", "have keys of its own in every layer", f"{shared} layers that share them")
-    return layers  # type: ignore[return-value]
+def _tokens(kwargs: dict[str, Any]) -> Any:
+    """The call's embeddings or input ids."""
+    embeddings = kwargs.get("inputs_embeds")
+    return kwargs.get("input_ids") if embeddings is None else embeddings

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Tokens copied to the host at a time: what a copy needs on the device beside the layer itself.
+from omnisparse_flex.cache.choose_keys import Plan
+
+#: Tokens copied to the host at a time; it bounds the device memory that a copy needs beside the layer itself.
 CHUNK = 2048
-#: Copies to the host under way at a time, each of one head's tokens.
+#: Most copies to the host in progress at a time, each of one head's tokens.
 IN_FLIGHT = 8
 
 
 class Copies:
-    """The side stream of one device, and the copies under way; without effect on the CPU."""
+    """The side stream of one device, and its copies in progress; without effect on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         """Open a side stream on ``device`` if it is a CUDA device."""
@@ -30,7 +32,7 @@ class Copies:
         return Copies(self.device)
 
     def to_host(self, host: Tensor, chunk: Tensor) -> None:
-        """Copy a tensor of ours to pinned memory; it is kept alive until the copy is done."""
+        """Copy a tensor to pinned memory; the tensor is kept alive until the copy is done."""
         if self.stream is None:
             host.copy_(chunk)
             return
@@ -51,7 +53,7 @@ class Copies:
             target.copy_(host, non_blocking=True)
 
     def start(self) -> None:
-        """Copies that follow write to memory that the current stream has just allocated."""
+        """Let the copies that follow wait for the current stream, which allocated the memory that they write."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
@@ -106,7 +108,9 @@ class HostSpan:
 
     def crop(self, length: int) -> None:
         """Forget tokens from position ``length`` on."""
-        self.counts = [int(n) for n in (self.positions < length).sum(1).tolist()]
+        # Positions ascend, but the fillers behind a row's count may lie below the length of a later turn.
+        below = (self.positions < length).sum(1).tolist()
+        self.counts = [min(count, int(n)) for count, n in zip(self.counts, below, strict=True)]
 
     def select(self, rows: list[int]) -> None:
         """Make the batch consist of these rows."""
@@ -116,6 +120,75 @@ class HostSpan:
     def bytes(self) -> int:
         """Host memory of the tensors."""
         return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+
+class HostCopy:
+    """One layer's keys and values on the host, and the full tensors that they are copied back into.
+
+    Attributes:
+        spans: One span per turn that brought droppable tokens.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.spans: list[HostSpan] = []
+        self._fetched: tuple[int, Tensor, Tensor] | None = None
+
+    def add(self, key: Tensor, value: Tensor, plan: Plan, copies: Copies) -> None:
+        """Copy the plan's droppable tokens that the host does not hold yet.
+
+        Raises:
+            RuntimeError: If there is no host memory for them.
+        """
+        positions = plan.fresh if self.spans else plan.drop
+        if positions.shape[1]:
+            self.spans.append(send(key, value, positions, plan.length, copies))
+
+    def fetch(self, length: int, key: Tensor, value: Tensor, copies: Copies | None) -> None:
+        """Start to copy the spans into full tensors; ``fetched_tensors`` finishes.
+
+        Args:
+            length: Tokens that the full tensors hold.
+            key: Any (B, Hkv, *, D) of the layer's dtype and device.
+            value: Any (B, Hkv, *, Dv).
+            copies: Streams; None where nothing was offloaded.
+        """
+        full_key, full_value = (x.new_zeros(*x.shape[:2], length, x.shape[3]) for x in (key, value))
+        if copies is not None and self.spans:
+            copies.start()
+            for span in self.spans:
+                span.bring(full_key, full_value, copies)
+        self._fetched = length, full_key, full_value
+
+    def fetched_tensors(self, length: int, key: Tensor, value: Tensor, copies: Copies | None) -> tuple[Tensor, Tensor]:
+        """The full tensors of ``fetch``, whose copies are done; zeros where the host holds nothing."""
+        if self._fetched is None or self._fetched[0] != length:
+            self.fetch(length, key, value, copies)
+        assert self._fetched is not None
+        _, full_key, full_value = self._fetched
+        self._fetched = None
+        if copies is not None:
+            copies.wait()
+        return full_key, full_value
+
+    def cancel_fetch(self) -> None:
+        """Drop the full tensors of a ``fetch`` that nobody waited for."""
+        self._fetched = None
+
+    def crop(self, length: int) -> None:
+        """Forget tokens from position ``length`` on."""
+        for span in self.spans:
+            span.crop(length)
+
+    def select(self, rows: list[int]) -> None:
+        """Make the batch consist of these rows."""
+        for span in self.spans:
+            span.select(rows)
+
+    @property
+    def bytes(self) -> int:
+        """Host memory of all spans."""
+        return sum(span.bytes for span in self.spans)
 
 
 def send(key: Tensor, value: Tensor, positions: Tensor, length: int, copies: Copies) -> HostSpan:
@@ -129,7 +202,7 @@ def send(key: Tensor, value: Tensor, positions: Tensor, length: int, copies: Cop
         copies: Where the copies run.
 
     Returns:
-        The span; the copies may still be under way.
+        The span; its copies may still be in progress.
 
     Raises:
         RuntimeError: If there is no host memory for it.
@@ -142,7 +215,7 @@ def send(key: Tensor, value: Tensor, positions: Tensor, length: int, copies: Cop
     for start in range(0, positions.shape[1], CHUNK):
         part = slots[:, None, start : start + CHUNK, None].expand(-1, key.shape[1], -1, -1)
         for source, host in ((key, keys), (value, values)):
-            # Gathered into memory of ours first: the compiler may reuse the layer's own at any time.
+            # Gathered into a tensor of its own: the compiler may reuse the memory of the layer's tensors at any time.
             chunk = source.gather(2, part.expand(-1, -1, -1, source.shape[3]))
             for row in range(key.shape[0]):
                 for head in range(key.shape[1]):

@@ -1,4 +1,4 @@
-"""What a slim cache really occupies."""
+"""The memory that a slim cache occupies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerMemory:
         heads: Device bytes of each KV head's keys and values, room for new tokens included.
         tokens: Tokens that each KV head holds on the device (of the longest row).
         device: Device bytes, positions included.
-        host: Host bytes of the tensors; torch's pinned allocator may round each up.
+        host: Host bytes of the tensors; torch's pinned allocator may round each size up.
         full: Bytes that the keys and values of a full cache need.
     """
 
@@ -91,25 +91,24 @@ class MemoryReport:
 
 def memory_report(layers: Sequence[SlimLayer], batch: int, length: int, recorded: int = 0) -> MemoryReport:
     """Measure the layers of a cache; ``recorded``: bytes of its recorded step."""
-    measured = tuple(_measure(layer) for layer in layers if layer.rectangles)
+    measured = tuple(_measure(layer) for layer in layers if layer.kept)
     return MemoryReport(measured, length, max(batch, 0), recorded)
 
 
 def _measure(layer: SlimLayer) -> LayerMemory:
     tail = [x for x in (layer.tail_keys, layer.tail_values) if x is not None]
     tail_bytes = sum(x.untyped_storage().nbytes() for x in tail)
-    count = sum(len(part.heads) for part in layer.rectangles)
+    count = sum(len(part.heads) for part in layer.kept)
     heads, tokens, full = [tail_bytes // count] * count, [layer.tail] * count, 0
-    for part in layer.rectangles:
+    for part in layer.kept:
         rows = part.keys.shape[0]
         width = (part.keys.shape[3] + part.values.shape[3]) * part.keys.element_size()
         for head in part.heads:
             heads[head] += rows * part.keys.shape[2] * width
             tokens[head] += part.keys.shape[2]
             full += rows * layer.length * width
-    device = tail_bytes + sum(part.bytes for part in layer.rectangles)
-    host = sum(span.bytes for span in layer.host)
-    return LayerMemory(layer.index, layer.lazy, tuple(heads), tuple(tokens), device, host, full)
+    device = tail_bytes + sum(part.bytes for part in layer.kept)
+    return LayerMemory(layer.index, layer.lazy, tuple(heads), tuple(tokens), device, layer.host.bytes, full)
 
 
 def _mib(count: int) -> str:

@@ -1,4 +1,4 @@
-"""A recorded decode step, and what records one."""
+"""A recorded decode step, and the protocols of what records and replays it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Step(Protocol):
     """A recorded step."""
 
     def replay(self) -> None:
-        """Run its kernels again, on the memory that they were recorded with."""
+        """Run the recorded kernels again, on the memory that they were recorded with."""
 
 
 class Recorder(Protocol):
-    """What records steps: ``cuda_graphs.CudaGraphs``, or a test's stand-in."""
+    """Records steps: ``cuda_graph.CudaGraphs``, or a test double."""
 
     bytes: int
 
@@ -33,65 +33,66 @@ class Recorder(Protocol):
         """Whether the latest step of these layers ran on kernels that can be recorded."""
 
     def record(self, step: Callable[[], Any], device: torch.device) -> tuple[Step, Any]:
-        """Record a step without running it; with it the result, which each replay fills anew."""
+        """Record a step without running it; returns it and its result, which each replay overwrites."""
 
     def free(self) -> None:
         """Give all memory back."""
 
 
-class Places:
-    """Where tensors lie; none of them is kept alive."""
+class TensorAddresses:
+    """The addresses of some tensors, which are not kept alive by it."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        """Note where they lie now."""
+        """Store the current addresses."""
         self.tensors = [weakref.ref(x) for x in tensors]
         self.addresses = self._addresses()
 
     def hold(self) -> bool:
-        """Whether all of them are there still."""
+        """Whether all tensors still exist at the same addresses."""
         try:
             return self._addresses() == self.addresses
-        except TypeError:  # one of them is gone
+        except TypeError:  # a tensor was freed
             return False
 
     def _addresses(self) -> list[int]:
-        # A few hundred weights, for every token: hence no Python code for each.
+        # Called for every token with a few hundred weights: a Python loop would take too long.
         return list(map(Tensor.data_ptr, [ref() for ref in self.tensors]))  # type: ignore[arg-type]
 
 
-class Memory:
-    """Whether memory that is only read is still allocated: then its reader can start before more is asked.
+class StorageWatch:
+    """Tells whether the memory of some tensors is still allocated.
 
-    ``Places`` of hundreds of weights take too long before every token, and yet a kernel must not read what was given
-    back to the driver. The memory itself says so when it is freed.
+    A kernel must not read memory that was given back to the driver. Comparing the addresses of hundreds of weights
+    (``TensorAddresses``) before every token takes too long; a weak reference to each storage is called back when the
+    storage is freed, so the check is one look at a list.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Watch the memory of these tensors."""
+        """Watch the storages of these tensors."""
         self._freed: list[object] = []
         self._storages = [weakref.ref(x.untyped_storage(), self._freed.append) for x in tensors]
-        # Where the Python object of a storage does not live as long as the storage, one must look.
-        self._places = Places(tensors) if self._freed else None
+        # In a torch whose Python storage objects are freed before the storage itself, compare addresses instead.
+        self._places = TensorAddresses(tensors) if self._freed else None
 
     def lasts(self) -> bool:
-        """Whether nothing of it was freed."""
+        """Whether none of the storages was freed."""
         return not self._freed if self._places is None else self._places.hold()
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class Recorded:
-    """A recorded step, and all that it takes for granted.
+class RecordedStep:
+    """A recorded step, and what must be unchanged for a replay of it.
 
     Attributes:
         key: What must be equal for a replay.
-        number: The compiled graph's.
-        inputs: What that reads, as ``Call.read`` says it.
-        step: Replays it.
-        outputs: Its outputs, which each replay fills anew.
+        number: Number of the compiled graph.
+        inputs: What the graph reads, as ``DecoderCall.read`` returns it.
+        step: Replays the graph's kernels.
+        outputs: The graph's outputs, overwritten by each replay.
         queries: Each layer's queries (B, Hq, 1, D), by layer.
         weights: The tensors among ``inputs``.
-        memory: Of these.
-        written: What the step writes: the layers' tails and counters.
+        memory: The storages of ``weights``.
+        written: Tensors that the step writes: the layers' tails and counters.
     """
 
     key: tuple[Any, ...]
@@ -100,10 +101,10 @@ class Recorded:
     step: Step
     outputs: list[Any]
     queries: dict[int, Tensor]
-    weights: Places
-    memory: Memory
-    written: Places
+    weights: TensorAddresses
+    memory: StorageWatch
+    written: TensorAddresses
 
     def is_safe(self) -> bool:
-        """Whether a replay reads and writes no memory that is somebody else's by now."""
+        """Whether all memory that a replay reads and writes still belongs to the same tensors."""
         return self.memory.lasts() and self.written.hold()

@@ -11,39 +11,40 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from omnisparse_flex.cache.recorded_step import Memory, Places, Recorded, Recorder
-from omnisparse_flex.cache.step_inputs import Call, alike, others, place
+from omnisparse_flex.cache import step_reasons
+from omnisparse_flex.cache.recorded_step import RecordedStep, Recorder, StorageWatch, TensorAddresses
+from omnisparse_flex.cache.step_inputs import DecoderCall, same_inputs, storage_key, weights_of
 
 if TYPE_CHECKING:
     from omnisparse_flex.cache.store import SlimStore
     from omnisparse_flex.model.compiled_module import Entry
 
-#: Arguments that a recorded step may hold as they are.
-CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
-#: Steps in a row that could not be recorded, after which the report says why.
-PATIENCE = 8
+#: Consecutive steps that could not be recorded, after which the report says why.
+MAX_UNLIKE_STEPS = 8
 
 
 class Replay:
-    """The decode steps of one cache: run while they differ, recorded after two that were alike, then replayed.
+    """Records the decode steps of one cache and replays them.
 
-    What is recorded is the compiled graph, not the call around it. Dynamo checks its guards for every token as it
-    does for a step that runs (weights, hooks, attributes of modules, configs, autocast, ...), and does in Python what
-    the decoder does there; only the graph's kernels come from the recording. They start before the guards are
-    checked, which takes the host long: if another graph is called for, what they decoded is void.
+    Two consecutive steps with the same inputs are followed by a recorded one, and that by replays.
 
-    A recorded step has addresses, sizes and numbers baked in. Before every launch the cache is asked whether it is as
-    it was (whatever changes a layer need not announce it), and whether all that the step writes lies where it lay. Of
-    the weights, which it reads, only that their memory was not freed: where they lie is asked with the guards.
+    The compiled graph is recorded, not the call around it. For every token Dynamo checks its guards (weights, hooks,
+    attributes of modules, configs, autocast, ...) and the decoder's Python code runs; only the graph's kernels come
+    from the recording. They are launched before the guards are checked, because the check takes the host long. If the
+    guards then choose another graph, the replayed token is void.
 
-    A comparison cannot see whether the compiled graph computes with a number that grows with the tokens (positions
-    from a length): so two steps in a row are watched, and everything that the graph reads must be an argument of the
-    call, which is copied in, or the very same in both. One that reads more is never recorded.
+    A recorded step holds addresses, sizes and numbers. Before each launch, the replay compares the versions of the
+    layers and the addresses of all tensors that the step writes, and checks that the weights' memory was not freed.
+    The addresses of the weights are compared together with the guards.
+
+    The compiled graph may compute with a number that grows with the tokens (positions from a length). Therefore two
+    consecutive steps are compared first: each input of the graph must be an argument of the call, which is copied to a
+    fixed address, or the same object in both steps. A graph with any other input is never recorded.
 
     Attributes:
         store: The cache's layers.
         recorder: Records steps.
-        recorded: The step at hand, or None.
+        recorded: The recorded step, or None.
         count: Steps recorded so far.
     """
 
@@ -53,8 +54,8 @@ class Replay:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the recorded step; its memory serves the next one."""
-        self.recorded: Recorded | None = None
+        """Drop the recorded step; the next one reuses its memory."""
+        self.recorded: RecordedStep | None = None
         self._buffers: list[Tensor | None] = []
         self._fits: tuple[Any, ...] | None = None
         self._before: tuple[tuple[Any, ...], int, list[Any]] | None = None
@@ -62,7 +63,7 @@ class Replay:
         self._unlike = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replay:
-        """A copied cache lies elsewhere: it records steps of its own."""
+        """A copied cache has other addresses, so it records its own steps."""
         return type(self)(copy.deepcopy(self.store, memo), copy.deepcopy(self.recorder, memo))
 
     def drop(self) -> None:
@@ -75,25 +76,25 @@ class Replay:
 
         Args:
             entry: The decoder's entry.
-            cache: What stands for the cache in the arguments.
+            cache: The cache, as it appears among the arguments.
             args: The decoder's arguments.
             kwargs: The decoder's keyword arguments.
 
         Returns:
-            The decoder's result, from a replay if a recorded step is the same; its tensors belong to the caller.
+            The decoder's result, from a replay if the recorded step matches. The caller owns its tensors.
         """
         store, device = self.store, self.store.device
         if not (entry.records and store.is_step and device and self.recorder.serves(device)):
             self.forget()
-            if store.recording and store.cropped and device and self.recorder.serves(device):
-                self._note(entry, "drafts of several tokens are verified at once")
+            if store.is_assisted and store.cropped and device and self.recorder.serves(device):
+                step_reasons.note(entry, step_reasons.DRAFTS)
             return entry.run(args, kwargs)
-        call = Call(entry, cache, args, kwargs)
-        if reason := self._reason(call, kwargs):
+        call = DecoderCall(entry, cache, args, kwargs)
+        if reason := step_reasons.reason_of_call(call, kwargs, device):
             self.forget()
-            self._note(entry, reason)
+            step_reasons.note(entry, reason)
             return entry.run(args, kwargs)
-        self._feed(call)
+        self._copy_to_static_inputs(call)
         key: tuple[Any, ...] | None = self._key(call)
         known = self.recorded
         if known is not None and not (known.key == key and known.is_safe()):
@@ -101,35 +102,19 @@ class Replay:
         if known is None and not self.recorder.takes(store.layers):
             key = None
         if key is None or store.changes:
-            return self._watch(call, key)
+            return self._run_and_compare(call, key)
         if known is not None:
             return self._replay(call, known)
-        return self._watch(call, key, record=self._steady)
+        return self._run_and_compare(call, key, record=self._steady)
 
-    def _reason(self, call: Call, kwargs: dict[str, Any]) -> str:
-        """Why no step like this one is ever recorded, or ""."""
-        state = call.entry.state
-        if any(x is not None for x in (state.stats, state.maps, state.recalls)):
-            return "statistics are collected"
-        if kwargs.get("attention_mask") is not None:
-            return "a mask is needed: the prompt has padding, or position_ids were not given"
-        if not all(isinstance(x, (Tensor, *CONSTANTS)) or x is call.cache for x in call.leaves):
-            return "an argument is neither a tensor nor a constant"
-        if any(isinstance(x, Tensor) and x.device != self.store.device for x in call.leaves):
-            return "an argument lies on another device"  # a number that the host reads would be recorded as it is
-        return ""
+    def _copy_to_static_inputs(self, call: DecoderCall) -> None:
+        """Copy the call's tensors to the fixed addresses from which recorded steps read them.
 
-    def _note(self, entry: Entry, reason: str) -> None:
-        entry.backend.log.notes[f"decode steps are not recorded as CUDA graphs: {reason}"] = None
-
-    def _feed(self, call: Call) -> None:
-        """Copy the call's tensors to where recorded steps read them.
-
-        Steps that run read them there too: so compiled code meets the same tensors in every step, however the
-        caller made them (slices at growing offsets), and has nothing left to compile while a step is recorded.
+        Steps that run read them there too. Compiled code therefore sees the same tensors in every step, also if the
+        caller passes slices at growing offsets, and nothing is left to compile while a step is recorded.
         """
-        if self._fits != call.facts:
-            self._fits = call.facts
+        if self._fits != call.signature:
+            self._fits = call.signature
             self._buffers = [
                 torch.empty_like(x, memory_format=torch.contiguous_format) if isinstance(x, Tensor) else None
                 for x in call.leaves
@@ -139,37 +124,37 @@ class Replay:
                 buffer.copy_(leaf)
         call.leaves = [x if buffer is None else buffer for x, buffer in zip(call.leaves, self._buffers, strict=True)]
 
-    def _key(self, call: Call) -> tuple[Any, ...]:
-        """All that a recorded step has baked in and that may differ at the next one."""
+    def _key(self, call: DecoderCall) -> tuple[Any, ...]:
+        """What a recorded step holds and the next step may change."""
         store = self.store
-        marks = None if store.marks is None else place(store.marks)
-        return (call.facts, marks, *[layer.version for layer in store.layers])
+        marks = None if store.tokens.marks is None else storage_key(store.tokens.marks)
+        return (call.signature, marks, *[layer.version for layer in store.layers])
 
-    def _replay(self, call: Call, known: Recorded) -> Any:
-        """Replay a step, if its graph is what the decoder runs now."""
+    def _replay(self, call: DecoderCall, known: RecordedStep) -> Any:
+        """Launch the recorded step, and use its result if the decoder calls the same graph."""
         known.step.replay()
         self.store.ahead = True
         replayed = False
 
         def around(number: int, inputs: list[Any], go: Callable[[], Any]) -> Any:
             nonlocal replayed
-            same = number == known.number and known.weights.hold() and alike(known.inputs, call.read(inputs))
+            same = number == known.number and known.weights.hold() and same_inputs(known.inputs, call.read(inputs))
             if self.store.ahead and same:
                 replayed = True
                 return self._outputs(known)
-            return go()  # the first layer finds the store ahead, and takes the token back
+            return go()  # the first layer finds the store ahead and discards the replayed token
 
         result = call.run(around)
         if not replayed:
             self.recorded = self._before = None
         return result
 
-    def _outputs(self, known: Recorded) -> list[Any]:
+    def _outputs(self, known: RecordedStep) -> list[Any]:
         self.store.replayed(known.queries)
         return [x.clone() if isinstance(x, Tensor) else x for x in known.outputs]
 
-    def _watch(self, call: Call, key: tuple[Any, ...] | None, record: bool = False) -> Any:
-        """Run the step, and see whether it is like the one before; or record and replay it, if it still is."""
+    def _run_and_compare(self, call: DecoderCall, key: tuple[Any, ...] | None, record: bool = False) -> Any:
+        """Run the step and compare it with the one before; with ``record``, record and replay it if both are equal."""
         before, self._before, self._steady = self._before, None, False
         log, ran = call.entry.backend.log, list[tuple[int, list[Any]]]()
         graphs = log.graphs
@@ -189,72 +174,67 @@ class Replay:
         if one and key is not None and self._key(call) == key:
             self._before = key, *ran[0]
             if before is not None and before[:2] == self._before[:2]:
-                reason = self._changes(before[2], ran[0][1])
+                reason = step_reasons.reason_of_inputs(before[2], ran[0][1], self.store.device)
                 self._steady = not reason
         self._unlike = 0 if self._steady else self._unlike + 1
-        if self._unlike == PATIENCE:
-            self._note(call.entry, reason or self._why(one))
-        return pytree.tree_map_only(Tensor, self._own, result)
+        if self._unlike == MAX_UNLIKE_STEPS:
+            step_reasons.note(call.entry, reason or self._why_unlike(one))
+        return pytree.tree_map_only(Tensor, self._without_buffers, result)
 
-    def _own(self, x: Tensor) -> Tensor:
+    def _why_unlike(self, one_graph: bool) -> str:
+        """Why many consecutive steps had different inputs."""
+        if not self.recorder.takes(self.store.layers):
+            return step_reasons.NO_KERNEL
+        return step_reasons.MOVING_INPUTS if one_graph else step_reasons.SEVERAL_GRAPHS
+
+    def _without_buffers(self, x: Tensor) -> Tensor:
         """The tensor, or a copy of it if it lies in a buffer that the next token overwrites."""
         if is_traceable_wrapper_subclass(x):  # computed from a weight of that kind
             return x
-        place = x.untyped_storage().data_ptr()
-        lent = any(place == own.untyped_storage().data_ptr() for own in self._buffers if own is not None)
-        return x.clone() if lent else x
-
-    def _changes(self, before: list[Any], now: list[Any]) -> str:
-        """Why a graph that read this in two steps must not be recorded, or ""."""
-        tensors = [x for ref in others(now) if (x := ref()) is not None]
-        if not alike(before, now):
-            return "the graph computes with a number or tensor that changes"
-        if any(is_traceable_wrapper_subclass(x) for x in tensors):
-            return "a weight is a tensor subclass, whose parts could move unseen"
-        if any(x.device != self.store.device for x in tensors):
-            return "the decoder lies on several devices"
-        return ""
-
-    def _why(self, one: bool) -> str:
-        """Why many steps in a row were not alike."""
-        if not self.recorder.takes(self.store.layers):
-            return "the decode kernel does not run here (head size, data type, or no Triton)"
-        if not one:
-            return "the decoder does not run as one compiled graph"
-        return "what it reads lies elsewhere with every token (beam search, changing shapes)"
+        address = x.untyped_storage().data_ptr()
+        shared = any(address == y.untyped_storage().data_ptr() for y in self._buffers if y is not None)
+        return x.clone() if shared else x
 
     def _record(
-        self, call: Call, go: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
-    ) -> Recorded | None:
-        """Record the graph without running it; None, and everything as it was, if that fails."""
+        self, call: DecoderCall, go: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
+    ) -> RecordedStep | None:
+        """Record the graph without running it; None, with the layers unchanged, if that fails."""
         store = self.store
         assert store.device is not None
         tails = [layer.tail for layer in store.layers]
-        store.recorded = {}
+        store.captured_queries = {}
         reason = ""
         try:
             step, outputs = self.recorder.record(go, store.device)
-        except Exception as error:  # whatever it is, the step can run without
+        except Exception as error:  # the step runs without a recording
             reason = f"{type(error).__name__}: {error}"
         finally:
-            queries, store.recorded = store.recorded, None
+            queries, store.captured_queries = store.captured_queries, None
             for layer, tail in zip(store.layers, tails, strict=True):
-                layer.tail = tail  # its kernels did not run yet
+                layer.tail = tail  # the kernels did not run yet
         if not reason and self._key(call) != key:
             reason = "the recorded step differed from those before it"
-        if not reason and not all(isinstance(x, (Tensor, *CONSTANTS)) for x in outputs):
-            reason = "the decoder's graph returns more than tensors and constants"
+        reason = reason or step_reasons.reason_of_result(outputs)
         if reason:
             call.entry.stop_recording(reason)
             self.recorder.free()
             return None
         self.count += 1
-        weights = [x for ref in others(inputs) if (x := ref()) is not None]
-        written = [x for own in store.layers for x in (own.tail_keys, own.tail_values, own.counter) if x is not None]
-        return Recorded(
-            key, number, inputs, step, list(outputs), queries, Places(weights), Memory(weights), Places(written)
+        weights = [x for ref in weights_of(inputs) if (x := ref()) is not None]
+        tails_of = ((layer.tail_keys, layer.tail_values, layer.counter) for layer in store.layers)
+        written = [x for tensors in tails_of for x in tensors if x is not None]
+        return RecordedStep(
+            key,
+            number,
+            inputs,
+            step,
+            list(outputs),
+            queries,
+            TensorAddresses(weights),
+            StorageWatch(weights),
+            TensorAddresses(written),
         )
 
 
 def _same(before: tuple[Any, int, list[Any]], now: tuple[Any, int, list[Any]]) -> bool:
-    return before[:2] == now[:2] and alike(before[2], now[2])
+    return before[:2] == now[:2] and same_inputs(before[2], now[2])

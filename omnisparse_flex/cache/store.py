@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnisparse_flex.cache.choose_keys import PATTERN_QUERIES, Chooser, Plan, droppable_tokens, make_plan
+from omnisparse_flex.cache.cached_tokens import CachedTokens
+from omnisparse_flex.cache.choose_keys import PATTERN_QUERIES, Chooser, Plan
 from omnisparse_flex.cache.host_memory import Copies
 from omnisparse_flex.cache.layer import SlimLayer
 from omnisparse_flex.errors import ConfigError, require
@@ -15,8 +16,6 @@ from omnisparse_flex.errors import ConfigError, require
 #: Decoded tokens after which a layer reads its pattern anew. Our choice: rare enough that the
 #: copies cost less than the tokens between them.
 REFRESH = 512
-#: Tokens by which the memory for the marks of masked tokens grows.
-MARKS = 4096
 #: How a call uses the cache: first prompt, later prompt over everything, new tokens over what is kept.
 PREFILL, TURN, DECODE = "prefill", "turn", "decode"
 
@@ -27,13 +26,12 @@ class SlimStore:
     Attributes:
         layers: One ``SlimLayer`` per decoder layer.
         chooser: Splits the heads of a layer.
+        tokens: Which tokens exist, and which may be dropped.
         mode: How the call in progress uses the cache, None between calls.
-        recording: Assisted decoding runs: several tokens after a crop are a draft.
-        cropped: ``crop`` was the last thing that happened.
+        is_assisted: Assisted decoding runs: several tokens after a crop are a draft.
+        cropped: The last change of the cache was a ``crop``.
         is_step: The call in progress decodes one token.
-        padded: The mask forbids a token of the last turn, or of a later call of several tokens.
-        marks: bool (B, room), which tokens exist, by position; None: all. Of caches that are not ``padded``.
-        recorded: Each layer's queries in the step that is being recorded, or None: none is.
+        captured_queries: Each layer's queries in the step that is being recorded, None outside of a recording.
         ahead: The device has decoded a token that the layers do not count yet.
     """
 
@@ -55,21 +53,28 @@ class SlimStore:
         """Forget everything and free it."""
         for layer in self.layers:
             layer.clear()
+        self.tokens = CachedTokens(self.sinks, self.window)
         self.mode: str | None = None
-        self.broken = self.recording = self.cropped = self.is_step = False
-        self.length, self.batch = 0, -1
-        self.device: torch.device | None = None
+        self.broken = self.is_assisted = self.cropped = self.is_step = False
         self.copies: Copies | None = None
         self.plan: Plan | None = None
-        self.real = self.droppable = self.hosted = None  # bool (B, length of the last turn)
-        self.has_droppable = self.padded = False
-        self.marks: Tensor | None = None
-        self.recorded: dict[int, Tensor] | None = None
+        self.captured_queries: dict[int, Tensor] | None = None
         self.ahead = False
 
-    real: Tensor | None
-    droppable: Tensor | None
-    hosted: Tensor | None
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, dropped ones included."""
+        return self.tokens.length
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch, -1 while empty."""
+        return self.tokens.batch
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the layers lie; None while empty."""
+        return self.tokens.device
 
     @property
     def lossy(self) -> bool:
@@ -98,13 +103,13 @@ class SlimStore:
                 require(batch == self.batch, "batch size", f"be the cache's {self.batch}", batch)
                 require(False, "device", f"be the cache's {self.device}", tokens.device)
         else:
-            self.batch, self.device = batch, tokens.device
+            self.tokens.batch, self.tokens.device = batch, tokens.device
             self.copies = Copies(tokens.device) if self.offload else None
         mode = self._mode(count)
         if mode != DECODE:
-            self._plan(count, attention_mask, visual)
-        elif not self.padded:
-            self._mark(count, attention_mask)
+            self.plan = self.tokens.plan_turn(count, attention_mask, visual)
+        elif not self.tokens.padded:
+            self.tokens.mark(count, attention_mask)
         self.mode, self.is_step = mode, mode == DECODE and count == 1
 
     def end(self, added: int) -> None:
@@ -114,9 +119,9 @@ class SlimStore:
             ConfigError: If attention did not go through the cache in every layer.
         """
         if self.plan is not None and self.copies is not None:
-            self.copies.drain()  # what is under way holds device memory
+            self.copies.drain()  # copies in progress hold device memory
         self.mode, self.plan, self.cropped = None, None, False
-        self.length += added
+        self.tokens.length += added
         lengths = {layer.length for layer in self.layers}
         if lengths != {self.length}:
             self.broken = True
@@ -127,86 +132,29 @@ class SlimStore:
     def _mode(self, count: int) -> str:
         if self.length == 0:
             return PREFILL
-        draft = self.recording and self.cropped
+        draft = self.is_assisted and self.cropped
         return DECODE if count == 1 or draft or self.lossy else TURN
-
-    def _mark(self, count: int, attention_mask: Tensor | None) -> None:
-        """Note which of the new tokens exist; a single one is noted on the device, without a wait for it."""
-        if attention_mask is None and self.marks is None:
-            return
-        stop = self.length + count
-        new = None
-        if attention_mask is not None:
-            require(attention_mask.shape[1] >= stop, "attention_mask", f"cover {stop} tokens", attention_mask.shape)
-            new = attention_mask[:, self.length : stop]
-        if count > 1 and new is not None and not bool(new.all()):
-            self.padded, self.marks = True, None
-            return
-        # What inference mode made cannot be written outside of it.
-        sealed = self.marks is not None and self.marks.is_inference() and not torch.is_inference_mode_enabled()
-        if self.marks is None or self.marks.shape[1] < stop or sealed:
-            grown = torch.ones(self.batch, stop + MARKS, dtype=torch.bool, device=self.device)
-            if self.marks is not None:
-                grown[:, : self.length] = self.marks[:, : self.length]
-            self.marks = grown
-        self.marks[:, self.length : stop] = True if new is None else new
-
-    def _plan(self, count: int, attention_mask: Tensor | None, visual: Tensor | None) -> None:
-        """Sort the tokens of the whole conversation into kept and droppable ones."""
-        if visual is None:
-            raise ConfigError("visual_mask must be given to apply_omnisparse for a slim cache, got none for this model")
-        length = self.length + count
-        require(visual.shape[1] == length, "visual_mask", f"cover {length} tokens", tuple(visual.shape))
-        real = self._real_tokens(length, attention_mask)
-        visual = visual.to(real.device)
-        text = real & ~visual
-        droppable = droppable_tokens(visual, real, self.sinks, self.window)
-        if self.droppable is not None:  # what the host has stays droppable, whatever is recent now
-            known = self.droppable.shape[1]
-            droppable[:, :known] |= self.droppable
-        hosted = torch.zeros_like(droppable)
-        if self.hosted is not None:
-            hosted[:, : self.hosted.shape[1]] = self.hosted
-        if not bool(text[:, -1].any()):
-            # No question yet: a prompt in chunks, or one that ends in its video.
-            droppable &= hosted
-        self.plan = make_plan(droppable, hosted, real, text[:, self.length :], self.length)
-        self.real, self.droppable, self.hosted = real, droppable, droppable.clone()
-        self.has_droppable = self.plan.drop.shape[1] > 0
-        self.padded, self.marks = not bool(real.all()), None
-
-    def _real_tokens(self, length: int, attention_mask: Tensor | None) -> Tensor:
-        assert self.device is not None
-        real = torch.ones(self.batch, length, dtype=torch.bool, device=self.device)
-        if attention_mask is not None:
-            require(attention_mask.shape[1] >= length, "attention_mask", f"cover {length} tokens", attention_mask.shape)
-            real = attention_mask[:, :length].to(self.device, torch.bool)
-        if self.real is not None:
-            known = self.real.shape[1]
-            same = bool((real[:, :known] == self.real).all())
-            require(same, "attention_mask", "stay the same for tokens in the cache", "another one")
-        return real
 
     def store_layer(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> None:
         """Slim one layer; see ``SlimLayer.store``."""
         assert self.plan is not None
-        chosen = self.plan.queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        first, own = key.shape[2] - query.shape[2], self.layers[layer]
-        own.store(
-            query.gather(2, chosen), key, value, self.plan, scale,
+        pattern = self.plan.queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        first, slim = key.shape[2] - query.shape[2], self.layers[layer]
+        slim.store(
+            query.gather(2, pattern), key, value, self.plan, scale,
             first=first, chooser=self.chooser, copies=self.copies,
         )  # fmt: skip
-        # Layers read their pattern anew at one token each: none pays for all, and then it is quiet for long.
-        own.limit = REFRESH - layer % REFRESH
+        # Each layer reads its pattern anew at another token, so that no token pays for all layers.
+        slim.limit = REFRESH - layer % REFRESH
 
     def restore_layer(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Full keys and values, those of the call included; the next layer's copies start."""
-        own, count = self.layers[layer], key.shape[2]
-        past = own.length
-        full_key, full_value = own.restore(past + count, key, value, self.copies)
+        slim, count = self.layers[layer], key.shape[2]
+        past = slim.length
+        full_key, full_value = slim.restore(past + count, key, value, self.copies)
         full_key[:, :, past:], full_value[:, :, past:] = key, value
-        if layer + 1 < len(self.layers) and self.layers[layer + 1].host:
-            self.layers[layer + 1].fetch(past + count, key, value, self.copies)
+        if layer + 1 < len(self.layers) and self.layers[layer + 1].host.spans:
+            self.layers[layer + 1].host.fetch(past + count, key, value, self.copies)
         return full_key, full_value
 
     def attend_layer(
@@ -214,64 +162,57 @@ class SlimStore:
         sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Add the call's keys and values to a layer, and attend over all it keeps."""
-        own = self.layers[layer]
-        if self.ahead:  # that token is void: this call decodes another one in its place
+        slim = self.layers[layer]
+        if self.ahead:  # the replayed token is void: this call decodes another one in its place
             self.ahead = False
-            for other in self.layers:
-                other.counter = None
-        if own.tail >= own.limit:
-            self._refresh(own, key, value, scale)
-        if self.recorded is not None:
-            if not own.lossy and self.has_droppable:
-                self.recorded[layer] = query.clone()
-        elif own.tail > own.limit - PATTERN_QUERIES:  # those that the next reading will ask
-            own.queries.extend(query[:, :, i : i + 1].clone() for i in range(query.shape[2]))
-        return own.attend(query, key, value, self.marks if padding is None else padding, scale, sinks)
+            for each in self.layers:
+                each.counter = None
+        if slim.tail >= slim.limit:
+            self._refresh(slim, key, value, scale)
+        if self.captured_queries is not None:
+            if not slim.lossy and self.tokens.has_droppable:
+                self.captured_queries[layer] = query.clone()
+        elif slim.tail > slim.limit - PATTERN_QUERIES:  # the next refresh reads the pattern from these queries
+            slim.queries.extend(query[:, :, i : i + 1].clone() for i in range(query.shape[2]))
+        return slim.attend(query, key, value, self.tokens.marks if padding is None else padding, scale, sinks)
 
     @property
     def changes(self) -> bool:
         """Whether the next token makes a layer read its pattern anew, or grow."""
-        for own in self.layers:  # noqa: SIM110 (a generator takes twice as long, before every token)
-            if own.tail >= own.limit or own.is_full:
+        for layer in self.layers:  # noqa: SIM110 (a generator takes twice as long, before every token)
+            if layer.tail >= layer.limit or layer.is_full:
                 return True
         return False
 
     def replayed(self, queries: dict[int, Tensor]) -> None:
-        """Note what a replay of one recorded step did on the device.
+        """Update the layers after the replay of one recorded step.
 
         Args:
-            queries: The layers' queries of this step, (B, Hq, 1, D), by layer; what a refresh will not ask may lack.
+            queries: The queries of this step, (B, Hq, 1, D), by layer; layers that no refresh asks may be missing.
         """
         self.ahead = False
-        for own in self.layers:
-            if own.tail > own.limit - PATTERN_QUERIES and own.index in queries:
-                own.queries.append(queries[own.index].clone())
-            own.tail += 1
+        for layer in self.layers:
+            if layer.tail > layer.limit - PATTERN_QUERIES and layer.index in queries:
+                layer.queries.append(queries[layer.index].clone())
+            layer.tail += 1
 
-    def _refresh(self, own: SlimLayer, key: Tensor, value: Tensor, scale: float) -> None:
-        """Move the tail into the rectangles, and choose anew by what the latest tokens look at."""
-        own.limit = own.tail + REFRESH
-        if own.lossy or not self.has_droppable or not own.queries:
+    def _refresh(self, layer: SlimLayer, key: Tensor, value: Tensor, scale: float) -> None:
+        """Move the layer's tail into its kept keys, and choose anew by the latest queries."""
+        layer.limit = layer.tail + REFRESH
+        if layer.lossy or not self.tokens.has_droppable or not layer.queries:
             return
-        assert self.droppable is not None and self.real is not None
-        full_key, full_value = own.restore(own.length, key, value, self.copies)
-        since = own.length - self.droppable.shape[1]
-        droppable = torch.nn.functional.pad(self.droppable, (0, since))
-        real = torch.nn.functional.pad(self.real, (0, since), value=True)
-        recent = torch.cat(list(own.queries), 2)[:, :, -PATTERN_QUERIES:]
-        first = own.length - recent.shape[2]
-        plan = make_plan(droppable, droppable, real, real[:, first:], first)
-        own.store(recent, full_key, full_value, plan, scale, first=first, chooser=self.chooser, copies=self.copies)
-        own.limit = own.room = REFRESH  # a long answer: room for all of the tail that comes now
+        full_key, full_value = layer.restore(layer.length, key, value, self.copies)
+        recent = torch.cat(list(layer.queries), 2)[:, :, -PATTERN_QUERIES:]
+        plan = self.tokens.plan_refresh(layer.length, recent.shape[2])
+        first = layer.length - recent.shape[2]
+        layer.store(recent, full_key, full_value, plan, scale, first=first, chooser=self.chooser, copies=self.copies)
+        layer.limit = layer.room = REFRESH  # in a long answer, the new tail gets room up to the next refresh
 
     def crop(self, length: int) -> None:
         """Forget tokens from position ``length`` on."""
         for layer in self.layers:
             layer.crop(length)
-        self.length = length
-        self.real, self.droppable, self.hosted = (
-            None if x is None else x[:, :length].clone() for x in (self.real, self.droppable, self.hosted)
-        )
+        self.tokens.crop(length)
 
     def select(self, rows: Tensor) -> None:
         """Make the batch consist of ``rows``, int64 (B',)."""
@@ -279,8 +220,4 @@ class SlimStore:
         listed = [int(row) for row in rows.tolist()]
         for layer in self.layers:
             layer.select(rows, listed)
-        self.batch = len(listed)
-        self.marks = None if self.marks is None else self.marks[rows]
-        self.real, self.droppable, self.hosted = (
-            None if x is None else x[rows] for x in (self.real, self.droppable, self.hosted)
-        )
+        self.tokens.select(rows)

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from omnisparse_flex.calibration.search import calibrate as calibrate
     from omnisparse_flex.calibration.search import run_calibration as run_calibration
 
-# Found when asked for: parts of this folder are imported by what it would import.
+# Imported on first use: modules that these names need import other modules of this folder.
 _HOMES = {
-    "calibrate": "omnisparse_flex.calibration.search.search",
-    "run_calibration": "omnisparse_flex.calibration.search.search",
+    "calibrate": "omnisparse_flex.calibration.search",
+    "run_calibration": "omnisparse_flex.calibration.search",
 }
 __all__ = ["calibrate", "run_calibration"]
 

@@ -1,4 +1,4 @@
-"""Measure a device's costs: short prefills, dense and sparse, of the user's own head shape."""
+"""Measure a device's costs: short prefills, dense and sparse, with the head shape of the user's model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omnisparse_flex.backend import Backend
+from omnisparse_flex.calibration.fit import Sample, fit
 from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.calibration.timing import milliseconds
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost_model import Costs, Sample, Shape, fit
+from omnisparse_flex.cost_model import Costs, Shape
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.program import MaskProgram
 
 #: Prefill lengths by device type.
 LENGTHS = {"cuda": (2048, 4096, 8192, 16384, 32768), "cpu": (1024, 2048, 4096)}
-#: On random data every block has the same mass: a target keeps its own share of the blocks.
+#: On random data all blocks have the same mass, so a target of 0.2 keeps 20 % of them.
 SHARES = (0.2, 0.5)
 DENSE = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
@@ -80,14 +81,14 @@ def compiled_attention(
         ``(query, key, value) -> output``, (B, H, N, D) each.
     """
     backend = Backend(config, min_seq_len=0, inner="inductor", kernel=kernel)
-    backend.log.on_graph = progress.on_graph("sparse attention") if progress else None
+    backend.compile_hook = progress.on_graph("sparse attention") if progress else None
 
-    def own(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _attention(query, key, value)
 
-    torch._dynamo.reset()  # the code object is the same each time: its compiled versions would pile up
-    # fullgraph: too many lengths raise, where they would otherwise run dense.
-    compiled = torch.compile(own, backend=backend, dynamic=None if dynamic else False, fullgraph=True)
+    torch._dynamo.reset()  # compiled versions of the same code object would accumulate
+    # With fullgraph, too many lengths raise an error instead of running dense.
+    compiled = torch.compile(attention, backend=backend, dynamic=None if dynamic else False, fullgraph=True)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for x in (query, key, value) if dynamic else ():
@@ -104,11 +105,11 @@ def _dense_times(inputs: tuple[Tensor, Tensor, Tensor]) -> list[float]:
         with torch.no_grad(), choice:
             return milliseconds(_attention, [inputs]).median
 
-    found = [time_of(contextlib.nullcontext())]
+    times = [time_of(contextlib.nullcontext())]
     for kind in DENSE if inputs[0].is_cuda else ():
         with contextlib.suppress(RuntimeError):  # this kernel does not take them
-            found.append(time_of(sdpa_kernel(kind)))
-    return found
+            times.append(time_of(sdpa_kernel(kind)))
+    return times
 
 
 def kept_share(config: OmniSparseConfig, query: Tensor, key: Tensor) -> float:

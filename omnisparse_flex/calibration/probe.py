@@ -1,4 +1,4 @@
-"""Running a model under one recall target per layer, and reading what was truly kept."""
+"""Run a model under one recall target per layer, and read the true recall and density."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 
 @contextlib.contextmanager
 def prepared(model: nn.Module, config: OmniSparseConfig | None, target: float) -> Iterator[Entry]:
-    """The model changed and in eval mode for a while; afterwards as it was, whatever happens."""
+    """Change the model and set it to eval mode; restore it afterwards, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     installed = entry_of(model)
     if installed is None:
@@ -43,7 +43,7 @@ def prepared(model: nn.Module, config: OmniSparseConfig | None, target: float) -
 
 
 def probed_rules(rules: OmniSparseConfig, target: float) -> OmniSparseConfig:
-    """Rules to probe with: their dense layers stay so, the others read their target at run time."""
+    """Rules for probing: dense layers stay dense, the others read their target at run time."""
     probed = tuple(1.0 if recall == 1 else target for recall in rules.recalls)
     return dataclasses.replace(rules, target_recall=probed if len(probed) > 1 else probed[0])
 
@@ -56,9 +56,9 @@ def require_length(entry: Entry, batches: list[Batch]) -> None:
         if isinstance(batch, Mapping)
     ]
     known = len(lengths) == len(batches) and all(lengths)
-    least = least_length(entry)
-    if known and max(lengths) < least:
-        raise ConfigError(f"batches must {longer(least)}, got at most {max(lengths)}")
+    shortest = least_length(entry)
+    if known and max(lengths) < shortest:
+        raise ConfigError(f"batches must {longer(shortest)}, got at most {max(lengths)}")
 
 
 def least_length(entry: Entry) -> int:
@@ -66,9 +66,9 @@ def least_length(entry: Entry) -> int:
     return entry.backend.threshold(device_of(entry), shape_of_config(getattr(entry.module, "config", None)))
 
 
-def longer(least: int) -> str:
+def longer(shortest: int) -> str:
     """The rule that too short batches break."""
-    return f"hold at least min_seq_len = {least} tokens (an option of apply_omnisparse)"
+    return f"hold at least min_seq_len = {shortest} tokens (an option of apply_omnisparse)"
 
 
 def device_of(entry: Entry) -> torch.device:
@@ -92,12 +92,12 @@ def run_batch(model: nn.Module, entry: Entry, batch: Batch) -> None:
         return
     inputs = {name: moved(x) for name, x in batch.items()}
     if "labels" not in inputs and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs.setdefault("logits_to_keep", 1)  # the logits of a long text would outweigh the model
+        inputs.setdefault("logits_to_keep", 1)  # the logits of a long text would need more memory than the model
     model(**inputs)
 
 
 class Probe:
-    """Runs all batches under one target per layer, and reads what was truly kept.
+    """Runs all batches under one target per layer, and reads the true recall and density.
 
     Attributes:
         layers: Number of layers.
@@ -129,7 +129,7 @@ class Probe:
         """
         self.rounds += 1
         self.progress(f"calibration round {self.rounds}, {len(self.batches)} batches")
-        # Read by reference at run time: no probe compiles anything. Rows beyond the layers are nobody's.
+        # Compiled code reads the targets by reference, so a probe compiles nothing. Rows beyond the layers are unused.
         recall = torch.ones_like(self.entry.state.recall)
         recall[: self.layers] = targets.to(recall)
         self.entry.state.recall = recall
@@ -138,11 +138,11 @@ class Probe:
         for batch in self.batches:
             self.stats.raw.zero_()
             run_batch(self.model, self.entry, batch)
-            for found in self.stats.per_layer():
-                heads = torch.tensor(found.true_recall, dtype=torch.float64)
-                recalls[found.layer] = recalls.get(found.layer, 0) + heads
-                density[found.layer] += found.density
-                ran[found.layer] += 1
+            for measured in self.stats.per_layer():
+                heads = torch.tensor(measured.true_recall, dtype=torch.float64)
+                recalls[measured.layer] = recalls.get(measured.layer, 0) + heads
+                density[measured.layer] += measured.density
+                ran[measured.layer] += 1
         for layer, total in recalls.items():
             worst[layer] = (total / ran[layer]).min()
         self.sparse = ran > 0

@@ -1,4 +1,4 @@
-"""Lines with the elapsed time, so that nobody wonders whether a long compile hangs."""
+"""Progress lines with the elapsed time, so that a long compile can be told from a hang."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-#: Seconds between two signs of life of a step that says nothing itself.
+#: Seconds between two lines of a step that prints nothing itself.
 HEARTBEAT_S = 15.0
 
 
 class Progress:
-    """Prints one line per step: seconds since the start, and what happens."""
+    """Prints one line per step, with the seconds since the start."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Start the clock.
@@ -37,7 +37,7 @@ class Progress:
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[None]:
-        """Announce a step, show that it lives, and say how long it took.
+        """Print that a step starts, that it still runs, and how long it took.
 
         Args:
             text: What happens, e.g. ``"compiling graph 1"``.
@@ -48,7 +48,7 @@ class Progress:
 
         def beat() -> None:
             while not done.wait(HEARTBEAT_S):
-                if self.open[-1:] == [text]:  # the innermost step speaks for those around it
+                if self.open[-1:] == [text]:  # only the innermost step prints
                     self(f"{text} ... still at it after {time.perf_counter() - begun:.0f} s")
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -62,7 +62,7 @@ class Progress:
         self(f"{text}: {time.perf_counter() - begun:.1f} s")
 
     def on_graph(self, what: str) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-        """A hook for ``Log.on_graph``: one step around each compile.
+        """A hook for ``Backend.compile_hook``: one step around each compile.
 
         Args:
             what: What is being compiled, e.g. ``"sparse"``.

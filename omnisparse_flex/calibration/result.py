@@ -1,4 +1,4 @@
-"""What a calibration found, layer by layer."""
+"""The result of a calibration, layer by layer."""
 
 from __future__ import annotations
 

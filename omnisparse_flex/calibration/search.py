@@ -17,10 +17,10 @@ from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, Entry, entry_of, is_disabled
 from omnisparse_flex.stats import collect_stats
 
-#: Share of the allowed loss that stays in reserve: for 0.9, every head must reach 0.915 on the batches. Two texts
-#: differ in what a head looks at, so what one text meets exactly, another misses in some heads. In proportion to the
-#: loss, so that it stays under 1 for every target. Our choice, from a trial on nine layers of SmolLM2; the record of
-#: benchmarks/smollm2/calibration_transfer.py is still to come.
+#: Share of the allowed loss that is kept in reserve: for 0.9, every head must reach 0.915 on the batches. Heads attend
+#: to other keys in other texts, so a target that one text meets exactly is missed by some heads in another. The reserve
+#: is proportional to the loss, so that the raised target stays under 1. Our choice, from a trial on nine layers of
+#: SmolLM2; the record of benchmarks/smollm2/calibration_transfer.py is still to come.
 RESERVE = 0.15
 #: A layer that would keep more of its blocks is dense. Source: break-even with the fastest dense kernel is near 0.65 on
 #: the CPU (benchmarks/results/prefill_cpu.json: 1.24 to 1.43 times faster at 0.5) as on the H200 with Triton.
@@ -31,7 +31,7 @@ HIGHEST = 10.0
 HALVINGS = 6
 #: Rounds in which layers that fall short once all have their final targets are raised, each step twice the last.
 REPAIRS = 4
-#: The least target of a config (0 is none): such a layer keeps its sinks, window and text alone.
+#: The lowest target of a config: a layer with it keeps only its sinks, window and text.
 LOWEST = 0.01
 
 
@@ -96,7 +96,7 @@ def run_calibration(
 
 
 def _checked(model: Any, batches: Any, target: Any, config: Any) -> list[Batch]:
-    """The batches as a list, once everything about the arguments is in order."""
+    """Check all arguments, and return the batches as a list."""
     require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
     real = isinstance(target, (int, float)) and not isinstance(target, bool)
     require(real and 0 < target < 1, "target_recall", "be in (0, 1)", target)
@@ -109,7 +109,6 @@ def _checked(model: Any, batches: Any, target: Any, config: Any) -> list[Batch]:
     rules = config or (OmniSparseConfig() if entry is None else entry.backend.config)
     require(isinstance(rules.budget, str), "budget", "follow target_recall to be calibrated", rules.budget)
     # A follower's recall would follow from its lead's target, which the search sets by the lead's recall alone.
-    require(rules.share_layers == 1, "share_layers", "be 1 to be calibrated", rules.share_layers)
     require(any(x < 1 for x in rules.recalls), "target_recall", "leave a layer sparse in the rules", rules.recalls)
     require(not is_disabled(), DISABLE_VARIABLE, "be unset or 0", "1")
     listed = list(batches)
@@ -120,19 +119,19 @@ def _checked(model: Any, batches: Any, target: Any, config: Any) -> list[Batch]:
     return listed
 
 
-def _search(probe: Probe, wanted: float) -> Calibration:
-    """Bisection over the targets of all layers at once, then repairs with all of them in place.
+def _search(probe: Probe, target_recall: float) -> Calibration:
+    """Bisect the targets of all layers at once, then repair them with all targets in place.
 
-    Together, because a layer's input depends on what the layers under it kept; the repairs
-    measure exactly what the config will do.
+    The layers are searched together because a layer's input depends on what the layers below it kept. The repairs
+    measure the config as it will be used.
     """
-    reserve = 1 - (1 - wanted) * (1 - RESERVE)
+    reserve = 1 - (1 - target_recall) * (1 - RESERVE)
     best, _ = probe(_target(torch.full((probe.layers,), HIGHEST, dtype=torch.float64)))
     if not probe.sparse.any():
         reasons = {site.reason for site in probe.entry.backend.log.sites if site.reason}
-        least = least_length(probe.entry)
-        raise ConfigError(f"batches must {longer(least)}, got no layer that ran sparsely: {'; '.join(sorted(reasons))}")
-    # NaN is no recall: such layers stay dense.
+        rule = longer(least_length(probe.entry))
+        raise ConfigError(f"batches must {rule}, got no layer that ran sparsely: {'; '.join(sorted(reasons))}")
+    # Layers whose recall is NaN stay dense.
     able = probe.sparse & (best >= reserve)
     low, high = torch.zeros_like(best), torch.full_like(best, HIGHEST)
     for _ in range(HALVINGS):
@@ -149,7 +148,7 @@ def _search(probe: Probe, wanted: float) -> Calibration:
         last = round_ == REPAIRS - 1
         high = torch.where(short, high + step * 2**round_, high)
         able = able & ~(short & ((high > HIGHEST) | last))
-    return _result(probe, wanted, reserve, _Found(_target(high), able, recall, density, best))
+    return _result(probe, target_recall, reserve, _Found(_target(high), able, recall, density, best))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,23 +168,23 @@ def _target(u: Tensor, able: Tensor | None = None) -> Tensor:
     return targets if able is None else torch.where(able, targets, 1.0)
 
 
-def _result(probe: Probe, wanted: float, reserve: float, found: _Found) -> Calibration:
+def _result(probe: Probe, target_recall: float, reserve: float, outcome: _Found) -> Calibration:
     layers = []
     for layer in range(probe.layers):
-        recall, density = float(found.recall[layer]), float(found.density[layer])
+        recall, density = float(outcome.recall[layer]), float(outcome.density[layer])
         reason = ""
         if not probe.sparse[layer]:
             reason = _skip_reason(probe.entry, layer)
-        elif not found.best[layer] >= reserve:
-            reason = f"its worst head reaches a true recall of {float(found.best[layer]):.3f} at the highest target"
-        elif not found.able[layer]:
+        elif not outcome.best[layer] >= reserve:
+            reason = f"its worst head reaches a true recall of {float(outcome.best[layer]):.3f} at the highest target"
+        elif not outcome.able[layer]:
             reason = f"its worst head still fell short of {reserve:.3f} after {REPAIRS} rounds of raised targets"
         elif density > MAX_DENSITY:
             reason = f"it would keep {density:.2f} of its blocks, which does not pay"
-        kept = LayerTarget(layer, round(float(found.targets[layer]), 6), recall, density)
+        kept = LayerTarget(layer, round(float(outcome.targets[layer]), 6), recall, density)
         layers.append(kept if not reason else LayerTarget(layer, 1.0, 1.0, 1.0, reason))
     rules = dataclasses.replace(probe.entry.backend.config, target_recall=tuple(x.target for x in layers))
-    return Calibration(rules, wanted, reserve, tuple(layers))
+    return Calibration(rules, target_recall, reserve, tuple(layers))
 
 
 def _skip_reason(entry: Entry, layer: int) -> str:

@@ -37,21 +37,21 @@ def _parser() -> argparse.ArgumentParser:
         prog="omnisparse-flex", description="OmniSparse attention for video-MLLMs: see it run, or check your own model."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,check,calibrate}")
-    _add_demo(verbs.add_parser("demo", help="a small Qwen2.5-VL model watches a real clip, dense and sparse"))
+    _add_demo(verbs.add_parser("demo", help="a trained video model answers questions about a clip, dense and sparse"))
     _add_check(verbs.add_parser("check", help="is it safe and faster on your model and your video?"))
     _add_calibrate(verbs.add_parser("calibrate", help="rules that keep the recall you want, from your text or video"))
     return parser
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Dense against sparse prefill of a seeded Qwen2.5-VL on a real clip; saves a picture and JSON."
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the files go (default: here)")
-    parser.add_argument("--quick", action="store_true", help="fewer frames and layers; figures mean little")
+    parser.description = "Answers about a generated clip, dense and sparse, beside the truth; saves a picture."
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the picture goes (here)")
+    parser.add_argument("--quick", action="store_true", help="a shorter clip")
     parser.add_argument(
         "--weights",
         type=Path,
         metavar="DIR",
-        help="only ask this trained model about a generated clip (default: models/video_needle, after the rest)",
+        help="the trained model (default: models/video_needle of the checkout)",
     )
 
 
@@ -98,14 +98,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     _need("transformers", "av", "skvideo", "matplotlib", "numpy", extra="demo")
-    from omnisparse_flex.cli import demo_questions as answers
     from omnisparse_flex.cli.demo import run_demo
 
-    if arguments.weights is None:
-        run_demo(arguments.out, quick=arguments.quick)
-    weights = arguments.weights or answers.shipped()
-    if weights is not None:
-        answers.run_answers(weights, quick=arguments.quick)
+    run_demo(arguments.weights, arguments.out, quick=arguments.quick)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``omnisparse-flex calibrate``: rules for somebody's own model, from their own text or video."""
+"""``omnisparse-flex calibrate``: rules for the user's model, measured on the user's text or video."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from omnisparse_flex.calibration.probe import probed_rules
 from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.calibration.search import run_calibration
 from omnisparse_flex.cli import check
-from omnisparse_flex.cli.loading import auto_class, load_model, tokenizer_of
+from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_of
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import LAST, Costs, costs_of, shape_of_config, user_file, write
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import entry_of
 
-#: What a video is asked where the user says nothing: its text is a few tokens beside thousands.
+#: The question about a video if the user gives none: a few tokens beside thousands of visual ones.
 PROMPT = "Describe the video."
 
 
@@ -59,7 +59,7 @@ def run_calibrate(
 
     Args:
         model_dir: Holds ``config.json`` and weights.
-        rules: What else holds: scoring, budget, sinks and so on.
+        rules: All other rules: scoring, budget, sinks and so on.
         target_recall: True recall wanted of every head, in (0, 1).
         material: The text or video.
         out: Where the JSON goes; ``check --config`` and ``OmniSparseConfig.from_dict`` read it.
@@ -71,21 +71,16 @@ def run_calibrate(
     Raises:
         ConfigError: If the model cannot be loaded or taken, or the material does not suit it.
     """
-    # Before the weights: a typing error should not cost their loading, nor their calibration.
+    # Checked before the weights are loaded.
     require(0 < target_recall < 1, "target_recall", "be in (0, 1)", target_recall)
     progress = Progress()
     auto, model_config = auto_class(model_dir)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = build_batches(model_dir, model_config, material, progress)
-    with progress.step(f"loading {model_dir}"):
-        model = load_model(auto, model_dir, device)
-    for batch in batches:
-        if "pixel_values_videos" in batch:
-            batch["pixel_values_videos"] = batch["pixel_values_videos"].to(next(model.parameters()).dtype)
+    model, _ = load_for_inputs(auto, model_dir, batches, progress)
     apply_omnisparse(model, probed_rules(rules, target_recall), min_seq_len=min_seq_len)
     entry = entry_of(model)
     assert entry is not None
-    entry.backend.log.on_graph = progress.on_graph("sparse")
+    entry.backend.compile_hook = progress.on_graph("sparse")
     result = run_calibration(model, batches, target_recall, progress=progress)
     out.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(f"\n{result}\n\nrules: {out}")
@@ -115,8 +110,8 @@ def run_speed(model_dir: Path, rules: OmniSparseConfig) -> Costs:
     costs_of(name)  # a broken file should not cost the measurement
     costs = measure_costs(shape, device, progress)
     write(name, costs, user_file())
-    least = costs.break_even(shape, rules, name)
-    verdict = f"sparse from {least} queries on" if least < LAST else "sparse never pays with these rules"
+    shortest = costs.break_even(shape, rules, name)
+    verdict = f"sparse from {shortest} queries on" if shortest < LAST else "sparse never pays with these rules"
     print(f"\n{name}, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim}: {verdict}\ncosts: {user_file()}")
     return costs
 

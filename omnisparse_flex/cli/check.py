@@ -1,4 +1,4 @@
-"""``omnisparse-flex check``: dense against sparse on somebody's own model and input, and one verdict."""
+"""``omnisparse-flex check``: dense against sparse on the user's model and input, and one verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.cli import compare, plot, video
-from omnisparse_flex.cli.loading import auto_class, load_model, tokenizer_of
+from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_of
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import entry_of
@@ -24,13 +24,13 @@ from omnisparse_flex.stats import Stats, collect_stats
 
 #: Last positions whose next-token distributions are compared.
 POSITIONS = 64
-#: Safe: at least this share of positions with the same most likely token ...
+#: Smallest share of positions with the same most likely token for the verdict "safe". Our choice, as the next two.
 SAFE_TOP1 = 0.95
-#: ... at most this KL(dense || sparse), in nats, mean over positions ...
+#: Largest KL(dense || sparse) for "safe", in nats, mean over positions.
 SAFE_KL = 0.05
-#: ... and no head of any layer whose mean true recall is lower. Our choice, all three.
+#: Smallest mean true recall of any head for "safe".
 SAFE_RECALL = 0.8
-#: Faster: time to the first token at least this many times shorter; less is noise.
+#: Smallest ratio of the times to the first token for "faster"; smaller ones are within the noise.
 FASTER = 1.05
 #: Most pixels of a video frame.
 PIXELS = 504 * 896
@@ -40,7 +40,7 @@ VERDICTS = ("safe and faster", "safe but not faster at this length", "not safe")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """What the model is asked.
+    """The input of the model.
 
     Attributes:
         video: A video file, or None.
@@ -115,12 +115,21 @@ def run_check(
     """
     progress = Progress()
     auto, model_config = auto_class(model_dir)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = {name: x.to(device) for name, x in build_inputs(model_dir, model_config, question, progress).items()}
-    with progress.step(f"loading {model_dir}"):
-        model = load_model(auto, model_dir, device)
-    if "pixel_values_videos" in inputs:
-        inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(next(model.parameters()).dtype)
+    inputs = build_inputs(model_dir, model_config, question, progress)
+    model, device = load_for_inputs(auto, model_dir, [inputs], progress)
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    dense, sparse, stats = _both_runs(model, inputs, config, min_seq_len, progress)
+    if heatmap is not None:
+        title = f"{model_dir.name}, {inputs['input_ids'].shape[1]} tokens"
+        plot.save_heatmap(stats, heatmap, title=title, safe=SAFE_RECALL)
+        print(f"picture: {heatmap}")
+    return _judge(dense, sparse, stats)
+
+
+def _both_runs(
+    model: Any, inputs: dict[str, Any], config: OmniSparseConfig, min_seq_len: int | str, progress: Progress
+) -> tuple[compare.Run, compare.Run, Stats]:
+    """The dense and the sparse run, and the statistics of a second sparse one; the model is as before afterwards."""
     decoder, tokens = find_decoder(model), inputs["input_ids"].shape[1]
     positions = min(POSITIONS, tokens)
     with progress.step(f"dense prefill of {tokens} tokens, plain SDPA"):
@@ -128,17 +137,14 @@ def run_check(
     apply_omnisparse(model, config, min_seq_len=min_seq_len)
     entry = entry_of(model)
     if entry is not None:
-        entry.backend.log.on_graph = progress.on_graph("sparse")
+        entry.backend.compile_hook = progress.on_graph("sparse")
     with progress.step("sparse prefill"):
         sparse = compare.measure(model, decoder, inputs, positions)
     with progress.step("sparse prefill with statistics"), collect_stats(model, exact=True) as stats:
         compare.last_logits(model, inputs, positions)
     print(f"\n{rewrite_report(model)}\n\n{stats}\n")
     remove_omnisparse(model)
-    if heatmap is not None:
-        plot.save_heatmap(stats, heatmap, title=f"{model_dir.name}, {tokens} tokens", safe=SAFE_RECALL)
-        print(f"picture: {heatmap}")
-    return _judge(dense, sparse, stats)
+    return dense, sparse, stats
 
 
 def build_inputs(model_dir: Path, model_config: Any, question: Question, progress: Callable[[str], None]) -> Any:
@@ -187,10 +193,10 @@ def _text_ids(model_dir: Path, vocabulary: int, question: Question, progress: Ca
         ids: Tensor = tokenizer(question.prompt, return_tensors="pt")["input_ids"]
         require(ids.numel() > 0, "prompt", "hold at least one token", question.prompt)
         return ids
-    # Beside a video the text is a question, not the bulk of the input.
+    # Beside a video the text is a short question.
     count = question.tokens if question.video is None else min(question.tokens, POSITIONS)
-    progress(f"the text is {count} seeded random token ids: distances below hold for noise, not for your data")
-    # The last ids of a vocabulary are its special tokens.
+    progress(f"the text is {count} seeded random token ids: the distances below are those of noise, not of your data")
+    # The special tokens are at the end of a vocabulary.
     return torch.randint(0, max(vocabulary // 2, 1), (1, count), generator=torch.Generator().manual_seed(0))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.errors import ConfigError, require
 
 
@@ -19,9 +20,9 @@ def auto_class(model_dir: Path) -> tuple[Any, Any]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    found = (model_dir / "config.json").is_file()
-    require(found, "model_dir", "be a directory with a config.json", str(model_dir))
-    config = guarded(lambda: AutoConfig.from_pretrained(model_dir, local_files_only=True))
+    has_config = (model_dir / "config.json").is_file()
+    require(has_config, "model_dir", "be a directory with a config.json", str(model_dir))
+    config = loaded(lambda: AutoConfig.from_pretrained(model_dir, local_files_only=True))
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
             return auto, config
@@ -29,10 +30,23 @@ def auto_class(model_dir: Path) -> tuple[Any, Any]:
 
 
 def load_model(auto: Any, model_dir: Path, device: torch.device) -> Any:
-    """The model in eval mode; on a GPU in its own dtype."""
-    # Half precision on a CPU is slow and inexact: it would measure the CPU, not the selection.
+    """The model in eval mode; on a GPU in its own dtype, on a CPU in float32."""
+    # Half precision is slow and inexact on a CPU, so that a check would measure the CPU instead of the selection.
     dtype: Any = "auto" if device.type == "cuda" else torch.float32
-    return guarded(lambda: auto.from_pretrained(model_dir, local_files_only=True, dtype=dtype)).eval().to(device)
+    return loaded(lambda: auto.from_pretrained(model_dir, local_files_only=True, dtype=dtype)).eval().to(device)
+
+
+def load_for_inputs(
+    auto: Any, model_dir: Path, batches: Iterable[dict[str, Any]], progress: Progress
+) -> tuple[Any, torch.device]:
+    """The model on the GPU, or without one on the CPU, and its device; pixels of the batches get the model's dtype."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with progress.step(f"loading {model_dir}"):
+        model = load_model(auto, model_dir, device)
+    for batch in batches:
+        if "pixel_values_videos" in batch:
+            batch["pixel_values_videos"] = batch["pixel_values_videos"].to(next(model.parameters()).dtype)
+    return model, device
 
 
 def tokenizer_of(model_dir: Path) -> Any:
@@ -41,11 +55,11 @@ def tokenizer_of(model_dir: Path) -> Any:
 
     if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    return guarded(lambda: AutoTokenizer.from_pretrained(model_dir, local_files_only=True))
+    return loaded(lambda: AutoTokenizer.from_pretrained(model_dir, local_files_only=True))
 
 
-def guarded(load: Callable[[], Any]) -> Any:
-    """What transformers says of a broken directory, as the user's mistake that it is."""
+def loaded(load: Callable[[], Any]) -> Any:
+    """Call ``load``; an error of transformers about the directory becomes a ``ConfigError``."""
     try:
         return load()
     except (OSError, ValueError, KeyError) as error:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 #: Cell classes of a picture, and their colours and names.
 DROPPED, CHOSEN, ALWAYS, FUTURE = range(4)
 COLOURS = ("#e9edf2", "#1f6feb", "#f59f00", "#ffffff")
-NAMES = ("not kept", "selected", "always kept (sinks, window, text)", "above the causal diagonal")
-#: Layers and KV heads that fit on one page.
+NAMES = ("not kept", "selected", "always kept (sinks, window, long text)", "above the causal diagonal")
+#: Layers and heads that fit on one page.
 MAX_LAYERS, MAX_HEADS = 6, 4
 
 
@@ -27,7 +27,7 @@ def mask_cells(blocks: Tensor) -> Tensor:
     """Classes of a head's block pairs.
 
     Args:
-        blocks: uint8 (rows, columns), ``masks.record`` cell values of a self-attention prefill.
+        blocks: uint8 (rows, columns), ``masks.statistics`` cell values of a self-attention prefill.
 
     Returns:
         uint8 (rows, columns) of ``DROPPED``, ``CHOSEN``, ``ALWAYS``, ``FUTURE``.
@@ -39,13 +39,13 @@ def mask_cells(blocks: Tensor) -> Tensor:
     return cells.masked_fill(future, FUTURE)
 
 
-def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: str, block: int = 128) -> None:
-    """Draw the masks of up to ``MAX_HEADS`` KV heads of up to ``MAX_LAYERS`` layers.
+def save_masks(stats: Stats, tokens: int, heads: int, path: Path, *, title: str, block: int = 128) -> None:
+    """Draw the masks of up to ``MAX_HEADS`` query heads of up to ``MAX_LAYERS`` layers.
 
     Args:
         stats: From ``collect_stats(model, exact=True, maps=True)``.
         tokens: Length of the recorded prefill.
-        kv_heads: KV heads of a layer.
+        heads: Query heads of a layer, whose blocks are chosen.
         path: Where the PNG goes.
         title: First line of the picture.
         block: Tokens per block.
@@ -53,14 +53,15 @@ def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: s
     from matplotlib.figure import Figure  # with its own Agg canvas: no global state, no display
 
     layers = _spread(stats.per_layer(), MAX_LAYERS)
-    heads = min(kv_heads, MAX_HEADS)
+    heads = min(heads, MAX_HEADS)
     if not layers:
         return
     # The width never falls under the legend's.
     width = max(2.6 * len(layers) + 1.1, 8.5)
-    figure = Figure(figsize=(width, 2.9 * heads + 0.35 * len(layers) + 2.4), dpi=130, layout="constrained")
-    ratios = [2.9] * heads + [0.35 * len(layers) + 0.9]
-    grid = figure.add_gridspec(heads + 1, len(layers), height_ratios=ratios)
+    recalls = any(layer.true_recall for layer in layers)  # none were asked for: no empty space for them
+    ratios = [2.9] * heads + ([0.35 * len(layers) + 0.9] if recalls else [])
+    figure = Figure(figsize=(width, sum(ratios) + 1.5), dpi=130, layout="constrained")
+    grid = figure.add_gridspec(len(ratios), len(layers), height_ratios=ratios)
     size = min((tokens + block - 1) // block, 256)
     for (column, layer), head in itertools.product(enumerate(layers), range(heads)):
         axes = figure.add_subplot(grid[head, column])
@@ -68,12 +69,13 @@ def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: s
         if maps is not None:
             _draw_mask(axes, mask_cells(maps[head, :size, :size]), size * block)
         top = f"layer {layer.layer} · density {layer.density:.2f}\n" if head == 0 else ""
-        axes.set_title(f"{top}KV head {head}", fontsize=9)
+        axes.set_title(f"{top}query head {head}", fontsize=9)
         if column == 0:
             axes.set_ylabel("query (tokens)", fontsize=8)
         if head == heads - 1:
             axes.set_xlabel("key (tokens)", fontsize=8)
-    _draw_recall(figure, figure.add_subplot(grid[heads, :]), stats)
+    if recalls:
+        _draw_recall(figure, figure.add_subplot(grid[heads, :]), stats)
     figure.suptitle(title, fontsize=12)
     _legend(figure)
     figure.savefig(path)
@@ -81,11 +83,11 @@ def save_masks(stats: Stats, tokens: int, kv_heads: int, path: Path, *, title: s
 
 def recall_matrix(stats: Stats) -> Tensor:
     """True recall by layer and query head: float64 (layers, heads), NaN for layers that ran densely."""
-    found = {layer.layer: layer.true_recall for layer in stats.per_layer() if layer.true_recall}
-    heads = max((len(x) for x in found.values()), default=1)
+    layers = {layer.layer: layer.true_recall for layer in stats.per_layer() if layer.true_recall}
+    heads = max((len(x) for x in layers.values()), default=1)
     blank = (float("nan"),) * heads
-    count = max(stats.layers, *(i + 1 for i in found), 1)
-    return torch.tensor([found.get(i, blank) for i in range(count)], dtype=torch.float64)
+    count = max(stats.layers, *(i + 1 for i in layers), 1)
+    return torch.tensor([layers.get(i, blank) for i in range(count)], dtype=torch.float64)
 
 
 def save_heatmap(stats: Stats, path: Path, *, title: str, safe: float = 0.8) -> None:
@@ -123,11 +125,11 @@ def save_heatmap(stats: Stats, path: Path, *, title: str, safe: float = 0.8) -> 
     figure.savefig(path)
 
 
-def _spread(items: list[Any], most: int) -> list[Any]:
+def _spread(items: list[Any], highest: int) -> list[Any]:
     """At most ``most`` of them, evenly spaced, first and last included."""
-    if len(items) <= most:
+    if len(items) <= highest:
         return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[round(i * (len(items) - 1) / (highest - 1))] for i in range(highest)]
 
 
 def _draw_mask(axes: Axes, cells: Tensor, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Names under which AOTAutograd's cache recognises our functions in another process."""
+"""Names by which AOTAutograd's cache recognises the package's functions in another process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 _KNOWN: dict[str, FunctionType] = {}
 
 
-def importable(function: FunctionType, *ambient: object) -> FunctionType:
+def stable_name(function: FunctionType, *ambient: object) -> FunctionType:
     """The function that stands for these constants, importable under a name that spells them.
 
     AOTAutograd's cache key holds the names of the functions in a graph, not their closures:
@@ -62,7 +62,7 @@ def _name_of(target: Any) -> str:
 
 @functools.cache
 def source_digest() -> str:
-    """Digest of this package's source: other code must not hit this code's cache entries."""
+    """Digest of this package's source, so that changed code never hits the cache entries of older code."""
     return digest_of(Path(sys.modules["omnisparse_flex"].__path__[0]))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from omnisparse_flex.compilation import missing_barrier as read_back
+from omnisparse_flex.compilation import missing_barrier
 from omnisparse_flex.compilation.cache_names import cacheable_functions
 
 CompiledFn = Callable[..., Any]
@@ -45,7 +45,7 @@ def compile_graph(
         # The C++ flex template takes no epilogue, and a fused one fails to compile.
         patches["epilogue_fusion"] = False
     else:
-        read_back.mend()
+        missing_barrier.patch_inductor()
     return cast(CompiledFn, compile_fx(graph_module, list(inputs), config_patches=patches))
 
 

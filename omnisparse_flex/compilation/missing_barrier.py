@@ -1,9 +1,8 @@
-"""A barrier that Inductor forgets: between a store in one loop of a kernel and the load in the next that reads it back.
+"""Adds a barrier that Inductor omits between a store in one loop of a kernel and the load in the next loop.
 
-Where the residual stream is float32 and the layers compute in bfloat16 (autocast), a norm's
-kernel stores the sum in its first loop and reads it back in its second, and Triton gives other
-threads to the load than to the store. Threads then read what others have not written yet
-(pytorch/pytorch#190517): some tokens of a compiled decoder are wrong, others in every run.
+With a float32 residual stream and layers in bfloat16 (autocast), the kernel of a norm stores a sum in its first loop
+and loads it in its second. Triton assigns the load to other threads than the store, which read values that are not
+written yet (pytorch/pytorch#190517): some tokens of a compiled decoder are wrong, different ones in each run.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ BARRIER = "tl.debug_barrier()"
 
 
 @functools.cache
-def mend() -> bool:
-    """Let Inductor write the barrier, in this process and from now on, unless this torch does so by itself.
+def patch_inductor() -> bool:
+    """Let Inductor write the barrier from now on in this process, unless this torch writes it.
 
     Returns:
-        Whether anything had to be mended.
+        Whether Inductor was changed.
     """
     from torch._inductor.codegen import common, triton
 
-    # Torch's own mend looks at the same set, in the Triton kernels' own ``load``.
+    # Torch's fix reads the same set, in ``TritonKernel.load``.
     with contextlib.suppress(OSError):  # a torch without its sources: two barriers do no harm
         if "invalidated_stores" in inspect.getsource(triton.TritonKernel.load):
             return False
@@ -34,7 +33,7 @@ def mend() -> bool:
     def load(self: Any, name: str, index: Any) -> Any:
         kernel = self.kernel
         if isinstance(kernel, triton.TritonKernel) and name in kernel.cse.invalidated_stores:
-            # The loop that stored is written into the body already, the one that loads is not.
+            # The storing loop is in the body already, the loading loop is not.
             kernel.body.writeline(BARRIER)
         return plain(self, name, index)
 

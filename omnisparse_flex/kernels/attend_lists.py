@@ -1,8 +1,8 @@
-"""Attention of packed query rows over listed keys in Triton: the gather happens in the kernel's loads.
+"""Attention of packed query rows over listed keys in Triton.
 
-No gathered copy of keys or values exists. A program takes one tile of a segment's rows and
-walks the segment's key list; all query heads of a KV head's group are rows of one segment,
-so that they read each key together. Importing this module needs Triton.
+The kernel loads the listed keys and values directly; there is no gathered copy of them. A program takes one tile of a
+segment's rows and walks the segment's key list. All query heads of a KV head's group are rows of one segment, so that
+they read each key together. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 
 
-class Lists(NamedTuple):
+class KeyLists(NamedTuple):
     """Who attends to whom, by segment of queries.
 
     Attributes:
@@ -42,8 +42,8 @@ class Lists(NamedTuple):
     real: Tensor | None = None
     first: int = 0
 
-    def of(self, rows: slice, heads: slice) -> Lists:
-        """Those of some batch rows and KV heads: of one row, or of all heads, so that what is contiguous stays so."""
+    def of(self, rows: slice, heads: slice) -> KeyLists:
+        """The lists of some batch rows and KV heads: of one row, or of all heads, so that tensors stay contiguous."""
         return self._replace(
             rows=None if self.rows is None else self.rows[rows, heads],
             row_count=None if self.row_count is None else self.row_count[rows, heads],
@@ -53,10 +53,10 @@ class Lists(NamedTuple):
         )
 
     def arguments(self, query: Tensor, key: Tensor, value: Tensor, unused: Tensor) -> tuple[Any, ...]:
-        """What every kernel over lists takes, from ``rows`` on; ``unused`` stands where there is no tensor."""
-        given = (self.rows, self.row_count, self.keys, self.key_count, self.real, self.offset)
+        """The arguments of every kernel over lists, from ``rows`` on; ``unused`` replaces a missing tensor."""
+        tensors = (self.rows, self.row_count, self.keys, self.key_count, self.real, self.offset)
         return (
-            *(unused if x is None else x for x in given),
+            *(unused if x is None else x for x in tensors),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *self.keys.stride()[:3],
             *self.key_count.stride(), query.shape[2], key.shape[2], self.first, -(-query.shape[2] // self.segment),
         )  # fmt: skip
@@ -76,27 +76,27 @@ def listed_rows(rows, row_count, part, first, m, q_len, M: tl.constexpr, WIDTH: 
                 LISTED: tl.constexpr):  # fmt: skip
     """Head in the group, query index and existence of M packed rows from ``first``; ``part`` counts (b, h, m)."""
     slots = first + tl.arange(0, M)
-    there = slots < WIDTH
+    exists = slots < WIDTH
     if LISTED:
-        there = slots < tl.load(row_count + part)
-        slots = tl.load(rows + part.to(tl.int64) * WIDTH + slots, mask=there, other=0).to(tl.int32)
+        exists = slots < tl.load(row_count + part)
+        slots = tl.load(rows + part.to(tl.int64) * WIDTH + slots, mask=exists, other=0).to(tl.int32)
     place = m * SEGMENT + slots % SEGMENT
-    return slots // SEGMENT, place, there & (place < q_len)
+    return slots // SEGMENT, place, exists & (place < q_len)
 
 
 @triton.jit
 def listed_keys(keys, real, start, total, kv_len, N: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr):
     """Positions of N listed keys from ``start``, and whether they exist."""
     slots = start + tl.arange(0, N)
-    there = slots < total
-    at = tl.load(keys + slots // UNIT, mask=there, other=0) * UNIT + slots % UNIT
-    there = there & (at < kv_len)
+    exists = slots < total
+    at = tl.load(keys + slots // UNIT, mask=exists, other=0) * UNIT + slots % UNIT
+    exists = exists & (at < kv_len)
     if PADDED:
-        there = there & (tl.load(real + at, mask=there, other=0) != 0)
-    return at, there
+        exists = exists & (tl.load(real + at, mask=exists, other=0) != 0)
+    return at, exists
 
 
-#: Numbers that change with every prompt: none of them may start a compile.
+#: Numbers that change with every prompt, and must not start a compile.
 VARYING = ["q_len", "kv_len", "scale", "l_b", "l_h", "l_m", "c_b", "c_h", "c_m", "first_segment", "segments"]
 
 
@@ -110,62 +110,64 @@ def _attend(
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows over its segment's keys; with ``GOES_ON`` from the softmax that ``out`` and ``lse`` hold."""
-    own_m, row = tl.program_id(1), tl.program_id(2)
-    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + own_m
+    list_index, row = tl.program_id(1), tl.program_id(2)
+    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + list_index
     part = row * segments + m
     first = tl.program_id(0) * M
     if LISTED:  # noqa: SIM102
         if first >= tl.load(row_count + part):
             return
-    member, place, mine = listed_rows(rows, row_count, part, first, m, q_len, M, GROUP * SEGMENT, SEGMENT, LISTED)
-    own = head * GROUP + member
+    member, place, is_row = listed_rows(rows, row_count, part, first, m, q_len, M, GROUP * SEGMENT, SEGMENT, LISTED)
+    q_head = head * GROUP + member
     dims = tl.arange(0, DIM)
+    at_q = q_head.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + dims
     q = tl.load(
-        query + batch.to(tl.int64) * q_b + own.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + dims,
-        mask=mine[:, None], other=0.0,
+        query + batch.to(tl.int64) * q_b + at_q,
+        mask=is_row[:, None], other=0.0,
     )  # fmt: skip
-    slot = (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place
-    target = out + batch.to(tl.int64) * o_b + own.to(tl.int64)[:, None] * o_h + place.to(tl.int64)[:, None] * o_n + dims
-    most = tl.full((M,), float("-inf"), tl.float32)
+    slot = (batch * KV_HEADS * GROUP + q_head).to(tl.int64) * q_len + place
+    at_out = q_head.to(tl.int64)[:, None] * o_h + place.to(tl.int64)[:, None] * o_n + dims
+    target = out + batch.to(tl.int64) * o_b + at_out
+    row_max = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, DIM), tl.float32)
     if GOES_ON:
-        most = tl.load(lse + slot, mask=mine, other=float("-inf")) * 1.4426950408889634
-        total = tl.where(most == float("-inf"), 0.0, 1.0)
-        sums = tl.load(target, mask=mine[:, None], other=0.0).to(tl.float32)
+        row_max = tl.load(lse + slot, mask=is_row, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(row_max == float("-inf"), 0.0, 1.0)
+        sums = tl.load(target, mask=is_row[:, None], other=0.0).to(tl.float32)
     last = place
     if CAUSAL:
         last = place + tl.load(offset).to(tl.int32)
-    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + own_m.to(tl.int64) * l_m
-    width = tl.load(key_count + batch * c_b + head * c_h + own_m * c_m).to(tl.int32) * UNIT
-    own_key = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
-    own_value = value + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
+    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + list_index.to(tl.int64) * l_m
+    width = tl.load(key_count + batch * c_b + head * c_h + list_index * c_m).to(tl.int32) * UNIT
+    key_of_head = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
+    value_of_head = value + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     for start in range(0, width, N):
-        at, there = listed_keys(listed, real + batch * kv_len, start, width, kv_len, N, UNIT, PADDED)
-        k = tl.load(own_key + at.to(tl.int64)[:, None] * k_n + dims, mask=there[:, None], other=0.0)
+        at, exists = listed_keys(listed, real + batch * kv_len, start, width, kv_len, N, UNIT, PADDED)
+        k = tl.load(key_of_head + at.to(tl.int64)[:, None] * k_n + dims, mask=exists[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        seen = there[None, :]
+        seen = exists[None, :]
         if CAUSAL:
             seen = seen & (at[None, :] <= last[:, None])
         logits = tl.where(seen, logits, float("-inf"))
-        now = tl.maximum(most, tl.max(logits, 1))
+        now = tl.maximum(row_max, tl.max(logits, 1))
         safe = tl.where(now == float("-inf"), 0.0, now)
         weights = tl.exp2(logits - safe[:, None])
-        shrink = tl.exp2(most - safe)
+        shrink = tl.exp2(row_max - safe)
         total = total * shrink + tl.sum(weights, 1)
         if VALUES:
-            v = tl.load(own_value + at.to(tl.int64)[:, None] * v_n + dims, mask=there[:, None], other=0.0)
+            v = tl.load(value_of_head + at.to(tl.int64)[:, None] * v_n + dims, mask=exists[:, None], other=0.0)
             sums = sums * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        most = now
+        row_max = now
     if VALUES:
         share = sums / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(target, share.to(out.dtype.element_ty), mask=mine[:, None])
-    result = tl.where(total == 0, float("-inf"), (most + tl.log2(total)) * 0.6931471805599453)
-    tl.store(lse + slot, result, mask=mine)
+        tl.store(target, share.to(out.dtype.element_ty), mask=is_row[:, None])
+    result = tl.where(total == 0, float("-inf"), (row_max + tl.log2(total)) * 0.6931471805599453)
+    tl.store(lse + slot, result, mask=is_row)
 
 
 def attend_lists(
-    query: Tensor, key: Tensor, value: Tensor | None, out: Tensor | None, lse: Tensor, lists: Lists, scale: float,
+    query: Tensor, key: Tensor, value: Tensor | None, out: Tensor | None, lse: Tensor, lists: KeyLists, scale: float,
     *, goes_on: bool = False,
 ) -> None:  # fmt: skip
     """Attention of the listed rows over the listed keys, into ``out`` and ``lse``; the other rows are left alone.
@@ -194,7 +196,7 @@ def attend_lists(
     )  # fmt: skip
 
 
-def constants(query: Tensor, key: Tensor, lists: Lists) -> dict[str, Any]:
+def constants(query: Tensor, key: Tensor, lists: KeyLists) -> dict[str, Any]:
     """What a kernel over ``lists`` is compiled for, tiles aside."""
     return {
         "KV_HEADS": int(key.shape[1]),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omnisparse_flex.kernels.attend_lists import VARYING, Lists, constants, listed_keys, listed_rows
+from omnisparse_flex.kernels.attend_lists import VARYING, KeyLists, constants, listed_keys, listed_rows
 
 
 def tiles(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
@@ -40,59 +40,60 @@ def _of_queries(
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of rows; with ``GOES_ON`` added to what is there, else ``delta`` is written too."""
-    own_m, row = tl.program_id(1), tl.program_id(2)
-    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + own_m
+    list_index, row = tl.program_id(1), tl.program_id(2)
+    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + list_index
     part = row * segments + m
     first = tl.program_id(0) * M
     if LISTED:  # noqa: SIM102
         if first >= tl.load(row_count + part):
             return
-    member, place, mine = listed_rows(rows, row_count, part, first, m, q_len, M, GROUP * SEGMENT, SEGMENT, LISTED)
-    own, dims = head * GROUP + member, tl.arange(0, DIM)
-    there_q = mine[:, None]
+    member, place, is_row = listed_rows(rows, row_count, part, first, m, q_len, M, GROUP * SEGMENT, SEGMENT, LISTED)
+    q_head, dims = head * GROUP + member, tl.arange(0, DIM)
+    row_mask = is_row[:, None]
+    at_q = q_head.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + dims
     q = tl.load(
-        query + batch.to(tl.int64) * q_b + own.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + dims,
-        mask=there_q, other=0.0,
+        query + batch.to(tl.int64) * q_b + at_q,
+        mask=row_mask, other=0.0,
     )  # fmt: skip
-    slot = (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place
-    rowed = batch.to(tl.int64) * o_b + own.to(tl.int64)[:, None] * o_h + place.to(tl.int64)[:, None] * o_n + dims
+    slot = (batch * KV_HEADS * GROUP + q_head).to(tl.int64) * q_len + place
+    rowed = batch.to(tl.int64) * o_b + q_head.to(tl.int64)[:, None] * o_h + place.to(tl.int64)[:, None] * o_n + dims
     do = tl.load(
-        grad + batch.to(tl.int64) * g_b + own.to(tl.int64)[:, None] * g_h + place.to(tl.int64)[:, None] * g_n + dims,
-        mask=there_q, other=0.0,
+        grad + batch.to(tl.int64) * g_b + q_head.to(tl.int64)[:, None] * g_h + place.to(tl.int64)[:, None] * g_n + dims,
+        mask=row_mask, other=0.0,
     )  # fmt: skip
-    normal = tl.load(lse + slot, mask=mine, other=float("-inf")) * 1.4426950408889634
+    normal = tl.load(lse + slot, mask=is_row, other=float("-inf")) * 1.4426950408889634
     normal = tl.where(normal == float("-inf"), float("inf"), normal)
     if GOES_ON:
-        inner = tl.load(delta + slot, mask=mine, other=0.0)
-        total = tl.load(grad_query + rowed, mask=there_q, other=0.0).to(tl.float32)
+        inner = tl.load(delta + slot, mask=is_row, other=0.0)
+        total = tl.load(grad_query + rowed, mask=row_mask, other=0.0).to(tl.float32)
     else:
-        o = tl.load(out + rowed, mask=there_q, other=0.0)
+        o = tl.load(out + rowed, mask=row_mask, other=0.0)
         tl.debug_barrier()  # the gradient may go where ``out`` is
         inner = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        tl.store(delta + slot, inner, mask=mine)
+        tl.store(delta + slot, inner, mask=is_row)
         total = tl.zeros((M, DIM), tl.float32)
     last = place
     if CAUSAL:
         last = place + tl.load(offset).to(tl.int32)
-    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + own_m.to(tl.int64) * l_m
-    width = tl.load(key_count + batch * c_b + head * c_h + own_m * c_m).to(tl.int32) * UNIT
-    own_key = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
-    own_value = value + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
+    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + list_index.to(tl.int64) * l_m
+    width = tl.load(key_count + batch * c_b + head * c_h + list_index * c_m).to(tl.int32) * UNIT
+    key_of_head = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
+    value_of_head = value + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     sums = tl.zeros((M, DIM), tl.float32)
     for start in range(0, width, N):
-        at, there = listed_keys(listed, real + batch * kv_len, start, width, kv_len, N, UNIT, PADDED)
-        k = tl.load(own_key + at.to(tl.int64)[:, None] * k_n + dims, mask=there[:, None], other=0.0)
-        v = tl.load(own_value + at.to(tl.int64)[:, None] * v_n + dims, mask=there[:, None], other=0.0)
+        at, exists = listed_keys(listed, real + batch * kv_len, start, width, kv_len, N, UNIT, PADDED)
+        k = tl.load(key_of_head + at.to(tl.int64)[:, None] * k_n + dims, mask=exists[:, None], other=0.0)
+        v = tl.load(value_of_head + at.to(tl.int64)[:, None] * v_n + dims, mask=exists[:, None], other=0.0)
         weights = tl.exp2(
             tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634) - normal[:, None]
         )
-        seen = there[None, :]
+        seen = exists[None, :]
         if CAUSAL:
             seen = seen & (at[None, :] <= last[:, None])
         change = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - inner[:, None])
         change = tl.where(seen, change, 0.0)
         sums += tl.dot(change.to(k.dtype), k, input_precision=PRECISION)
-    tl.store(grad_query + rowed, (total + sums * scale).to(grad_query.dtype.element_ty), mask=there_q)
+    tl.store(grad_query + rowed, (total + sums * scale).to(grad_query.dtype.element_ty), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -105,19 +106,19 @@ def _of_keys(
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of a segment's listed keys and values."""
-    own_m, row, start = tl.program_id(1), tl.program_id(2), tl.program_id(0) * N
-    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + own_m
+    list_index, row, start = tl.program_id(1), tl.program_id(2), tl.program_id(0) * N
+    batch, head, m = row // KV_HEADS, row % KV_HEADS, first_segment + list_index
     part = row * segments + m
-    width = tl.load(key_count + batch * c_b + head * c_h + own_m * c_m).to(tl.int32) * UNIT
+    width = tl.load(key_count + batch * c_b + head * c_h + list_index * c_m).to(tl.int32) * UNIT
     if start >= width:
         return
-    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + own_m.to(tl.int64) * l_m
-    at, there = listed_keys(listed, real + batch * kv_len, start, width, kv_len, N, UNIT, PADDED)
+    listed = keys + batch.to(tl.int64) * l_b + head.to(tl.int64) * l_h + list_index.to(tl.int64) * l_m
+    at, exists = listed_keys(listed, real + batch * kv_len, start, width, kv_len, N, UNIT, PADDED)
     dims = tl.arange(0, DIM)
-    own_key = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
-    own_value = value + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
-    k = tl.load(own_key + at.to(tl.int64)[:, None] * k_n + dims, mask=there[:, None], other=0.0)
-    v = tl.load(own_value + at.to(tl.int64)[:, None] * v_n + dims, mask=there[:, None], other=0.0)
+    key_of_head = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
+    value_of_head = value + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
+    k = tl.load(key_of_head + at.to(tl.int64)[:, None] * k_n + dims, mask=exists[:, None], other=0.0)
+    v = tl.load(value_of_head + at.to(tl.int64)[:, None] * v_n + dims, mask=exists[:, None], other=0.0)
     shift = 0
     if CAUSAL:
         shift = tl.load(offset).to(tl.int32)
@@ -126,24 +127,24 @@ def _of_keys(
         count = tl.load(row_count + part).to(tl.int32)
     key_sums, value_sums = tl.zeros((N, DIM), tl.float32), tl.zeros((N, DIM), tl.float32)
     for first in range(0, count, M):
-        member, place, mine = listed_rows(rows, row_count, part, first, m, q_len, M, GROUP * SEGMENT, SEGMENT, LISTED)
-        own = head * GROUP + member
+        member, place, is_row = listed_rows(rows, row_count, part, first, m, q_len, M, GROUP * SEGMENT, SEGMENT, LISTED)
+        q_head = head * GROUP + member
         q = tl.load(
-            query + batch.to(tl.int64) * q_b + own.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n
+            query + batch.to(tl.int64) * q_b + q_head.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n
             + dims,
-            mask=mine[:, None], other=0.0,
+            mask=is_row[:, None], other=0.0,
         )  # fmt: skip
-        slot = (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place
+        slot = (batch * KV_HEADS * GROUP + q_head).to(tl.int64) * q_len + place
         do = tl.load(
-            grad + batch.to(tl.int64) * g_b + own.to(tl.int64)[:, None] * g_h + place.to(tl.int64)[:, None] * g_n
+            grad + batch.to(tl.int64) * g_b + q_head.to(tl.int64)[:, None] * g_h + place.to(tl.int64)[:, None] * g_n
             + dims,
-            mask=mine[:, None], other=0.0,
+            mask=is_row[:, None], other=0.0,
         )  # fmt: skip
-        normal = tl.load(lse + slot, mask=mine, other=float("-inf")) * 1.4426950408889634
+        normal = tl.load(lse + slot, mask=is_row, other=float("-inf")) * 1.4426950408889634
         normal = tl.where(normal == float("-inf"), float("inf"), normal)
-        inner = tl.load(delta + slot, mask=mine, other=0.0)
+        inner = tl.load(delta + slot, mask=is_row, other=0.0)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        seen = there[:, None] & mine[None, :]
+        seen = exists[:, None] & is_row[None, :]
         if CAUSAL:
             seen = seen & (at[:, None] <= (place + shift)[None, :])
         weights = tl.where(seen, tl.exp2(logits - normal[None, :]), 0.0)
@@ -151,13 +152,13 @@ def _of_keys(
         change = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - inner[None, :])
         key_sums += tl.dot(change.to(q.dtype), q, input_precision=PRECISION)
     placed = (row.to(tl.int64) * kv_len + at)[:, None] * DIM + dims
-    tl.atomic_add(grad_key + placed, key_sums * scale, mask=there[:, None], sem="relaxed")
-    tl.atomic_add(grad_value + placed, value_sums, mask=there[:, None], sem="relaxed")
+    tl.atomic_add(grad_key + placed, key_sums * scale, mask=exists[:, None], sem="relaxed")
+    tl.atomic_add(grad_value + placed, value_sums, mask=exists[:, None], sem="relaxed")
 
 
 def gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, delta: Tensor,
-    grad_query: Tensor, parts: Iterable[Lists], scale: float,
+    grad_query: Tensor, parts: Iterable[KeyLists], scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients of one softmax over the union of several parts' keys.
 

@@ -38,9 +38,9 @@ def _lists(keep, full, partial_numbers, partial_indices, full_numbers, full_indi
         places = start + tl.arange(0, TILE)
         inside = places < columns
         kept = tl.load(keep + places.to(tl.int64) * keep_column, mask=inside, other=0).to(tl.int32)
-        whole = tl.load(full + places.to(tl.int64) * full_column, mask=inside, other=0).to(tl.int32)
-        some = _write(kept * (1 - whole), places, some, partial_numbers, partial_indices, line, columns)
-        all_of = _write(kept * whole, places, all_of, full_numbers, full_indices, line, columns)
+        is_full = tl.load(full + places.to(tl.int64) * full_column, mask=inside, other=0).to(tl.int32)
+        some = _write(kept * (1 - is_full), places, some, partial_numbers, partial_indices, line, columns)
+        all_of = _write(kept * is_full, places, all_of, full_numbers, full_indices, line, columns)
     for start in range(0, columns, TILE):
         places = start + tl.arange(0, TILE)
         at = line.to(tl.int64) * columns + places

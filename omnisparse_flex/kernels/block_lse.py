@@ -33,30 +33,30 @@ def _block_lse(
     """One tile of a KV head's rows, those of all its query heads, over ``STEPS`` blocks of keys."""
     batch, head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
     slots = tl.program_id(0) * M + tl.arange(0, M)
-    mine = slots < GROUP * ROWS
-    own, row = head * GROUP + slots // ROWS, slots % ROWS
+    is_row = slots < GROUP * ROWS
+    q_head, row = head * GROUP + slots // ROWS, slots % ROWS
     dims = tl.arange(0, WIDTH)
     q = tl.load(
-        rows + batch.to(tl.int64) * r_b + own.to(tl.int64)[:, None] * r_h + row.to(tl.int64)[:, None] * r_n + dims,
-        mask=mine[:, None] & (dims < DIM), other=0.0,
+        rows + batch.to(tl.int64) * r_b + q_head.to(tl.int64)[:, None] * r_h + row.to(tl.int64)[:, None] * r_n + dims,
+        mask=is_row[:, None] & (dims < DIM), other=0.0,
     )  # fmt: skip
-    stop = tl.load(last + row, mask=mine, other=-1).to(tl.int32)
-    line = out + ((batch * KV_HEADS * GROUP + own).to(tl.int64) * ROWS + row) * blocks
+    stop = tl.load(last + row, mask=is_row, other=-1).to(tl.int32)
+    line = out + ((batch * KV_HEADS * GROUP + q_head).to(tl.int64) * ROWS + row) * blocks
     own_key = key + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     first = tl.program_id(1) * STEPS
     for at in range(first, tl.minimum(first + STEPS, blocks)):
         places = at * BLOCK + tl.arange(0, BLOCK)
-        there = places < kv_len
-        k = tl.load(own_key + places.to(tl.int64)[:, None] * k_n + dims, mask=there[:, None] & (dims < DIM), other=0.0)
+        exists = places < kv_len
+        k = tl.load(own_key + places.to(tl.int64)[:, None] * k_n + dims, mask=exists[:, None] & (dims < DIM), other=0.0)
         if PADDED:
-            there = there & (tl.load(real + batch.to(tl.int64) * kv_len + places, mask=there, other=0) != 0)
+            exists = exists & (tl.load(real + batch.to(tl.int64) * kv_len + places, mask=exists, other=0) != 0)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        logits = tl.where(there[None, :] & (places[None, :] <= stop[:, None]), logits, float("-inf"))
-        most = tl.max(logits, 1)
-        safe = tl.where(most == float("-inf"), 0.0, most)
+        logits = tl.where(exists[None, :] & (places[None, :] <= stop[:, None]), logits, float("-inf"))
+        row_max = tl.max(logits, 1)
+        safe = tl.where(row_max == float("-inf"), 0.0, row_max)
         total = tl.sum(tl.exp2(logits - safe[:, None]), 1)
         lse = tl.where(total == 0, float("-inf"), (safe + tl.log2(total)) * 0.6931471805599453)
-        tl.store(line + at, lse, mask=mine)
+        tl.store(line + at, lse, mask=is_row)
 
 
 def block_lse_in_one(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, scale: float, block: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Lazy queries and one-pass column mass in Triton: what decides which queries and keys count.
+"""One-pass column mass in Triton: how much of their attention the active queries of a segment give to each key.
 
 Importing this module needs Triton.
 """
@@ -17,59 +17,6 @@ from omnisparse_flex.kernels.pack_keys import FLOAT8_MAX, ReadyKeys
 KEYS, ROWS = 256, 64
 
 
-@triton.jit(do_not_specialize=["q_len", "threshold"])
-def _classify(
-    query, near, far, text, active, lazy, q_b, q_h, q_n, t_b, q_len, threshold, redundancy,
-    HEADS: tl.constexpr, DIM: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Lazy and active queries of one tile."""
-    row = tl.program_id(1)
-    batch, head = row // HEADS, row % HEADS
-    places, dims = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, DIM)
-    mine = places < q_len
-    leaders = places - places % STRIDE
-    base = query + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h
-    own = tl.load(base + places.to(tl.int64)[:, None] * q_n + dims, mask=mine[:, None], other=0.0).to(tl.float32)
-    led = tl.load(base + leaders.to(tl.int64)[:, None] * q_n + dims, mask=mine[:, None], other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(own * own, 1)), 1e-12) * tl.maximum(tl.sqrt(tl.sum(led * led, 1)), 1e-12)
-    alike = tl.sum(own * led, 1) / length
-    slot = row.to(tl.int64) * q_len + places
-    near_lse = tl.load(near + slot, mask=mine, other=0.0)
-    far_lse = tl.load(far + slot, mask=mine, other=0.0)
-    breadth = tl.where(far_lse == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp(near_lse - far_lse)))
-    worded = tl.load(text + batch * t_b + places, mask=mine, other=0) != 0
-    near_sighted = (breadth < threshold) & (alike >= redundancy) & (worded == 0)
-    tl.store(lazy + slot, near_sighted.to(tl.uint8), mask=mine)
-    tl.store(active + slot, ((near_sighted == 0) | (places == leaders)).to(tl.uint8), mask=mine)
-
-
-def classify(
-    query: Tensor, near: Tensor, far: Tensor, text: Tensor, threshold: float, redundancy: float, stride: int
-) -> tuple[Tensor, Tensor]:
-    """``tokens.active_tokens`` where both log-sum-exps are known.
-
-    Args:
-        query: (B, Hq, L, D), last dimension contiguous.
-        near: float32 (B, Hq, L) contiguous, of the always-kept keys.
-        far: float32 (B, Hq, L) contiguous, of the others.
-        text: bool (B or 1, L), last dimension contiguous.
-        threshold: Breadth under which a query is lazy.
-        redundancy: Cosine with its leader from which a query is redundant.
-        stride: Queries that share a leader.
-
-    Returns:
-        ``(active, lazy)``, bool (B, Hq, L).
-    """
-    batch, heads, q_len, dim = query.shape
-    active, lazy = (torch.empty((batch, heads, q_len), dtype=torch.uint8, device=query.device) for _ in range(2))
-    _classify[(triton.cdiv(q_len, 64), batch * heads)](
-        query, near, far, text.view(torch.uint8), active, lazy, *query.stride()[:3],
-        text.stride(0) if text.shape[0] > 1 else 0, q_len, threshold, redundancy,
-        HEADS=heads, DIM=dim, STRIDE=stride, M=64,
-    )  # fmt: skip
-    return active.view(torch.bool), lazy.view(torch.bool)
-
-
 @triton.jit(do_not_specialize=["q_len", "scale", "first_segment", "segments"])
 def _pack(
     query, guess, rows, row_count, key_gain, columns, packed, gains, guesses, q_b, q_h, q_n, q_len, scale,
@@ -83,21 +30,21 @@ def _pack(
     part = row * segments + m
     if first >= tl.load(row_count + part):
         return
-    member, place, mine = listed_rows(rows, row_count, part, first, m, q_len, ROWS, GROUP * SEGMENT, SEGMENT, True)
-    own, dims = head * GROUP + member, tl.arange(0, DIM)
+    member, place, is_row = listed_rows(rows, row_count, part, first, m, q_len, ROWS, GROUP * SEGMENT, SEGMENT, True)
+    q_head, dims = head * GROUP + member, tl.arange(0, DIM)
     at = dims
     if NARROW:
         at = tl.load(columns + row * DIM + dims)
     q = tl.load(
-        query + batch.to(tl.int64) * q_b + own.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + at,
-        mask=mine[:, None], other=0.0,
+        query + batch.to(tl.int64) * q_b + q_head.to(tl.int64)[:, None] * q_h + place.to(tl.int64)[:, None] * q_n + at,
+        mask=is_row[:, None], other=0.0,
     ).to(tl.float32)  # fmt: skip
     normal = tl.load(
-        guess + (batch * KV_HEADS * GROUP + own).to(tl.int64) * q_len + place, mask=mine, other=float("inf")
+        guess + (batch * KV_HEADS * GROUP + q_head).to(tl.int64) * q_len + place, mask=is_row, other=float("inf")
     )
     # What is not finite has no say in the choice; where it is not in these coordinates, the guess is not finite either.
     broken = tl.max(tl.where(tl.abs(q) < float("inf"), 0, 1), 1) > 0
-    says = mine & (broken == 0) & (tl.abs(normal) < float("inf"))
+    says = is_row & (broken == 0) & (tl.abs(normal) < float("inf"))
     q = tl.where(says[:, None], q, 0.0)
     peak = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
     stored = (row * tl.num_programs(1) + chunk_m).to(tl.int64) * GROUP * SEGMENT + first + tl.arange(0, ROWS)
@@ -122,9 +69,9 @@ def _mass(
     chunk_part = (row * tl.num_programs(1) + chunk_m).to(tl.int64)
     places, dims = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
     target = mass + (row * masses + first_mass + chunk_m).to(tl.int64) * tl.num_programs(0) * KEYS + places
-    own = places // BLOCK
+    block = places // BLOCK
     flags = eligible + batch.to(tl.int64) * e_b + head.to(tl.int64) * e_h + m.to(tl.int64) * e_m
-    may = tl.load(flags + own, mask=own < blocks, other=0)
+    may = tl.load(flags + block, mask=block < blocks, other=0)
     if tl.max(may, 0) == 0:
         tl.store(target, tl.full((KEYS,), -1.0, tl.float32))
     else:

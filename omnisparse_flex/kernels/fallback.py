@@ -1,16 +1,41 @@
-"""Kernels of our own that may fail to compile: what else gives the same numbers then takes over."""
+"""Kernels of our own that may be absent or fail to compile: what else gives the same numbers then takes over."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, without which no module of this folder but this one can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def load(kernel: str, failed: str) -> Callable[..., Any] | None:
+    """A function of this folder that launches kernels, ``guarded``.
+
+    Args:
+        kernel: ``"module.function"``.
+        failed: What to say once, before the error.
+
+    Returns:
+        The function, which gives None once it failed; None where Triton is not installed.
+    """
+    if not has_triton():
+        return None
+    module, _, name = kernel.partition(".")
+    return guarded(getattr(importlib.import_module(f"omnisparse_flex.kernels.{module}"), name), failed)
 
 
 def guarded(run: Callable[Concatenate[Tensor, P], R], failed: str) -> Callable[Concatenate[Tensor, P], R | None]:

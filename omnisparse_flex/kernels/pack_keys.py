@@ -1,4 +1,4 @@
-"""What the estimates read of the keys: their means, and the keys themselves as the mass kernel multiplies them.
+"""Prepares keys for the estimates: means of keys, and the keys in the form that the mass kernel multiplies.
 
 Importing this module needs Triton.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 KEYS = 64
 #: Largest float8_e4m3 number.
 FLOAT8_MAX = 448.0
-#: What a key's mass means: nobody sees it; it counts; it is not finite, so that every row takes it.
+#: State of a key: no row may attend to it; its mass counts; it is not finite, so every row fetches it.
 ABSENT, WHOLE, BROKEN = 0, 1, 2
 
 
@@ -45,18 +45,20 @@ def _ready(key, finite, factor, means, packed, columns, k_b, k_h, k_n, kv_len, c
     tile, row = tl.program_id(0), tl.program_id(1)
     places, dims = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
     slots = row.to(tl.int64) * kv_len + places
-    there = places < kv_len
-    whole = there & (tl.load(finite + slots, mask=there, other=0) != 0)
-    own = key + (row // KV_HEADS).to(tl.int64) * k_b + (row % KV_HEADS).to(tl.int64) * k_h
-    k = tl.load(own + places.to(tl.int64)[:, None] * k_n + dims, mask=whole[:, None], other=0.0).to(tl.float32)
+    exists = places < kv_len
+    counts = exists & (tl.load(finite + slots, mask=exists, other=0) != 0)
+    start = key + (row // KV_HEADS).to(tl.int64) * k_b + (row % KV_HEADS).to(tl.int64) * k_h
+    k = tl.load(start + places.to(tl.int64)[:, None] * k_n + dims, mask=counts[:, None], other=0.0).to(tl.float32)
     if PACKS:
-        said, own_dims = k, tl.arange(0, WIDTH)
+        multiplied, packed_dims = k, tl.arange(0, WIDTH)
         if NARROW:
-            chosen = tl.load(columns + row * WIDTH + own_dims)
-            at = own + places.to(tl.int64)[:, None] * k_n + chosen
-            said = tl.load(at, mask=whole[:, None], other=0.0).to(tl.float32)
-        scaled = tl.minimum(tl.maximum(said * tl.load(factor + row), -TOP), TOP)
-        tl.store(packed + slots[:, None] * WIDTH + own_dims, scaled.to(packed.dtype.element_ty), mask=there[:, None])
+            chosen = tl.load(columns + row * WIDTH + packed_dims)
+            at = start + places.to(tl.int64)[:, None] * k_n + chosen
+            multiplied = tl.load(at, mask=counts[:, None], other=0.0).to(tl.float32)
+        scaled = tl.minimum(tl.maximum(multiplied * tl.load(factor + row), -TOP), TOP)
+        tl.store(
+            packed + slots[:, None] * WIDTH + packed_dims, scaled.to(packed.dtype.element_ty), mask=exists[:, None]
+        )
     sums = tl.sum(tl.reshape(k, (KEYS // POOL, POOL, DIM)), 1)
     pools = tile * (KEYS // POOL) + tl.arange(0, KEYS // POOL)
     sizes = tl.maximum(tl.minimum(kv_len - pools * POOL, POOL), 1).to(tl.float32)

@@ -1,4 +1,4 @@
-"""How many keys a segment needs, and which, without sorting: a search for the mass at which its heaviest keys end.
+"""The number of keys that a segment needs, and which, found by a search for a mass threshold instead of a sort.
 
 A float32 that is not negative orders as its bits do, so the threshold is found bit by bit: each
 walk over a segment's masses tries seven thresholds and fixes three bits. ``BITS`` of them
@@ -22,7 +22,7 @@ TILE = 4096
 
 
 @triton.jit
-def _threshold(masses, stop, wanted, COUNTS: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
+def _threshold(masses, stop, goal, COUNTS: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
     """Bits of the largest threshold at or above which masses sum (keys count) to ``wanted`` or more; 0: none does."""
     low = 0
     tried = tl.arange(0, 8)
@@ -34,7 +34,7 @@ def _threshold(masses, stop, wanted, COUNTS: tl.constexpr, BITS: tl.constexpr, T
             places = start + tl.arange(0, TILE)
             x = tl.load(masses + places, mask=places < stop, other=-1.0)[:, None]
             sums += tl.where((x >= edge) & (x >= 0.0), 1.0 if COUNTS else x, 0.0)
-        enough = (tl.sum(sums, 0) >= wanted) | (tried == 0)
+        enough = (tl.sum(sums, 0) >= goal) | (tried == 0)
         low = tl.max(tl.where(enough, thresholds, 0), 0)
     return low
 
@@ -68,14 +68,14 @@ def _needs(masses, stops, kept, target, needs, totals, s_b, s_h, size,
         sums += tl.maximum(x, 0.0)
         numbers += (x >= 0.0).to(tl.int32)
     total, eligible = tl.sum(sums, 0), tl.sum(numbers, 0)
-    anyway, goal = tl.load(kept + part), tl.load(target)
-    wanted = goal * (total + anyway) - anyway
-    low = _threshold(masses, stop, wanted, False, BITS, TILE)
+    kept_mass, target_share = tl.load(kept + part), tl.load(target)
+    goal = target_share * (total + kept_mass) - kept_mass
+    low = _threshold(masses, stop, goal, False, BITS, TILE)
     edge, _, number, mass = _above(masses, stop, low, BITS, TILE)
-    more = tl.ceil(tl.maximum(wanted - mass, 0.0) / tl.maximum(edge, 1e-30))
+    more = tl.ceil(tl.maximum(goal - mass, 0.0) / tl.maximum(edge, 1e-30))
     need = tl.minimum(number.to(tl.float32) + more, eligible.to(tl.float32)).to(tl.int32)
-    need = tl.where(wanted <= 0.0, 0, need)
-    need = tl.where(goal >= 1.0, eligible, need)
+    need = tl.where(goal <= 0.0, 0, need)
+    need = tl.where(target_share >= 1.0, eligible, need)
     tl.store(needs + part, need.to(tl.int64))
     tl.store(totals + part, total)
     tl.store(needs + tl.num_programs(0) * tl.num_programs(1) + part, eligible.to(tl.int64))
@@ -90,8 +90,8 @@ def _pick(masses, stops, budget, bits, chosen, s_b, s_h, size, words, first_segm
     masses += part.to(tl.int64) * size
     bits += (row * segments + first_segment + m).to(tl.int64) * words
     stop = tl.load(stops + (row // KV_HEADS) * s_b + (row % KV_HEADS) * s_h + m).to(tl.int32)
-    wanted = tl.load(budget + part).to(tl.int32)
-    low = _threshold(masses, stop, wanted.to(tl.float32), True, BITS, TILE)
+    goal = tl.load(budget + part).to(tl.int32)
+    low = _threshold(masses, stop, goal.to(tl.float32), True, BITS, TILE)
     edge, end, number, _ = _above(masses, stop, low, BITS, TILE)
     taken = tl.zeros((TILE,), tl.float32)
     above, level = 0, number
@@ -102,7 +102,7 @@ def _pick(masses, stops, budget, bits, chosen, s_b, s_h, size, words, first_segm
         heavy = (x >= end).to(tl.int32)
         even = ((x >= edge) & (x < end)).to(tl.int32)
         slots = tl.where(heavy > 0, above + tl.cumsum(heavy, 0) - 1, level + tl.cumsum(even, 0) - 1)
-        take = ((heavy > 0) | (even > 0)) & (slots < wanted)
+        take = ((heavy > 0) | (even > 0)) & (slots < goal)
         packed = tl.sum(tl.reshape(take.to(tl.int32), (TILE // 32, 32)) << in_word, 1)
         at = start // 32 + tl.arange(0, TILE // 32)
         tl.store(bits + at, packed.to(tl.int32), mask=at < words)

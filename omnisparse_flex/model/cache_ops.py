@@ -7,6 +7,7 @@ they run, so that one decode graph serves every prompt, split of the heads and l
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from typing import Protocol
 
@@ -33,13 +34,23 @@ class Calls(Protocol):
 
 
 class Owner:
-    """One changed model, as the operators know it: a number, and the cache of the call in progress."""
+    """One changed model, as the operators know it: a number, and the cache of the call in progress in each thread."""
 
     def __init__(self) -> None:
         """Take a number that no other model has."""
         self.number = next(_numbers)
-        self.cache: Calls | None = None
+        self._calls = threading.local()
         _owners[self.number] = self
+
+    @property
+    def cache(self) -> Calls | None:
+        """The cache of this thread's call, None outside of one."""
+        calls: Calls | None = getattr(self._calls, "cache", None)
+        return calls
+
+    @cache.setter
+    def cache(self, calls: Calls | None) -> None:
+        self._calls.cache = calls
 
 
 _numbers = itertools.count()

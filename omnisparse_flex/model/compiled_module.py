@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import os
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
-from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.errors import require
+from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_ops import Owner
+from omnisparse_flex.model.run_state import RunState, State
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.
 DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
@@ -25,50 +29,35 @@ MAX_SITES = 256
 #: Prefill and decode, short and long, train and eval, statistics: each is a graph of its own.
 RECOMPILE_LIMIT = 64
 
+#: Said by the report, and by Dynamo if the user asked for one graph.
+APART = "inside another torch.compile OmniSparse's decoder is a graph of its own: fullgraph=True cannot be had"
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 
-class State:
-    """Tensors that the compiled graph reads at run time, replaced between calls.
-
-    Attributes:
-        visual: bool (B, S), tokens eligible for selection, or None: all.
-        recall: float32 (layers,), target recall of each layer.
-        stats: float32 (layers, len(STATS)) to be written, or None.
-        maps: uint8 (layers, H, rows, columns) to be painted, or None.
-        recalls: float32 (layers, 2, Hq) for mean and minimum true recall, or None.
-    """
-
-    # All fields are set here: class attributes would cost Dynamo extra compiles.
-    def __init__(self, recall: Tensor) -> None:
-        """Start without a visual mask and without statistics."""
-        self.visual: Tensor | None = None
-        self.recall = recall
-        self.stats: Tensor | None = None
-        self.maps: Tensor | None = None
-        self.recalls: Tensor | None = None
-
-
 if TYPE_CHECKING:
-    STATE: State
     CALL: Callable[..., Any]
 
 
 class Entry:
     """What ``module._compiled_call_impl`` becomes.
 
+    A call of the module runs ``call``, which prepares the model's ``State`` and the cache, and then ``run``: the
+    compiled code, which gets a ``RunState`` of its own, as an argument.
     Every instance compiles a code object of its own with a backend object of its own:
     Dynamo's limits and guards are then this model's alone.
     """
 
-    def __init__(self, module: nn.Module, backend: Backend, dynamic: bool | None) -> None:
+    def __init__(self, module: nn.Module, backend: Backend, dynamic: bool | None, *, hands_on: bool = False) -> None:
         """Wrap ``module``; nothing is compiled before the first call.
 
         Args:
             module: The decoder.
             backend: Its backend.
             dynamic: As in ``torch.compile``.
+            hands_on: The module takes keyword arguments for its attention functions, as transformers' decoders do.
         """
+        backend.stateful = True
+        self.hands_on = hands_on
         self.module = module
         self.backend = backend
         self.dynamic = dynamic
@@ -81,19 +70,26 @@ class Entry:
         self.checked = False
         self.records = True  # decode steps, until one could not be recorded
         self.compiled = self._compile()
+        self.apart = torch._dynamo.disable(self._call_apart, reason=APART)
+        self._first = threading.RLock()
+        self._warm = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module: compiled, or densely where compiling is not ours to do."""
-        if torch.compiler.is_compiling():
-            # An enclosing torch.compile wins; its backend sees the markers as dense SDPA.
-            self.backend.log.notes["an enclosing torch.compile traced through the decoder: dense there"] = None
-            return self.module._call_impl(*args, **kwargs)
+        """Run the module; an enclosing ``torch.compile`` (the user's own) leaves it to us, as a graph of ours."""
+        # Not is_compiling: that is true while any thread compiles anything.
+        if torch.compiler.is_dynamo_compiling():
+            return self.apart(*args, **kwargs)
+        return self.call(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module: compiled, or densely where that is asked for."""
         checkpoints = self.module.training and getattr(self.module, "gradient_checkpointing", False)
         if checkpoints and not is_disabled() and hasattr(getattr(self.module, "config", None), "use_cache"):
             # transformers does the same, with a log line that breaks the graph.
             kwargs["use_cache"] = False
+        kwargs = with_cache_renamed(self.module.forward, kwargs)
         self.prepare(kwargs, functools.partial(self._prepare, args, kwargs))
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_in(self.module.forward, kwargs)
         if not hasattr(cache, "omnisparse_call"):
             return self.run(args, kwargs)
         # A keyword argument of ours reaches every layer's attention.
@@ -113,7 +109,7 @@ class Entry:
             kwargs: The call's.
             act: Does it.
         """
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_in(self.module.forward, kwargs)
         if hasattr(cache, "omnisparse_waits") and cache.omnisparse_waits(kwargs):
             cache.omnisparse_later.append(act)
         else:
@@ -121,26 +117,45 @@ class Entry:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module, its state prepared."""
-        later = getattr(kwargs.get("past_key_values"), "omnisparse_later", ())
+        later = getattr(cache_in(self.module.forward, kwargs), "omnisparse_later", ())
         while later:
             later.pop(0)()
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
-        runs = self.backend.log.runs
-        with dynamo_settings(**self._settings()):
-            result = self.compiled(*args, **kwargs)
-        ran = self.backend.log.runs - runs
-        if ran > 1:
-            self._note_once(f"Dynamo broke the decoder into {ran} graphs: the visual mask reaches only the first")
+        here = self.backend.here
+        state, before = self.state.of_call(), here.runs
+        # Threads that start together would each compile the same.
+        with contextlib.nullcontext() if self._warm else self._first, dynamo_settings(**self._settings()):
+            result = self.compiled(state, *args, **kwargs)
+        self._warm = True
+        self._look_back(here.runs - before, state)
+        return result
+
+    def _call_apart(self, *args: Any, **kwargs: Any) -> Any:
+        self.backend.log.notes[APART] = None
+        return self.call(*args, **kwargs)
+
+    def _look_back(self, ran: int, state: RunState) -> None:
+        """Say what Dynamo made of a call.
+
+        Args:
+            ran: Number of graphs that ran.
+            state: The call's.
+        """
         if ran == 0:
             self._note_once("Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there")
-        elif not self.checked:
+            return
+        if state.eager:
+            layers = ", ".join(map(str, sorted(state.eager)))
+            self._note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
+        if not self.checked:
             self._check_rewritten()
-        return result
 
     def _settings(self) -> dict[str, Any]:
         """Dynamo's settings for this module."""
         settings: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
+        # Deepstack (Qwen3-VL) picks the visual tokens' rows: without this, a break in each of its layers.
+        settings["capture_dynamic_output_shape_ops"] = True
         if self.dynamic:
             # Otherwise Dynamo makes symbols of a norm's epsilon and the like too, finds after the joint
             # graph that they must be numbers, and traces everything once more.
@@ -161,15 +176,20 @@ class Entry:
             self.state.visual = self.visual_mask(args, kwargs)
 
     def _compile(self) -> Callable[..., Any]:
-        def template(*args: Any, **kwargs: Any) -> Any:
-            # STATE and CALL are globals of the function made below, one set for each module.
-            state = STATE  # noqa: F821
+        def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
+            # CALL is a global of the function made below, one for each module.
             torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
             return CALL(*args, **kwargs)  # noqa: F821
 
+        def template_with_keyword(state: RunState, *args: Any, **kwargs: Any) -> Any:
+            # Layers hand it to their attention, in whatever graph that is. A layer that does not finds the operator's.
+            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            return CALL(*args, omnisparse_state=state, **kwargs)  # noqa: F821
+
         name = "omnisparse_entry"
-        scope = {"__builtins__": builtins, "torch": torch, "STATE": self.state, "CALL": self.module._call_impl}
-        function = types.FunctionType(template.__code__.replace(co_name=name), scope, name)
+        scope = {"__builtins__": builtins, "torch": torch, "CALL": self.module._call_impl}
+        code = (template_with_keyword if self.hands_on else template).__code__
+        function = types.FunctionType(code.replace(co_name=name), scope, name)
         compiled: Callable[..., Any] = torch.compile(function, backend=self.backend, dynamic=self.dynamic)
         return compiled
 
@@ -200,20 +220,6 @@ def entry_of(model: nn.Module) -> Entry | None:
         if isinstance(module._compiled_call_impl, Entry):
             return module._compiled_call_impl
     return None
-
-
-def refuse_compiled(model: nn.Module) -> None:
-    """Refuse models that the user compiled: their graph would swallow ours.
-
-    Raises:
-        ConfigError: If ``model`` or a part of it is compiled by somebody else.
-    """
-    if hasattr(model, "_orig_mod"):
-        raise ConfigError(f"model must not be compiled yet, got {type(model).__name__}: apply before torch.compile")
-    for name, module in model.named_modules():
-        compiled = module._compiled_call_impl
-        if (compiled is not None and not isinstance(compiled, Entry)) or hasattr(module, "_orig_mod"):
-            raise ConfigError(f"model must not be compiled yet, got a compiled part {name or 'model'!r}")
 
 
 def check_visual(mask: Any, batch: int | None, length: int | None) -> Tensor | None:

@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 from omnisparse_flex.backend import Backend, site_report
 from omnisparse_flex.model.compiled_module import Entry
 from omnisparse_flex.passes import Settings, run_pipeline
-from omnisparse_flex.passes.share import notes
 from omnisparse_flex.report import RewriteReport
 
 #: Tokens of the traced input; any length above the threshold tells the same story.
@@ -34,13 +33,13 @@ def explain(entry: Entry) -> RewriteReport:
         return RewriteReport(notes=(*told, "the sites of a plain module are known after its first run"))
     twin = _twin(entry.module)
     tracer = _Tracer(entry.backend)
-    traced = Entry(twin, tracer, dynamic=True)
+    traced = Entry(twin, tracer, dynamic=True, hands_on=entry.hands_on)
     dtype = next(entry.module.parameters()).dtype
     embeddings = torch.empty((1, TRACE_TOKENS, config.hidden_size), device="meta", dtype=dtype)
     traced.state.recall = traced.state.recall.to("meta")
     with torch.no_grad():
         traced(inputs_embeds=embeddings, use_cache=False)
-    return RewriteReport(tuple(tracer.log.sites), False, 0, (*told, *tracer.shared))
+    return RewriteReport(tuple(tracer.log.sites), False, 0, told)
 
 
 def _twin(decoder: nn.Module) -> nn.Module:
@@ -55,13 +54,11 @@ class _Tracer(Backend):
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend.config, min_seq_len=0, kernel=backend.kernel, inner=backend.inner)
-        self.shared: list[str] = []
 
     def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        rewrite = run_pipeline(graph_module, Settings(config=self.config, lists=True))
+        rewrite = run_pipeline(graph_module, Settings(config=self.config, lists=True, stateful=True))
         self.log.sites += [site_report(site, -1) for site in rewrite.sites]
-        self.shared += notes(rewrite.sites)
-        self.log.runs += 1
+        self.here.runs += 1
         output = graph_module.graph.find_nodes(op="output")[0]
         # Shapes are all that is asked for: hand back what the capture recorded.
         fakes = tuple(_meta(node) for node in output.args[0])

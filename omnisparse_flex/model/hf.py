@@ -1,9 +1,7 @@
-"""Everything that knows transformers: one attention name, the decoder, the visual mask."""
+"""transformers' side of a changed model: our attention and mask functions under one name, and the decoder."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import torch
@@ -11,16 +9,12 @@ from torch import Tensor, nn
 
 import omnisparse_flex.model.cache_ops  # noqa: F401  (defines operators that the attention function calls)
 from omnisparse_flex.attention.logit_sinks import check_sinks
+from omnisparse_flex.attention.marker import dense_attention
 from omnisparse_flex.errors import ConfigError
-from omnisparse_flex.model.compiled_module import Entry, VisualMask, check_visual
-from omnisparse_flex.ops import dense_attention
+from omnisparse_flex.model.run_state import RunState
 
 #: The attention implementation's name inside transformers.
 NAME = "omnisparse"
-#: Where model configs keep the ids of visual placeholder tokens.
-VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-#: Attribute under which a cache remembers which of its tokens are visual.
-HISTORY = "_omnisparse_visual"
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -53,6 +47,7 @@ def attention_forward(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     omnisparse_cache: Any = None,
+    omnisparse_state: RunState | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """A transformers attention function: one marker op, dense SDPA unless a pass rewrites it.
@@ -64,11 +59,12 @@ def attention_forward(
         value: (B, Hkv, S, Dv).
         attention_mask: What ``mask_forward`` returned.
         scaling: Logit scale; None: 1 / sqrt(D).
-        dropout: Probability; above 0 the call is plain SDPA, which the passes then skip.
+        dropout: Probability; above 0 the call is dense, and the passes skip it.
         softcap: Soft cap of the logits, or None.
         is_causal: Overrides the module's own ``is_causal``.
         s_aux: (Hq,), the layer's logit sinks, or None.
         omnisparse_cache: The ``OmniSparseCache`` of this call, or None.
+        omnisparse_state: Run-time state of this call; None outside calls that ``apply_omnisparse`` compiles.
         **kwargs: Ignored, except those that only plain SDPA can honour.
 
     Returns:
@@ -79,7 +75,8 @@ def attention_forward(
     if s_aux is not None:
         check_sinks(s_aux, query, "s_aux")
         _refuse_beside_sinks(softcap if dropout > 0 else None, **kwargs)
-    if (dropout > 0 and s_aux is None) or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+    special = s_aux is not None or bool(softcap)  # transformers' own function would ignore it
+    if (dropout > 0 and not special) or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -90,8 +87,9 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(module, "layer_idx", -1)
-    if dropout > 0:  # with sinks, which transformers' own function would ignore
-        out = dense_attention(query, key, value, padding, mask, causal, scaling, layer, 0.0, s_aux, dropout)
+    if dropout > 0:
+        cap = softcap or 0.0
+        out = dense_attention(query, key, value, padding, mask, causal, scaling, layer, cap, s_aux, dropout)
         return out.transpose(1, 2).contiguous(), None
     if omnisparse_cache is not None:
         if mask is not None or not causal or softcap:
@@ -100,21 +98,22 @@ def attention_forward(
             owner = omnisparse_cache.owner
             out = torch.ops.omnisparse.cache_attend(query, key, value, padding, s_aux, owner, layer, scaling)
             return out.transpose(1, 2).contiguous(), None
+    state = _state_operands(omnisparse_state, layer)
     out = torch.ops.omnisparse.attn(
-        query,
-        key,
-        value,
-        padding,
-        mask,
-        causal,
-        scaling,
-        layer,
-        softcap or 0.0,
-        s_aux,
+        query, key, value, padding, mask, causal, scaling, layer, softcap or 0.0, s_aux, *state
     )
     if omnisparse_cache is not None:
         torch.ops.omnisparse.cache_store(out, query, key, value, omnisparse_cache.owner, layer, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _state_operands(state: RunState | None, layer: int) -> tuple[Tensor | None, ...]:
+    """(visual, recall, stats, maps, recalls) for the marker; a layer that runs outside every graph is noted."""
+    if state is None:
+        return (None,) * 5
+    if not torch.compiler.is_dynamo_compiling():
+        state.eager.add(layer)
+    return state.visual, state.recall, state.stats, state.maps, state.recalls
 
 
 def _refuse_beside_sinks(softcap: float | None, position_bias: Any = None, cache: Any = None, **kwargs: Any) -> None:
@@ -183,7 +182,7 @@ def find_decoder(model: Any) -> nn.Module:
     decoder = getattr(decoder, "language_model", decoder)
     if not any(hasattr(module, "layer_idx") for module in decoder.modules()):
         raise ConfigError(f"model must have attention layers, got {type(model).__name__} without any")
-    if not (getattr(decoder, "_supports_sdpa", False) or _lacks_sdpa_for_sinks(decoder)):
+    if not (getattr(decoder, "_supports_sdpa", False) or _lacks_sdpa_for_its_logits(decoder)):
         raise ConfigError(f"model must support sdpa attention, got {type(decoder).__name__} with eager attention only")
     if not decoder._can_set_attn_implementation():
         raise ConfigError(f"model must use transformers' attention interface, got {type(decoder).__name__}")
@@ -191,12 +190,15 @@ def find_decoder(model: Any) -> nn.Module:
     return module
 
 
-def _lacks_sdpa_for_sinks(decoder: nn.Module) -> bool:
-    """Whether the decoder has logit sinks, which keep transformers from SDPA, and could run flex attention instead."""
-    flex = bool(getattr(decoder, "_supports_flex_attn", False))
-    return flex and any(
-        hasattr(module, "layer_idx") and getattr(module, "sinks", None) is not None for module in decoder.modules()
-    )
+def _lacks_sdpa_for_its_logits(decoder: Any) -> bool:
+    """Whether logit sinks or a soft cap keep transformers from SDPA, and the decoder could run flex attention instead.
+
+    Gemma 2 is one of these in transformers 5.24, not in 5.17.
+    """
+    if not getattr(decoder, "_supports_flex_attn", False):
+        return False
+    sinks = (getattr(module, "sinks", None) for module in decoder.modules() if hasattr(module, "layer_idx"))
+    return bool(getattr(decoder.config, "attn_logit_softcapping", None)) or any(x is not None for x in sinks)
 
 
 def layer_count(decoder: Any) -> int:
@@ -212,121 +214,3 @@ def attention_configs(decoder: nn.Module) -> list[Any]:
         if hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
     return list(found.values())
-
-
-class VisualMaskHook:
-    """A forward pre-hook that tells the decoder which tokens are visual.
-
-    It sits on the innermost module that still receives ``input_ids`` and keeps the history
-    on the cache, so that decoding and later turns see the whole conversation.
-    """
-
-    def __init__(self, model: Any, receiver: nn.Module, entry: Entry, given: Any) -> None:
-        """Prepare the hook.
-
-        Args:
-            model: Its config names the visual token ids.
-            receiver: The hooked module.
-            entry: Where the mask goes.
-            given: The user's mask, bool (B, N), a callable ``(args, kwargs) -> mask``, or None.
-        """
-        ids = [getattr(model.config, field, None) for field in VISUAL_TOKEN_FIELDS]
-        self.token_ids = sorted({token for token in ids if isinstance(token, int)})
-        self.signature = inspect.signature(receiver.forward)
-        self.entry: Entry | None = entry
-        self.given = given
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> VisualMaskHook:
-        """A copied model has no entry: its hook does nothing, and drags no compiled graph along."""
-        twin = object.__new__(type(self))
-        twin.token_ids, twin.signature, twin.entry, twin.given = self.token_ids, self.signature, None, self.given
-        return twin
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Store the mask of this call in the entry's state."""
-        if torch.compiler.is_compiling() or self.entry is None:
-            return
-        # The first step of a call: what is there yet is left of one that an exception ended before the decoder.
-        getattr(kwargs.get("past_key_values"), "omnisparse_later", []).clear()
-        self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
-
-    def tell(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Give the entry the mask of a call with these arguments."""
-        entry.state.visual = self.of_call(args, kwargs)
-
-    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """``visual`` from arguments alone."""
-        named = {**self.signature.bind_partial(*args, **kwargs).arguments}
-        named.update(named.pop("kwargs", {}))
-        return self.visual(args, kwargs, named)
-
-    def visual(self, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Tensor | None:
-        """The mask over all keys of this call, bool (B, S), or None: every token is eligible."""
-        tokens = self._own(args, kwargs, named)
-        cache = named.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if tokens is None and (past == 0 or getattr(cache, HISTORY, None) is None):
-            return None
-        if tokens is None:
-            size = _size_of(named)
-            assert size is not None
-            tokens = torch.zeros(size, dtype=torch.bool, device=_device_of(named))
-        if cache is not None:
-            history = _history(cache, past, tokens)
-            tokens = torch.cat([history, tokens], dim=1)
-            setattr(cache, HISTORY, tokens)
-        torch._dynamo.maybe_mark_dynamic(tokens, 1)
-        return tokens
-
-    def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Tensor | None:
-        """Visual tokens among this call's inputs."""
-        size = _size_of(named)
-        if self.given is not None:
-            mask = self.given(args, kwargs) if callable(self.given) else self.given
-            if size is None or (not callable(self.given) and size[1] == 1):
-                return None  # a fixed mask says nothing about a decoded token
-            return check_visual(mask, *size)
-        ids = named.get("input_ids")
-        if ids is not None and self.token_ids:
-            # Numbers, not a tensor of them: that would be copied to the device, and waited for, with every token.
-            visual: Tensor = functools.reduce(torch.logical_or, [ids == token for token in self.token_ids])
-            return visual
-        kinds = named.get("mm_token_type_ids")
-        if kinds is not None and size is not None and tuple(kinds.shape) == size:
-            return kinds > 0  # type: ignore[no-any-return]
-        return None
-
-
-def _history(cache: Any, past: int, tokens: Tensor) -> Tensor:
-    """What the cache remembers, trimmed to its length; unknown tokens count as text, which is always kept."""
-    known: Tensor | None = getattr(cache, HISTORY, None)
-    unknown = torch.zeros((tokens.shape[0], past), dtype=torch.bool, device=tokens.device)
-    if known is None or known.shape[0] != tokens.shape[0] or known.shape[1] < past:
-        return unknown
-    return known[:, :past].to(tokens.device)
-
-
-def _size_of(named: dict[str, Any]) -> tuple[int, int] | None:
-    for name in ("input_ids", "inputs_embeds"):
-        if named.get(name) is not None:
-            return named[name].shape[0], named[name].shape[1]
-    return None
-
-
-def _device_of(named: dict[str, Any]) -> torch.device:
-    source = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-    device: torch.device = source.device
-    return device
-
-
-def receiver_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
-    """The innermost module around ``decoder`` that receives ``input_ids``; None: the decoder itself."""
-    for name, module in model.named_modules():
-        if module is decoder:
-            return model.get_submodule(name.rpartition(".")[0]) if name else None
-    raise ConfigError(f"model must contain its decoder, got {type(decoder).__name__} elsewhere")
-
-
-def as_entry_mask(hook: VisualMaskHook) -> VisualMask:
-    """The hook's rule in the form the entry itself calls, for a decoder that receives ``input_ids``."""
-    return hook.of_call

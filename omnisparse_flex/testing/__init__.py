@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.testing.cases import AttentionShape, MaskCase
 from omnisparse_flex.testing.graphs import assert_no_square, count_hops
 from omnisparse_flex.testing.masks import (
     assert_block_mask_equals,
@@ -26,7 +24,6 @@ from omnisparse_flex.testing.masks import (
 )
 from omnisparse_flex.testing.numerics import assert_close_to_oracle, tolerance
 from omnisparse_flex.testing.oracle import dense_attention
-from omnisparse_flex.types import MaskMod
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -50,40 +47,6 @@ __all__ = [
 
 #: The float64 reference, under the name that tests read best.
 dense_oracle = dense_attention
-
-
-class AttentionShape(NamedTuple):
-    """Sizes of one attention call; lengths in tokens."""
-
-    batch: int
-    kv_heads: int
-    group: int
-    q_len: int
-    kv_len: int
-    head_dim: int
-
-    @property
-    def heads(self) -> int:
-        """Query heads: ``kv_heads * group``."""
-        return self.kv_heads * self.group
-
-    def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Normal query ``(B, Hq, L, D)``, key and value ``(B, Hkv, S, D)`` on the CPU, the same for the same seed."""
-        generator = torch.Generator().manual_seed(seed)
-        query_shape = (self.batch, self.heads, self.q_len, self.head_dim)
-        kv_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
-        query, key, value = (
-            torch.randn(shape, generator=generator).to(dtype) for shape in (query_shape, kv_shape, kv_shape)
-        )
-        return query, key, value
-
-
-class MaskCase(NamedTuple):
-    """A mask in its two forms: ``mask_mod``, and ``dense`` as ``(B, 1, L, S)`` bool made without it."""
-
-    name: str
-    mask_mod: MaskMod
-    dense: Tensor
 
 
 def attention_shapes() -> SearchStrategy[AttentionShape]:

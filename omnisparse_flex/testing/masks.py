@@ -95,8 +95,9 @@ def assert_block_mask_equals(block_mask: BlockMask, dense: Tensor) -> None:
 
 
 def _dense_shape(dense: Tensor) -> tuple[int, int, int, int]:
-    given = (dense.dtype, tuple(dense.shape))
-    require(dense.dim() == 4 and dense.dtype == torch.bool, "dense", "be a bool tensor of shape (B, H, L, S)", given)
+    described = (dense.dtype, tuple(dense.shape))
+    is_map = dense.dim() == 4 and dense.dtype == torch.bool
+    require(is_map, "dense", "be a bool tensor of shape (B, H, L, S)", described)
     B, H, L, S = dense.shape
     return B, H, L, S
 
@@ -107,9 +108,9 @@ def _assert_same(what: str, actual: Tensor, expected: Tensor) -> None:
     differing = (actual != expected).nonzero()
     if len(differing):
         b, h, q, kv = differing[0].tolist()
-        allowed, wanted = bool(actual[b, h, q, kv]), bool(expected[b, h, q, kv])
+        allowed, expected_here = bool(actual[b, h, q, kv]), bool(expected[b, h, q, kv])
         raise AssertionError(
-            f"{what} is {allowed} at (b={b}, h={h}, q={q}, kv={kv}), expected {wanted}; "
+            f"{what} is {allowed} at (b={b}, h={h}, q={q}, kv={kv}), expected {expected_here}; "
             f"{len(differing)} of {expected.numel()} pairs differ"
         )
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omnisparse_flex.config import LAZY_MODES, SCORINGS, Budget, OmniSparseConfig
+from omnisparse_flex.config import KEY_BLOCKS, SCORINGS, Budget, OmniSparseConfig
 from omnisparse_flex.masks.causal import causal
 from omnisparse_flex.masks.combine import intersect, union
 from omnisparse_flex.masks.document import document, document_ids
@@ -22,7 +22,7 @@ from omnisparse_flex.masks.padding import padding
 from omnisparse_flex.masks.sinks_and_window import sinks_and_window
 from omnisparse_flex.masks.sliding_window import sliding_window
 from omnisparse_flex.masks.visual_text import visual_text
-from omnisparse_flex.testing import AttentionShape, MaskCase
+from omnisparse_flex.testing.cases import AttentionShape, MaskCase
 from omnisparse_flex.types import MaskMod
 
 # Around the 128-token block side, and far under it.
@@ -53,12 +53,12 @@ def configs(draw: st.DrawFn) -> OmniSparseConfig:
     return OmniSparseConfig(
         target_recall=draw(recall),
         granularity="block",
-        scoring=draw(st.sampled_from(("auto", *SCORINGS["block"]))),
+        key_block=draw(st.sampled_from(KEY_BLOCKS)),
+        scoring=draw(st.sampled_from(("auto", *(x for x in SCORINGS["block"] if x != "sampled_rows")))),
         last_rows=2 * draw(st.integers(0, 130)),
         budget=draw(st.sampled_from(budgets) | fixed),
         max_kv_budget=max_kv_budget,
         lazy_threshold=draw(st.sampled_from((None, "auto")) | st.floats(0.0, 1.0)),
-        lazy_mode=draw(st.sampled_from(LAZY_MODES)),
         sink_size=draw(st.integers(0, 200)),
         window_size=draw(st.integers(1, 300)),
     )

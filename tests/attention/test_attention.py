@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.functional import attend, sparse_attention
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
@@ -52,7 +52,7 @@ def selected(shape, query, key, mask, config, *, offset=None, visual=None, targe
         q_offset=shape.kv_len - shape.q_len if offset is None else offset,
         adjust=adjust,
     )
-    kept = expand_block_map(selection.keep, shape.q_len, shape.kv_len, BLOCK).repeat_interleave(shape.group, 1)
+    kept = expand_block_map(selection.keep, shape.q_len, shape.kv_len, (BLOCK, config.key_block))
     own = materialize_mask(mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, query.device)
     return kept & own
 
@@ -199,7 +199,7 @@ def test_changed_logits(name, device):
     sites, slopes = score_sites(device)
     fields, oracle = sites[name]
     program = MaskProgram(causal_expr())
-    site = Site(config=SPARSE, target=0.6, mask=program, **fields)
+    site = SparseCall(config=SPARSE, target=0.6, mask=program, **fields)
     tensors = inputs(shape, device)
     adjust = change_of_logits(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
     mask = selected(shape, *tensors[:2], program, SPARSE, target=0.6, adjust=adjust)

@@ -45,7 +45,6 @@ def reference(query, key, value, config, target):
         chosen = select_blocks(query, key, mask, config, target=target, scale=query.shape[3] ** -0.5).keep
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     pairs = chosen.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :length, :length].tril()
-    pairs = pairs.repeat_interleave(groups, 1)
     tensors = (query.float(), key.float().repeat_interleave(groups, 1), value.float().repeat_interleave(groups, 1))
     return F.scaled_dot_product_attention(*tensors, attn_mask=pairs)
 

@@ -10,7 +10,7 @@ import torch
 
 from omnisparse_flex import OmniSparseConfig, sparse_attention
 from omnisparse_flex.attention import functional as attention
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.functional import attend
 from omnisparse_flex.attention.tokens.op import call_token_op
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
@@ -166,7 +166,9 @@ def test_block_granularity(case, dtype, device):
     own = materialize_mask(mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, torch.device(device))
     assert kept.sum() < own.sum(), "nothing was left out: a test of nothing"
     offset = shape.kv_len - shape.q_len
-    out = attend(*tensors, Site(config=BLOCKS, target=BLOCKS.recall_of(0), mask=mask, q_offset=offset, sinks=sinks))
+    out = attend(
+        *tensors, SparseCall(config=BLOCKS, target=BLOCKS.recall_of(0), mask=mask, q_offset=offset, sinks=sinks)
+    )
     assert out.dtype == dtype
     check(out, tensors, sinks, kept)
 
@@ -201,20 +203,10 @@ def test_rows_without_a_key_stay_zero_with_finite_gradients(config, device):
     check(out, tensors, sinks, test_attention.causal_mask(shape, device) & valid[:, None, None])
 
 
-def test_lazy_queries_that_attend_nothing_stay_zero(device):
-    config = dataclasses.replace(TOKENS, lazy_mode="skip", lazy_threshold=0.5)
-    shape = AttentionShape(1, 1, 2, 520, 520, 16)
-    tensors = [x.detach() for x in test_tokens.inputs(shape, device)]
-    plain = sparse_attention(*tensors, config=config, enable_gqa=True)
-    out = sparse_attention(*tensors, config=config, enable_gqa=True, sinks=sinks_of(2, device).detach())
-    skipped = (plain == 0).all(-1)
-    assert skipped.any() and not skipped.all() and torch.equal((out == 0).all(-1), skipped)
-
-
 def test_the_operator_of_a_graph_has_the_same_gradients(device):
     shape, mask = masked("causal", device)
     tensors, sinks = test_tokens.inputs(shape, device), sinks_of(shape.heads, device)
-    site = Site(config=TOKENS, target=0.6, mask=mask, sinks=sinks)
+    site = SparseCall(config=TOKENS, target=0.6, mask=mask, sinks=sinks)
     site = dataclasses.replace(site, rules=register(site))
     direct, through = attend(*tensors, dataclasses.replace(site, rules="")), call_token_op(*tensors, site)
     assert torch.equal(direct, through)
@@ -234,7 +226,7 @@ def test_kernels_without_a_log_sum_exp_take_the_sink_as_a_key(device):
         pytest.skip("CUDA kernels return it")
     shape, mask = masked("padding", device)
     tensors, sinks = test_attention.inputs(shape, device), sinks_of(shape.heads, device)
-    site = Site(config=EVERYTHING, target=0.999, mask=mask, sinks=sinks, lists=True)
+    site = SparseCall(config=EVERYTHING, target=0.999, mask=mask, sinks=sinks, lists=True)
     assert not attention._has_lse(tensors[0], site)
     own = materialize_mask(mask, shape.batch, shape.heads, shape.q_len, shape.kv_len)
     check(attend(*tensors, site), tensors, sinks, own)
@@ -326,7 +318,7 @@ def test_a_layer_of_the_cache(count):
     sinks = sinks_of(12, "cpu", torch.float64).detach()
     out = layer.attend(query, key, value, None, 0.2, sinks)
     for head in range(12):
-        part = next(part for part in layer.rectangles if head // 3 in part.heads)
+        part = next(part for part in layer.kept if head // 3 in part.heads)
         column = part.heads.index(head // 3)
         tail = (x[:, head // 3, None, : layer.tail] for x in (layer.tail_keys, layer.tail_values))
         full = [torch.cat([x[:, column, None], y], 2) for x, y in zip((part.keys, part.values), tail, strict=True)]

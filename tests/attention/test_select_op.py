@@ -9,7 +9,7 @@ import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, backend, collect_stats, rewrite_report
 from omnisparse_flex.attention import select_op
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.select_op import call_select_op
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import grid_of, select_blocks
@@ -19,7 +19,7 @@ from tests.helpers.tiny import build
 
 CONFIGS = [
     OmniSparseConfig(target_recall=0.7, window_size=100),
-    OmniSparseConfig(budget="per_head", max_kv_budget=256, lazy_mode="skip", lazy_threshold=0.4, last_rows=0),
+    OmniSparseConfig(budget="per_head", max_kv_budget=256, lazy_threshold=0.4, last_rows=0),
 ]
 
 
@@ -41,8 +41,10 @@ def site_of(config, lengths, *, padded=False, seed=0, write=None):
         real = torch.ones(2, lengths[1], dtype=torch.bool)
         real[1, :200] = False
         mask = MaskProgram(Apply("and", (causal(Const(offset)), Load(0, (B, KV)))), (real,))
-    layout = block_layout(mask, grid_of(query, key), 2, config, q_offset=offset)
-    site = Site(config, mask, target=torch.tensor(0.7), q_offset=offset, lists=True, layout=layout, write=write)
+    layout = block_layout(mask, grid_of(query, key), config, q_offset=offset)
+    site = SparseCall(
+        config=config, mask=mask, target=torch.tensor(0.7), q_offset=offset, lists=True, layout=layout, write=write
+    )
     return dataclasses.replace(site, rules=register(site)), query, key
 
 
@@ -71,7 +73,8 @@ def test_the_operator_chooses_what_the_function_chooses(config):
 def test_the_operator_keeps_torch_s_rules():
     site, query, key = site_of(CONFIGS[0], (300, 300), padded=True)
     for record in (False, True):
-        inputs = (query, key, list(site.layout), torch.tensor(0.7), list(site.mask.buffers), site.rules, record)
+        state = torch.tensor(0.7), torch.tensor(0.1)
+        inputs = (query, key, list(site.layout), *state, list(site.mask.buffers), site.rules, record)
         torch.library.opcheck(
             torch.ops.omnisparse.select_blocks.default, inputs, test_utils=("test_schema", "test_faketensor")
         )

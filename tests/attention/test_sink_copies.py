@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.attention import sink_copies as module
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.functional import attend
 from omnisparse_flex.attention.sink_copies import COPIES, original, spread
 from omnisparse_flex.masks.expr.expr import causal
@@ -107,5 +107,5 @@ def test_copies_are_made_for_the_backward_of_many_keys_only(grad, least, expecte
         "omnisparse_flex.attention.functional.spread", lambda *a, **k: made.append(1) or spread(*a, **k)
     )
     tensors = [torch.randn(1, 1, 256, 16, requires_grad=grad) for _ in range(3)]
-    attend(*tensors, Site(config=OmniSparseConfig(), mask=MaskProgram(causal()), target=0.5, lists=True))
+    attend(*tensors, SparseCall(config=OmniSparseConfig(), mask=MaskProgram(causal()), target=0.5, lists=True))
     assert len(made) == expected

@@ -12,9 +12,10 @@ import torch
 from benchmarks.decode import bench_decode, needle_decode, needle_held
 from benchmarks.decode import bench_decode_model as bench
 from benchmarks.model import bench_compile
-from omnisparse_flex.cache.choose_keys import Choice
+from omnisparse_flex.cache.choose_keys import HeadChoice
 from omnisparse_flex.cache.layer import SlimLayer
 from omnisparse_flex.cache.store import SlimStore
+from tests.helpers.tiny import cached
 
 
 @pytest.mark.slow
@@ -64,7 +65,7 @@ def test_dense_and_ours_have_the_same_decoder(whole):
     bench.TURN[0] = 0
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "SCALE", 16**-0.5)
-        expected = model(**token, past_key_values=cache).last_hidden_state
+        expected = model(**token, **cached(cache)).last_hidden_state
         bench.FULL[:] = [tuple(torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in pair) for pair in past]
         model.set_attn_implementation(bench.NAME)
         for _ in range(2):
@@ -130,7 +131,7 @@ def test_the_look_up_variants_spend_the_same_memory(name):
     mass, shares = torch.softmax(4 * torch.randn(1, 3, 4000), -1) * 0.9, []
     choice = needle_decode.budgeted(variant, 4096, 512, shares)(mass, 0)
     held = 3 * 96 + len(choice.fetching) * choice.picked.shape[2]
-    spent = (held * (512 + needle_decode.POSITION_BYTES) + 3 * needle_decode.TAIL_STEP * 512) / (3 * 4096 * 512)
+    spent = (held * (512 + needle_decode.POSITION_BYTES) + 3 * needle_decode.MIN_TAIL_STEP * 512) / (3 * 4096 * 512)
     assert 1 / spent == pytest.approx(variant.ratio, rel=0.01) and shares == [(0, 0, choice.picked.shape[2])]
     picked = choice.picked[0, 0]
     assert len(set(picked.tolist())) == len(picked)
@@ -208,7 +209,7 @@ def test_words_of_a_fact_are_found_and_counted():
     assert first.nonzero()[:, 1].tolist() == [200, 201, 202, 900, 901, 902] * 2
     assert second[0].nonzero()[:, 0].tolist() == [400, 401, 402, 700, 701, 702]
     picked = torch.stack([torch.arange(700), torch.arange(300, 1000)]).expand(2, -1, -1)
-    store = SlimStore([SlimLayer(0)], lambda mass, layer: Choice((1,), (0, 2), picked), False, 0, 0)
+    store = SlimStore([SlimLayer(0)], lambda mass, layer: HeadChoice((1,), (0, 2), picked), False, 0, 0)
     visual = torch.zeros(2, 1209, dtype=torch.bool)
     visual[:, :1200] = True
     with torch.no_grad():

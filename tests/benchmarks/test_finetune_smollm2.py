@@ -54,12 +54,10 @@ def test_further_text_is_trained_on_and_counted_when_it_repeats_what_is_held_out
     assert split(given, 512, 8, {})[2] == 0
 
 
-def test_the_plan_reads_how_many_layers_share_a_choice():
-    assert bench.Plan().config("tile_pool@2", 4).share_layers == 2
-    assert bench.Plan().config("tile_pool", 4).share_layers == 1
-    for wrong in ("tile_pool@two", "tiles"):
-        with pytest.raises(ConfigError, match="scoring"):
-            bench.Plan().config(wrong, 4)
+def test_the_plan_refuses_an_estimator_that_there_is_not():
+    assert bench.Plan().config("tile_pool", 4).scoring == "tile_pool"
+    with pytest.raises(ConfigError, match="scoring"):
+        bench.Plan().config("tiles", 4)
 
 
 def test_losses_are_the_model_s_own():

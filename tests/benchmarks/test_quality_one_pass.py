@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.quality.choose import choose, local_pairs
 from benchmarks.quality.costs import selection_cost
 from benchmarks.quality.estimators import ESTIMATORS, exact
-from benchmarks.quality.one_pass import OnePass, loudest
+from benchmarks.quality.one_pass import OnePass, top_head_dims
 from benchmarks.quality.plans import token
 from benchmarks.quality.rows import logits
 from tests.benchmarks.test_quality_lab import DIM, SMALL, TOKENS, inputs
@@ -27,10 +27,10 @@ def test_one_pass_guesses_the_normaliser_only():
 def test_the_loudest_coordinates_are_those_that_move_the_logits():
     query, key = inputs()
     query[..., 3], key[:, :1, :, 5] = 0.0, 0.0  # in all heads; in one KV head
-    narrow = loudest(query, key, DIM - 1)
+    narrow = top_head_dims(query, key, DIM - 1)
     assert [x.shape[-1] for x in narrow] == [DIM - 1] * 2
     torch.testing.assert_close(logits(*narrow, 1.0), logits(query, key, 1.0))
-    narrow = loudest(query, key, DIM - 2)
+    narrow = top_head_dims(query, key, DIM - 2)
     first = slice(0, query.shape[1] // key.shape[1])  # the first KV head's group loses nothing by two dims
     torch.testing.assert_close(logits(*narrow, 1.0)[:, first], logits(query, key, 1.0)[:, first])
 

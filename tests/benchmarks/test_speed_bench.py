@@ -15,8 +15,9 @@ import torch
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.calibration.device_speed import kept_share
+from omnisparse_flex.calibration.fit import fit
 from omnisparse_flex.calibration.timing import milliseconds
-from omnisparse_flex.cost_model import BLOCK, PACKAGED, expected_share, fit
+from omnisparse_flex.cost_model import BLOCK, PACKAGED, expected_share
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

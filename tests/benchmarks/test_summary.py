@@ -78,11 +78,14 @@ def test_a_failed_write_leaves_the_old_file(summary: ModuleType, tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
+FIGURES, HEADLINE, END = "<!-- figures:start -->", "<!-- headline:start -->", "<!-- figures:end -->"
+
+
 def test_readme_table(summary: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, readme = tmp_path / "summary.json", tmp_path / "README.md"
     put(summary, figures, "b.speed", 5.4321, device="H200")
     put(summary, figures, "a.count", 12345, unit="tests", baseline="")
-    readme.write_text(f"# Title\n\n{summary.START}\nold\n{summary.END}\n\ntail\n")
+    readme.write_text(f"# Title\n\n{FIGURES}\nold\n{END}\n\ntail\n")
     options = ["--readme", "--file", str(readme), "--summary", str(figures)]
     assert summary.main([*options, "--check"]) == 1, "the check must see that the table is old"
     assert summary.main(options) == 0
@@ -98,10 +101,60 @@ def test_readme_table(summary: ModuleType, tmp_path: Path, capsys: pytest.Captur
     assert "b.speed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "{start}", "{end} {start}", "{start}{start}{end}"])
+def test_a_figure_stands_in_one_table(summary: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    for name in ("video.a", "train.b", "train_other.c"):
+        put(summary, path, name, 1)
+    named = "<!-- figures:start video. train. -->"
+    text = summary.rewrite(f"{named}\n{END}\nbetween\n{FIGURES}\nold\n{END}\n", summary.read(path))
+    first, _, second = text.partition("between")
+    assert named in first, "the mark must survive"
+    assert ("`video.a`" in first, "`train.b`" in first, "`train_other.c`" in first) == (True, True, False)
+    assert ("`video.a`" in second, "`train.b`" in second, "`train_other.c`" in second) == (False, False, True)
+
+
+def rows_of(summary: ModuleType, figures: dict) -> dict[str, list[str]]:
+    """The first table as length -> cells."""
+    lines = [line for line in summary.headline(figures).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in [cells[0], *cells[2:]]}
+
+
+def test_the_first_table_says_what_was_not_measured(summary: ModuleType, tmp_path: Path) -> None:
+    path, empty = tmp_path / "summary.json", "not measured"
+    assert {cell for row in list(rows_of(summary, {}).values())[1:] for cell in row} == {empty}
+    for name, value in (("dense_s", 9.14), ("s", 3.17), ("speedup", 2.881), ("gib", 28.0), ("density", 0.0387)):
+        put(summary, path, f"ttft.{name}.128k", value, baseline="dense SDPA; much more", device="H200")
+    put(summary, path, "peak.ppl_delta_pct.128k", 1.0)
+    figures = summary.read(path)
+    rows = rows_of(summary, figures)
+    assert set(rows["32K"]) == {empty}
+    # One of the two numbers of a cell is no cell, and the quality of other rules has no place here.
+    assert rows["128K"] == ["9.14 s", "3.17 s (**2.9x**)", empty, empty, "0.039", empty]
+    assert "H200" in summary.headline(figures) and "dense SDPA." in summary.headline(figures)
+
+
+def test_the_default_rules_come_first_in_every_row(summary: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    put(summary, path, "ttft.dense_s.32k", 7)
+    put(summary, path, "ttft.speedup.32k", 3)
+    for name, value in (("ttft.default.s.128k", 2), ("ttft.default.speedup.128k", 4), ("peak.ppl_delta_pct.8k", 0.9)):
+        put(summary, path, name, value)
+    put(summary, path, "peak.density.8k", 0.3)
+    rows = rows_of(summary, summary.read(path))
+    assert set(rows["32K"]) == {"not measured"}, "another rule's time must not stand beside the default's"
+    assert rows["128K"][1] == "2.00 s (**4.0x**)"
+    assert rows["8K"][-2:] == ["not measured", "0.9 % perplexity"]
+
+
+def test_kept_pages_are_as_generated(summary: ModuleType) -> None:
+    assert summary.main(["--readme", "--check"]) == 0, "run benchmarks/common/summary.py --readme"
+
+
+@pytest.mark.parametrize("text", ["", "{start}", "{end} {start}", "{start}\n{start}\n{end}", "{headline}\n{end}"])
 def test_readme_without_proper_markers_is_refused(summary: ModuleType, text: str) -> None:
-    with pytest.raises(ValueError, match="once each"):
-        summary.rewrite(text.format(start=summary.START, end=summary.END), {})
+    with pytest.raises(ValueError, match="each with a start and an end"):
+        summary.rewrite(text.format(start=FIGURES, end=END, headline=HEADLINE), {})
 
 
 def test_every_kept_figure_is_complete(summary: ModuleType) -> None:

@@ -16,8 +16,7 @@ from benchmarks.video_needle.data import batch_of, inputs, position_ids
 from benchmarks.video_needle.model import make_model
 from benchmarks.video_needle.schedule import Schedule
 from benchmarks.video_needle.trainer import StepData, Trainer
-from omnisparse_flex.cli import demo_questions as answers
-from omnisparse_flex.cli import main
+from omnisparse_flex.cli import demo, main
 from omnisparse_flex.errors import ConfigError
 
 SMALL = {"layers": 2, "hidden": 64, "heads": 2, "vision_depth": 1}
@@ -98,20 +97,23 @@ def test_answers_are_read_at_the_question_marks(folder):
 
 
 @pytest.mark.slow
-def test_the_demo_asks_a_released_model(folder, capsys, monkeypatch):
+def test_the_demo_asks_a_released_model(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ask, "QUICK", 512)
-    assert main(["demo", "--quick", "--weights", str(folder)]) == 0
+    assert main(["demo", "--quick", "--weights", str(folder), "--out", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out
     assert "12 questions" in out and "truth" in out and "at density" in out
+    assert (tmp_path / "new" / demo.PICTURE).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert main(["demo", "--weights", str(folder / "none")]) == 2
     assert "weights must be a folder" in capsys.readouterr().err
 
 
 def test_nothing_is_shipped_where_there_is_no_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "SHIPPED", tmp_path)
-    assert answers.shipped() is None
+    monkeypatch.setattr(demo, "SHIPPED", tmp_path)
+    assert demo.shipped() is None
+    with pytest.raises(ConfigError, match="weights must be given where the checkout ships no model"):
+        demo.run_demo(None, tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert answers.shipped() == tmp_path
-    monkeypatch.setattr(answers, "TASK", tmp_path / "none")
+    assert demo.shipped() == tmp_path
+    monkeypatch.setattr(demo, "TASK", tmp_path / "none")
     with pytest.raises(ConfigError, match="weights must be used in a checkout"):
-        answers.run_answers(tmp_path)
+        demo.run_demo(tmp_path, tmp_path)

@@ -6,16 +6,13 @@ import pytest
 import torch
 import transformers
 
-from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
-from omnisparse_flex.cache.choose_keys import Choice
+from omnisparse_flex import ConfigError, OmniSparseCache, rewrite_report
+from tests.helpers.slim import Recorder, changed, generate, half_lazy, longer, prompt, steps
 from tests.helpers.slim_oracle import kept, masked_like
-from tests.helpers.tiny import MODELS, VIDEO, build
+from tests.helpers.tiny import MODELS, build
 from tests.model.test_transformers import bracket
 from tests.model.test_visual_mask import video_inputs
 
-#: Dense prefill, so that only the cache differs from the model as it was.
-RULES = OmniSparseConfig(target_recall=0.9, sink_size=4, window_size=8)
-DENSE = 1 << 20
 MODES = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 20},
@@ -26,67 +23,6 @@ MODES = {
 FIRST_BEAMS = (0, 0, 0, 3, 3, 3)
 #: In a second assisted turn transformers passes all given tokens on, cached or not; before 5.23 it also cuts the mask.
 ASSISTED_TURNS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-
-
-def is_visual(args, kwargs):
-    """For models without visual tokens of their own: by id, for as long as ids are given."""
-    ids = kwargs.get("input_ids")
-    return None if ids is None else ids == VIDEO
-
-
-class Recorder:
-    """An inner compiler that runs eagerly and keeps the cache operators of each graph."""
-
-    def __init__(self) -> None:
-        self.graphs = []
-
-    def __call__(self, graph_module, inputs):
-        names = [str(node.target).removesuffix(".default").rsplit(".", 1)[-1] for node in graph_module.graph.nodes]
-        self.graphs.append(tuple(name for name in names if name == "attn" or name.startswith("cache_")))
-        return graph_module.forward
-
-
-def changed(name, device, inner="eager", **changes):
-    model = build(name, device, **changes)
-    mask = is_visual if name in ("llama", "gpt_oss") else None
-    return apply_omnisparse(model, RULES, min_seq_len=DENSE, inner=inner, visual_mask=mask)
-
-
-def prompt(device, lengths=(70,), seed: int = 0, spans=((15, 45),)):
-    """Text around runs of video tokens, left-padded."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = max(lengths)
-    ids = torch.randint(10, 180, (len(lengths), longest), generator=generator)
-    mask = torch.ones_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, : longest - length] = 0
-        for start, stop in spans:
-            ids[row, longest - length + start : longest - length + stop] = VIDEO
-    ids[mask == 0] = 3
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def half_lazy(mass, layer):
-    """Every second head lazy, the others with a third of the droppable keys."""
-    heads, count = mass.shape[1], mass.shape[2]
-    lazy = tuple(h for h in range(heads) if h % 2 == layer % 2)
-    fetching = tuple(h for h in range(heads) if h not in lazy)
-    order = mass.sort(-1, descending=True).indices
-    return Choice(lazy, fetching, order[:, list(fetching), : count // 3])
-
-
-def generate(model, inputs, cache=None, *, new=10, seed=0, **mode):
-    torch.manual_seed(seed)
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, **mode)
-
-
-def longer(inputs, tokens, device, seed):
-    """The conversation so far and a further question."""
-    question = prompt(device, (9,) * tokens.shape[0], seed, spans=())["input_ids"]
-    ids = torch.cat([tokens, question], 1)
-    grown = torch.ones_like(ids)
-    grown[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
-    return {"input_ids": ids, "attention_mask": grown}
 
 
 def next_turn(mode, inputs, tokens, caches, device, seed):
@@ -128,12 +64,6 @@ def test_full_recall_equals_a_dynamic_cache(name, mode, device):
     assert recorder.graphs.count(kinds[2]) <= shapes, "a step compiled again"
     notes = rewrite_report(slim).notes
     assert not [note for note in notes if "eagerly" in note or "broke" in note], notes
-
-
-def steps(model, inputs, cache, **keywords):
-    """Tokens and the logits of each step."""
-    out = generate(model, inputs, cache, return_dict_in_generate=True, output_logits=True, **keywords)
-    return out.sequences, torch.stack(out.logits, 1)
 
 
 @pytest.mark.parametrize("offload", [True, False])

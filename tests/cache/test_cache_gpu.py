@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseCache
-from tests.cache.test_cache import changed, half_lazy
-from tests.helpers.tiny import VIDEO
+from tests.helpers.slim import changed, half_lazy
+from tests.helpers.tiny import VIDEO, cached
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +45,7 @@ def test_a_prefill_peaks_below_slim_cache_and_one_full_layer(offload):
 
     def prefill(cache):
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=ids, **cached(cache), logits_to_keep=1)
         return cache
 
     def slimmed():

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from omnisparse_flex.kernels.fallback import load
 from tests.helpers.interpreter import needs_interpreter, run_interpreted
 
 CASES = [  # B, Hkv, group, D, keys of the two rectangles, tail, with padding
@@ -20,7 +21,7 @@ CASES = [  # B, Hkv, group, D, keys of the two rectangles, tail, with padding
 
 def layer_of(case, dtype, device, split: bool):
     """A random layer with ragged rows, as the cache would hold it."""
-    from omnisparse_flex.cache.kept_keys import Rectangle
+    from omnisparse_flex.cache.kept_keys import KeptKeys
     from omnisparse_flex.cache.layer import SlimLayer
 
     batch, kv_heads, _, dim, sizes, tail, padded = case
@@ -32,7 +33,7 @@ def layer_of(case, dtype, device, split: bool):
             keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
             counts = torch.randint(0, size + 1, shape[:2], device=device) if batch > 1 else None
             places = torch.zeros(shape[:3], dtype=torch.int32, device=device)
-            layer.rectangles += (Rectangle(heads, keys, values, places, counts),)
+            layer.kept += (KeptKeys(heads, keys, values, places, counts),)
     layer.prefix = 20
     if tail > 1:
         layer.append(*(torch.randn(batch, kv_heads, tail - 1, dim, device=device).to(dtype) for _ in range(2)))
@@ -62,14 +63,15 @@ def check(device: str) -> None:
                 sinks = 5 + torch.randn(query.shape[1], device=device).to(dtype) if split else None
                 bits = None if padding is None else padding.view(torch.uint8)
                 tail = (*layer._room(key, value), layer._count(query.device), layer.prefix)
-                out = attend_token(query, key, value, layer.rectangles, *layer._table(), *tail, bits, 0.2, sinks)
+                parts = [(part.keys, part.values) for part in layer.kept]
+                out = attend_token(query, key, value, parts, *layer._table(), *tail, bits, 0.2, sinks)
                 layer.tail += 1
                 assert layer.counter.item() == layer.tail == case[5]
                 assert torch.equal(layer.tail_keys[:, :, layer.tail - 1 : layer.tail], key)
                 assert torch.equal(layer.tail_values[:, :, layer.tail - 1 : layer.tail], value)
-                layer.rectangles = tuple(
+                layer.kept = tuple(
                     dataclasses.replace(part, keys=part.keys.double(), values=part.values.double())
-                    for part in layer.rectangles
+                    for part in layer.kept
                 )
                 layer.tail_keys, layer.tail_values = layer.tail_keys.double(), layer.tail_values.double()
                 exact = layer._attend_parts(query.double(), padding, 0.2, None if sinks is None else sinks.double())
@@ -91,16 +93,15 @@ def test_in_the_interpreter():
 
 @pytest.mark.gpu
 def test_a_kernel_that_fails_leaves_dense_kernels(monkeypatch):
-    from omnisparse_flex.attention import lse_attention as decode
     from omnisparse_flex.kernels import decode_token as decode_kernel
 
     monkeypatch.setattr(decode_kernel, "_runs", None)
-    decode.token_kernel.cache_clear()
+    load.cache_clear()
     layer, padding = layer_of(CASES[0], torch.float16, "cuda", True)
     inputs = token_of(CASES[0], torch.float16, "cuda")
     with pytest.warns(UserWarning, match="the decode kernel failed, decoding runs on dense kernels"):
         out = layer.attend(*inputs, padding, 0.2)
-    decode.token_kernel.cache_clear()
+    load.cache_clear()
     assert layer.tail == 5 and torch.equal(out, layer._attend_parts(inputs[0], padding, 0.2))
 
 
@@ -110,8 +111,8 @@ def test_a_captured_step_replays_while_the_tail_has_room():
     torch.manual_seed(0)
     layer, _ = layer_of(CASES[0], torch.float16, "cuda", True)
     twin, _ = layer_of(CASES[0], torch.float16, "cuda", True)
-    twin.rectangles, twin.tail_keys, twin.tail_values = (
-        layer.rectangles,
+    twin.kept, twin.tail_keys, twin.tail_values = (
+        layer.kept,
         *(x.clone() for x in (layer.tail_keys, layer.tail_values)),
     )
     inputs = token_of(CASES[0], torch.float16, "cuda")

@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from omnisparse_flex import OmniSparseCache
 from omnisparse_flex.attention.lse_attention import attend_keys, merge
 from omnisparse_flex.cache.choose_keys import (
-    Choice,
-    choose,
-    column_mass,
+    HeadChoice,
+    choose_keys,
     droppable_mass,
     droppable_tokens,
     kept_positions,
     make_plan,
+    pattern_mass,
     positions_of,
     ranked,
 )
-from omnisparse_flex.cache.host_memory import Copies
-from omnisparse_flex.cache.layer import TAIL_STEP, SlimLayer
-from tests.cache.test_cache import changed, generate, half_lazy, prompt
+from omnisparse_flex.cache.host_memory import Copies, send
+from omnisparse_flex.cache.layer import MIN_TAIL_STEP, SlimLayer
+from tests.helpers.slim import changed, generate, half_lazy, prompt
 
 
 @st.composite
@@ -78,11 +78,11 @@ def test_a_layer_keeps_what_it_says_and_restores_the_rest(case, seed, recall, mo
     key, value = (torch.randn(batch, 3, length, size, generator=generator) for size in (4, 6))
     query = torch.randn(batch, 6, plan.queries.shape[1], 4, generator=generator)
     layer, copies = SlimLayer(0), Copies(torch.device("cpu"))
-    rule = lambda mass, _: choose(mass, recall, most)  # noqa: E731
+    rule = lambda mass, _: choose_keys(mass, recall, most)  # noqa: E731
     layer.store(query, key, value, plan, 0.5, first=0, chooser=rule, copies=copies)
 
-    assert sorted(h for part in layer.rectangles for h in part.heads) == [0, 1, 2]
-    for part in layer.rectangles:
+    assert sorted(h for part in layer.kept for h in part.heads) == [0, 1, 2]
+    for part in layer.kept:
         assert part.keys.shape[2] == part.positions.shape[2] == part.values.shape[2]
         for row in range(batch):
             for column, head in enumerate(part.heads):
@@ -107,10 +107,10 @@ def test_mass_goes_in_parts(monkeypatch):
     torch.manual_seed(0)
     query, key, weights = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 50, 8), torch.rand(2, 9)
     rest = (torch.arange(41, 50).expand(2, -1), weights, torch.rand(2, 50) < 0.9, 0.3)
-    whole = column_mass(query, key, *rest)
+    whole = pattern_mass(query, key, *rest)
     monkeypatch.setattr("omnisparse_flex.cache.choose_keys.LOGITS", 2 * 2 * 50 * 4)
     monkeypatch.setattr("omnisparse_flex.cache.choose_keys.KEY_CHUNK", 7)
-    assert torch.allclose(column_mass(query, key, *rest), whole, atol=1e-6)
+    assert torch.allclose(pattern_mass(query, key, *rest), whole, atol=1e-6)
 
 
 @given(conversations(), st.integers(0, 2**31 - 1))
@@ -130,7 +130,7 @@ def test_mass_is_that_of_exact_softmax_rows(case, seed):
         for q, weight in zip(plan.queries[row].tolist(), plan.weights[row].tolist(), strict=True):
             expected[row] += weight * rows[row, :, q].view(2, 2, length).mean(1)
     chosen = query.gather(2, plan.queries[:, None, :, None].expand(-1, 4, -1, 8))
-    mass = column_mass(chosen, key, plan.queries, plan.weights, real, 0.3)
+    mass = pattern_mass(chosen, key, plan.queries, plan.weights, real, 0.3)
     # float32: one rounding for each of 8 products and `length` terms, times the largest logit's slope.
     tolerance = torch.finfo(torch.float32).eps * (8 + length) * max(1.0, logits.abs().max().item())
     assert (mass.double() - expected).abs().max() <= tolerance
@@ -141,7 +141,7 @@ def test_every_head_keeps_its_recall_and_k_is_the_flattest_heads(seed, count, re
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(2, 4, 1, generator=generator) ** 2
     mass = torch.softmax(4 * torch.randn(2, 4, max(count, 1), generator=generator), -1)[..., :count] * share
-    choice = choose(mass, recall, most, neighbours=0)
+    choice = choose_keys(mass, recall, most, neighbours=0)
     assert sorted((*choice.lazy, *choice.fetching)) == [0, 1, 2, 3]
     always = 1 - mass.double().sum(-1)
     slack = torch.finfo(torch.float32).eps * 4 * (count + 1)
@@ -182,14 +182,14 @@ def test_recall_is_counted_in_mass_not_in_rank():
     """A neighbour that comes along costs a key and brings its own mass only."""
     mass = torch.zeros(1, 1, 40)
     mass[0, 0, 20] = 0.5
-    assert choose(mass, 0.9).picked.shape[2] <= 7 and 20 in choose(mass, 0.9).picked[0, 0]
-    assert choose(mass, 0.9, neighbours=0).picked.tolist() == [[[20]]]
+    assert choose_keys(mass, 0.9).picked.shape[2] <= 7 and 20 in choose_keys(mass, 0.9).picked[0, 0]
+    assert choose_keys(mass, 0.9, neighbours=0).picked.tolist() == [[[20]]]
 
 
 def test_k_grows_with_recall_and_one_keeps_all():
     torch.manual_seed(0)
     mass = torch.softmax(torch.randn(1, 4, 50), -1) * 0.6
-    sizes = [choose(mass, recall).picked.shape[2] for recall in (0.3, 0.5, 0.7, 0.9, 0.99, 1.0)]
+    sizes = [choose_keys(mass, recall).picked.shape[2] for recall in (0.3, 0.5, 0.7, 0.9, 0.99, 1.0)]
     assert sizes == sorted(sizes) and sizes[0] == 0 and sizes[-1] == 50
 
 
@@ -233,12 +233,12 @@ def storages(cache):
     device, host = {}, {}
     for layer in cache.layers:
         tensors = [layer.tail_keys, layer.tail_values]
-        for part in layer.rectangles:
+        for part in layer.kept:
             tensors += [part.keys, part.values, part.positions, part.counts]
         for tensor in tensors:
             if tensor is not None:
                 device[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        for span in layer.host:
+        for span in layer.host.spans:
             for tensor in (span.keys, span.values):
                 host[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(device.values()), sum(host.values())
@@ -260,7 +260,7 @@ def test_reported_bytes_are_the_tensors_bytes(lengths, offload, device):
     assert str(report).count("\n") == 2 + layers + 1 and "1 of 2" in str(report)
     assert report.to_dict()["layers"][1]["lazy"] == (1,)
     # Nothing else of a slimmed layer hangs on: no view of the full keys, no room beyond one step.
-    assert all(layer.tail_keys.shape[2] == TAIL_STEP for layer in cache.layers)
+    assert all(layer.tail_keys.shape[2] == MIN_TAIL_STEP for layer in cache.layers)
 
 
 def test_masses_of_rows_without_a_column_are_never_picked_first():
@@ -269,12 +269,22 @@ def test_masses_of_rows_without_a_column_are_never_picked_first():
     _, plan = plan_of(visual, real, 0, 1)
     mass = droppable_mass(torch.full((2, 1, 5), 0.2), plan)
     assert mass.tolist() == [[pytest.approx([0.2, 0.2, 0.2])], [pytest.approx([0.2, -1, -1])]]
-    kept = kept_positions(plan, choose(mass, 0.7).picked, 1)
+    kept = kept_positions(plan, choose_keys(mass, 0.7).picked, 1)
     assert kept[1, 0].tolist() == [0, 1, 2, 3, 4]
     assert (kept[0, 0] < 5).sum() == 4, "two of three equal masses reach 0.8"
 
 
 def test_choice_says_whether_it_drops():
-    some = Choice((), (0,), torch.zeros(1, 1, 3, dtype=torch.int64))
+    some = HeadChoice((), (0,), torch.zeros(1, 1, 3, dtype=torch.int64))
     assert some.drops(4) and not some.drops(3) and not some.drops(0)
-    assert Choice((0,), (), torch.zeros(1, 0, 3, dtype=torch.int64)).drops(1)
+    assert HeadChoice((0,), (), torch.zeros(1, 0, 3, dtype=torch.int64)).drops(1)
+
+
+def test_a_crop_counts_no_filler_of_a_shorter_turn():
+    """Fillers of a row with fewer tokens are the length of their turn, which a later crop may leave above them."""
+    key, positions = torch.randn(2, 1, 5, 4), torch.tensor([[1, 2, 3], [2, 5, 5]])
+    span = send(key, key, positions, 5, Copies(torch.device("cpu")))
+    span.crop(7)
+    assert span.counts == [3, 1]
+    span.crop(3)
+    assert span.counts == [2, 1]

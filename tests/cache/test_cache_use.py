@@ -12,17 +12,18 @@ import torch
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse, remove_omnisparse
 from omnisparse_flex.api import dense
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
-from tests.cache.test_cache import changed, generate, half_lazy, is_visual, longer, prompt, steps
+from tests.helpers.slim import changed, generate, half_lazy, is_visual, longer, prompt, steps
 from tests.helpers.slim_oracle import kept
-from tests.helpers.tiny import build
+from tests.helpers.tiny import build, cached
 
 SPAN = ((10, 60),)
 
 
 def forward(model, ids, cache, **keywords):
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=cache, **keywords).logits
+        return model(input_ids=ids, **cached(cache), **keywords).logits
 
 
 def lazy_cache(device, name="llama", **keywords):
@@ -86,8 +87,8 @@ def test_new_visual_tokens_of_a_later_turn_are_slimmed_too(device):
     with torch.no_grad():
         expected = build("llama", device)(torch.cat([first, second], 1)).logits[:, 90:]
     assert close(logits, expected)
-    assert report.host == 2 * before.host and len(cache.layers[0].host) == 2
-    lazy = next(part for part in cache.layers[0].rectangles if part.heads == cache.layers[0].lazy)
+    assert report.host == 2 * before.host and len(cache.layers[0].host.spans) == 2
+    lazy = next(part for part in cache.layers[0].kept if part.heads == cache.layers[0].lazy)
     assert lazy.positions.shape[2] == 170 - 2 * 50
     third = prompt(device, (6,), 8, spans=())["input_ids"]
     with torch.no_grad():
@@ -165,18 +166,18 @@ def test_the_pattern_is_read_again_while_decoding(device, monkeypatch):
     assert not close(logits[:, 19], expected), "the hidden states of earlier tokens were computed on the slim cache"
     key = cache.layers[0].restore(cache.get_seq_length(), *stand_ins(cache), cache.store.copies)[0]
     with torch.no_grad():
-        full = build("llama", device)(inputs["input_ids"], use_cache=True).past_key_values
+        full = cache_of(build("llama", device)(inputs["input_ids"], use_cache=True))
     assert close(key[:, :, :90], full.layers[0].keys)
 
 
 def everything(mass):
-    from omnisparse_flex.cache.choose_keys import choose
+    from omnisparse_flex.cache.choose_keys import choose_keys
 
-    return choose(mass, 1.0)
+    return choose_keys(mass, 1.0)
 
 
 def stand_ins(cache):
-    part = cache.layers[0].rectangles[0]
+    part = cache.layers[0].kept[0]
     return [x.new_zeros(x.shape[0], 2, 0, x.shape[3]) for x in (part.keys, part.values)]
 
 
@@ -246,7 +247,7 @@ def test_max_kv_budget_bounds_k(device):
     model = apply_omnisparse(build("llama", device), config, min_seq_len=1 << 20, inner="eager", visual_mask=is_visual)
     cache = OmniSparseCache(model)
     generate(model, prompt(device, (90,), spans=SPAN), cache, new=2)
-    assert {part.keys.shape[2] for layer in cache.layers for part in layer.rectangles} == {90 - 50 + 7}
+    assert {part.keys.shape[2] for layer in cache.layers for part in layer.kept} == {90 - 50 + 7}
 
 
 def test_disabled_by_the_environment(device, monkeypatch):
@@ -274,12 +275,12 @@ def test_reset_frees_and_starts_anew(device):
 def test_no_host_memory_keeps_a_full_cache_and_says_so(device, monkeypatch):
     model, cache = lazy_cache(device)
     inputs = prompt(device, (90,), spans=SPAN)
-    import omnisparse_flex.cache.layer as slim_layer
+    import omnisparse_flex.cache.host_memory as host_memory
 
     def fail(*args):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(slim_layer, "send", fail)
+    monkeypatch.setattr(host_memory, "send", fail)
     with pytest.warns(UserWarning, match="no host memory to offload layer"):
         tokens = generate(model, inputs, cache)
     assert torch.equal(tokens, generate(build("llama", device), inputs))
@@ -336,7 +337,7 @@ def test_another_model_batch_or_mask(device):
     with pytest.raises(ConfigError, match="attention_mask must cover 93 tokens"):
         forward(model, ids[:, :3], cache, attention_mask=mask[:, :50])
     with torch.enable_grad(), pytest.raises(ConfigError, match="cache must be used without gradients"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **cached(cache))
     assert cache.get_seq_length() == 90, "what is refused changes nothing"
     forward(model, ids[:, :1], cache)
     remove_omnisparse(model)

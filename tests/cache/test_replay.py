@@ -6,7 +6,6 @@ do, the bookkeeping in Python. So what is left to the replay is tested here; the
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -15,108 +14,21 @@ import pytest
 import torch
 
 import omnisparse_flex.cache.store as slim_store
-from omnisparse_flex import ConfigError, OmniSparseCache, collect_stats, rewrite_report
+from omnisparse_flex import ConfigError, OmniSparseCache, collect_stats
+from omnisparse_flex.cache.step_reasons import reason_of_call
 from omnisparse_flex.cache.step_replay import Replay
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import entry_of
-from tests.cache.test_cache import changed, generate, half_lazy, longer, prompt, steps
 from tests.cache.test_cache_use import close, everything
-
-SPAN = ((10, 50),)
+from tests.helpers.slim import changed, generate, half_lazy, longer, prompt, steps
+from tests.helpers.stand_in import SPAN, StandIn, equal, feed, filled, notes, plain, recording
+from tests.helpers.tiny import cached
 
 
 @pytest.fixture
 def device():
     """The stand-in runs what it records: on a GPU that would advance the counters there."""
     return torch.device("cpu")
-
-
-class Again:
-    """A step that runs anew, into the results of its recording."""
-
-    def __init__(self, step, store):
-        self.step, self.store = step, store
-        self.runs = 0
-        self.result, self.queries = self.quietly()
-
-    def quietly(self):
-        """Run; on the device only, as a graph would: Python's books stay as they were."""
-        tails = [layer.tail for layer in self.store.layers]
-        kept, self.store.recorded = self.store.recorded, {}
-        result = self.step()
-        queries, self.store.recorded = self.store.recorded, kept
-        if kept is not None:
-            kept.update(queries)
-        for layer, tail in zip(self.store.layers, tails, strict=True):
-            layer.tail = tail
-        return result, queries
-
-    def replay(self):
-        self.runs += 1
-        result, queries = self.quietly()
-        for old, new in zip(self.tensors(self.result), self.tensors(result), strict=True):
-            old.copy_(new)
-        for layer, query in queries.items():
-            self.queries[layer].copy_(query)
-
-    @staticmethod
-    def tensors(result):
-        return [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-
-
-class StandIn:
-    """A recorder for every device."""
-
-    bytes = 0
-
-    def __init__(self, store):
-        self.store, self.made, self.freed = store, [], 0
-
-    def serves(self, device):
-        return True
-
-    def takes(self, layers):
-        return True
-
-    def record(self, step, device):
-        self.made.append(Again(step, self.store))
-        return self.made[-1], self.made[-1].result
-
-    def free(self):
-        self.freed += 1
-
-    def __deepcopy__(self, memo):
-        return type(self)(copy.deepcopy(self.store, memo))
-
-    @property
-    def runs(self):
-        return sum(one.runs for one in self.made)
-
-
-def recording(model, **keywords):
-    """A cache whose steps are recorded by the stand-in, and the stand-in."""
-    cache = OmniSparseCache(model, **keywords)
-    cache.store.chooser = half_lazy
-    recorder = StandIn(cache.store)
-    cache.replay = Replay(cache.store, recorder)
-    return cache, recorder
-
-
-def plain(model, **keywords):
-    cache = OmniSparseCache(model, cuda_graphs=False, **keywords)
-    cache.store.chooser = half_lazy
-    return cache
-
-
-def notes(model):
-    return [note for note in rewrite_report(model).notes if "CUDA graph" in note]
-
-
-def equal(name, device, act, monkeypatch=None):
-    """``act(model, cache)`` gives the same tokens with and without replays; returns the stand-in and the model."""
-    expected = act(model := changed(name, device), plain(model))
-    cache, recorder = recording(model := changed(name, device))
-    assert torch.equal(act(model, cache), expected)
-    return recorder, model
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
@@ -185,23 +97,13 @@ def test_turns_crops_and_a_second_prompt(device):
     assert len(recorder.made) == 4 and recorder.runs >= 4 * 6 and recorder.freed == 1
 
 
-def feed(model, cache, ids, start):
-    """One token after the other, with positions as ``generate`` gives them."""
-    out = []
-    with torch.no_grad():
-        for i in range(ids.shape[1]):
-            at = torch.full((ids.shape[0], 1), start + i, device=ids.device)
-            out.append(model(input_ids=ids[:, i : i + 1], position_ids=at, past_key_values=cache).logits)
-    return torch.cat(out, 1)
-
-
 def test_a_crop_between_two_tokens(device):
     """Tokens fed, taken back and replaced: the tail is shorter, its memory the same."""
     ids = prompt(device, (60,), 3, spans=())["input_ids"]
 
     def act(model, cache):
         with torch.no_grad():
-            model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+            model(**prompt(device, (90,), spans=SPAN), **cached(cache))
         first = feed(model, cache, ids[:, :20], 90)
         cache.crop(-7)
         second = feed(model, cache, ids[:, 20:40], 103)
@@ -218,7 +120,7 @@ def test_rows_are_reordered_between_tokens(device):
 
     def act(model, cache):
         with torch.no_grad():
-            model(input_ids=inputs, past_key_values=cache)
+            model(input_ids=inputs, **cached(cache))
         first = feed(model, cache, ids[:, :10], 90)
         cache.reorder_cache(torch.tensor([1, 0], device=device))
         second = feed(model, cache, ids[:, 10:20], 100)
@@ -246,7 +148,7 @@ def test_two_conversations_take_turns(device):
         caches = [make(), make()]
         with torch.no_grad():
             for one, cache in zip(prompts, caches, strict=True):
-                model(**one, past_key_values=cache)
+                model(**one, **cached(cache))
         outs = [feed(model, cache, ids[:, i : i + 1], 90 + i) for i in range(24) for cache in caches]
         results.append(torch.cat(outs, 1))
     assert torch.equal(*results)
@@ -259,12 +161,12 @@ def test_results_belong_to_the_caller(device):
     cache, recorder = recording(model)
     kept = []
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
         for i in range(10):
             token = torch.full((1, 1), 20 + i, device=device)
             at = torch.full((1, 1), 90 + i, device=device)
-            out = model.model(input_ids=token, position_ids=at, past_key_values=cache)
-            assert out.past_key_values is cache and type(out).__name__ == "BaseModelOutputWithPast"
+            out = model.model(input_ids=token, position_ids=at, **cached(cache))
+            assert cache_of(out) is cache and type(out).__name__ == "BaseModelOutputWithPast"
             kept.append((out.last_hidden_state, out.last_hidden_state.clone()))
     assert recorder.runs > 5 and all(torch.equal(a, b) for a, b in kept)
     assert len({a.data_ptr() for a, _ in kept}) == len(kept)
@@ -276,8 +178,8 @@ def test_positions_from_a_length_are_never_recorded(device):
 
     def act(model, cache):
         with torch.no_grad():
-            model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
-            return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in ids.split(1, 1)], 1)
+            model(**prompt(device, (90,), spans=SPAN), **cached(cache))
+            return torch.cat([model(input_ids=part, **cached(cache)).logits for part in ids.split(1, 1)], 1)
 
     recorder, model = equal("llama", device, act)
     assert recorder.made == []
@@ -307,12 +209,12 @@ def test_a_mask_that_forbids_a_decoded_token(replays, device):
     def act(cache, **extra):
         out = []
         with torch.no_grad():
-            model(input_ids=inputs, past_key_values=cache)
+            model(input_ids=inputs, **cached(cache))
             for i in range(30):
                 own = {"attention_mask": mask[:, : 91 + i], "input_ids": ids[:, i : i + 1]}
                 at = torch.full((2, 1), 90 + i, device=device)
-                cache.store.padded = extra.get("padded", cache.store.padded)
-                out.append(model(**own, position_ids=at, past_key_values=cache).logits)
+                cache.store.tokens.padded = extra.get("padded", cache.store.tokens.padded)
+                out.append(model(**own, position_ids=at, **cached(cache)).logits)
         return torch.cat(out, 1)
 
     model = changed("llama", device)
@@ -322,26 +224,19 @@ def test_a_mask_that_forbids_a_decoded_token(replays, device):
     assert not torch.equal(act(plain(model)), feed(model, filled(model, inputs), ids, 90)), "the zeros change nothing"
     short = mask[:, :50]
     with pytest.raises(ConfigError, match="attention_mask must cover 121 tokens"), torch.no_grad():
-        model(input_ids=ids[:, :1], attention_mask=short, past_key_values=cache)
+        model(input_ids=ids[:, :1], attention_mask=short, **cached(cache))
 
 
 def test_marks_of_inference_mode_are_written_outside_of_it(device):
-    store = plain(changed("llama", device)).store
+    tokens = plain(changed("llama", device)).store.tokens
     mask = torch.ones(1, 8, dtype=torch.long, device=device)
     mask[0, 5] = 0
-    store.batch, store.device = 1, device
+    tokens.batch, tokens.device = 1, device
     for length, mode in ((5, torch.inference_mode()), (6, torch.no_grad())):
-        store.length = length
+        tokens.length = length
         with mode:
-            store._mark(1, mask)
-    assert store.marks[0, :8].tolist() == [True] * 5 + [False] + [True] * 2
-
-
-def filled(model, ids):
-    cache = plain(model)
-    with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
-    return cache
+            tokens.mark(1, mask)
+    assert tokens.marks[0, :8].tolist() == [True] * 5 + [False] + [True] * 2
 
 
 def test_weights_that_move_end_a_recorded_step(device):
@@ -350,7 +245,7 @@ def test_weights_that_move_end_a_recorded_step(device):
     results = []
     for cache in (plain(model), recording(model)[0]):
         with torch.no_grad():
-            model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+            model(**prompt(device, (90,), spans=SPAN), **cached(cache))
             first = feed(model, cache, ids[:, :8], 90)
             weight = model.model.layers[1].mlp.down_proj.weight
             old = weight.data
@@ -379,9 +274,9 @@ def test_an_argument_on_another_device_is_not_recorded(device):
     """The host would read it once, while the step is recorded."""
     cache, _ = recording(model := changed("llama", device))
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
     call = SimpleNamespace(entry=entry_of(model), cache=cache, leaves=[torch.zeros(1, device="meta")])
-    assert cache.replay._reason(call, {}) == "an argument lies on another device"
+    assert reason_of_call(call, {}, cache.store.device) == "an argument lies on another device"
 
 
 def test_statistics_end_a_recorded_step(device):
@@ -389,7 +284,7 @@ def test_statistics_end_a_recorded_step(device):
     cache, recorder = recording(model)
     ids = prompt(device, (20,), 3, spans=())["input_ids"]
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
     feed(model, cache, ids[:, :8], 90)
     runs = recorder.runs
     with collect_stats(model):
@@ -454,7 +349,7 @@ def test_a_dropped_cache_is_freed_at_once(device):
     generate(model, inputs, cache, new=12, do_sample=False)
     assert cache.replay.recorded is not None
     recorder.store = recorder.made = cache.replay.recorded.step = None  # the stand-in's own references
-    keys = weakref.ref(cache.layers[0].rectangles[0].keys)
+    keys = weakref.ref(cache.layers[0].kept[0].keys)
     gc.disable()
     try:
         del cache, recorder
@@ -470,10 +365,10 @@ def test_arguments_may_be_slices_and_expanded(device):
     positions = torch.arange(90, 120, device=device)[None]
     cache, recorder = recording(model)
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
         for i in range(30):
             at = positions[:, i : i + 1] if i % 2 else positions[0, i].expand(1, 1)
-            model(input_ids=ids[:, i : i + 1], position_ids=at, past_key_values=cache)
+            model(input_ids=ids[:, i : i + 1], position_ids=at, **cached(cache))
     assert entry_of(model).backend.log.graphs == 2 and (len(recorder.made), recorder.runs) == (1, 27)
 
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, entry_of
-from tests.cache.test_cache import changed, generate, half_lazy, prompt
-from tests.cache.test_replay import SPAN, feed, notes, plain, recording
+from tests.helpers.slim import changed, generate, half_lazy, prompt
+from tests.helpers.stand_in import SPAN, feed, notes, plain, recording
+from tests.helpers.tiny import cached
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def act(model, cache, device, change=lambda model: None):
     """Eight tokens, a change of the model, and twelve more."""
     ids = prompt(device, (20,), 3, spans=())["input_ids"]
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
     first = feed(model, cache, ids[:, :8], 90)
     change(model)
     return torch.cat([first, feed(model, cache, ids[:, 8:], 98)], 1)
@@ -121,7 +122,7 @@ def test_autocast_between_two_tokens(first, device):
     for cache in (plain(model), recording(model)[0]):
         outs = []
         with torch.no_grad():
-            model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+            model(**prompt(device, (90,), spans=SPAN), **cached(cache))
         for part, on in zip(ids.split(8, 1), (first, not first, first), strict=True):
             with torch.autocast("cpu", torch.bfloat16, enabled=on):
                 outs.append(feed(model, cache, part, cache.get_seq_length()))
@@ -155,7 +156,7 @@ def test_more_results_between_two_tokens(flags, device):
                 more = flags if 3 <= i < 8 else {}
                 at = torch.full((1, 1), 110 + i, device=device)
                 out = model(
-                    input_ids=torch.full((1, 1), 20), position_ids=at, past_key_values=cache, logits_to_keep=1, **more
+                    input_ids=torch.full((1, 1), 20), position_ids=at, **cached(cache), logits_to_keep=1, **more
                 )
                 outs += [out.logits, *[x for x in (out.hidden_states or ()) if x is not None]]
         results.append(outs)
@@ -168,7 +169,7 @@ def test_gradients_are_refused_in_the_middle_of_an_answer(device):
     act(model, cache, device)
     runs = recorder.runs
     with torch.enable_grad(), pytest.raises(ConfigError, match="cache must be used without gradients"):
-        model(input_ids=torch.full((1, 1), 20), position_ids=torch.full((1, 1), 110), past_key_values=cache)
+        model(input_ids=torch.full((1, 1), 20), position_ids=torch.full((1, 1), 110), **cached(cache))
     feed(model, cache, torch.full((1, 1), 20), 110)
     assert recorder.runs == runs + 1
 
@@ -236,7 +237,7 @@ def test_two_threads_in_one_model_are_refused(device):
 
     caches[0].store.chooser = chooser
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=caches[0])
+        model(**prompt(device, (90,), spans=SPAN), **cached(caches[0]))
     assert len(errors) == 1 and errors[0].startswith("model must run one call with a cache at a time")
     assert caches[0].get_seq_length() == 90 and caches[1].get_seq_length() == 0
 

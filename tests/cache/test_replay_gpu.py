@@ -11,8 +11,9 @@ import torch
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import OmniSparseCache
 from omnisparse_flex.model.compiled_module import entry_of
-from tests.cache.test_cache import changed, generate, half_lazy, longer, prompt
-from tests.cache.test_replay import feed, notes
+from tests.helpers.slim import changed, generate, half_lazy, longer, prompt
+from tests.helpers.stand_in import feed, notes
+from tests.helpers.tiny import cached
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +48,7 @@ def test_a_hundred_tokens_with_and_without(name, lengths):
 
 def logits_of(model, cache, ids, start):
     with torch.no_grad():
-        model(**prompt(CUDA, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(CUDA, (90,), spans=SPAN), **cached(cache))
     return feed(model, cache, ids, start)
 
 
@@ -90,7 +91,7 @@ def test_turns_crops_and_two_conversations():
         outs.append(generate(model, longer(inputs, tokens, CUDA, 3), caches[0], new=20, do_sample=False))
         caches[0].crop(-9)
         with torch.no_grad():
-            model(**prompt(CUDA, (90,), 7, spans=SPAN), past_key_values=caches[1])
+            model(**prompt(CUDA, (90,), 7, spans=SPAN), **cached(caches[1]))
         length = caches[0].get_seq_length()
         for i in range(40):
             outs.append(feed(model, caches[0], ids[:, i : i + 1], length + i))
@@ -106,7 +107,7 @@ def test_recording_again_takes_no_further_memory():
     ids = prompt(CUDA, (12,), 3, spans=())["input_ids"]
     cache = cache_of(model)
     with torch.no_grad():
-        model(**prompt(CUDA, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(CUDA, (90,), spans=SPAN), **cached(cache))
     sizes = []
     for turn in range(6):
         feed(model, cache, ids, 90)
@@ -128,7 +129,7 @@ def test_a_replay_waits_for_nothing():
     mask = torch.ones(1, 120, dtype=torch.long, device=CUDA)
     places = torch.arange(120, device=CUDA)[None]
     with torch.no_grad():
-        model(**prompt(CUDA, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(CUDA, (90,), spans=SPAN), **cached(cache))
         try:
             for i in range(30):
                 if i == 8:
@@ -136,7 +137,7 @@ def test_a_replay_waits_for_nothing():
                     torch.cuda.synchronize()
                     torch.cuda.set_sync_debug_mode("error")
                 token = {"input_ids": ids[:, i : i + 1], "position_ids": places[:, 90 + i : 91 + i]}
-                model(**token, attention_mask=mask[:, : 91 + i], past_key_values=cache)
+                model(**token, attention_mask=mask[:, : 91 + i], **cached(cache))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert cache.replay.count == 1 and {int(layer.counter) for layer in cache.layers} == {30}
@@ -202,7 +203,7 @@ def test_a_token_decoded_in_vain_is_taken_back(inner):
         cache = cache_of(model, cuda_graphs=graphs)
         ids = prompt(CUDA, (30,), 3, spans=())["input_ids"]
         with torch.no_grad():
-            model(**prompt(CUDA, (90,), spans=SPAN), past_key_values=cache)
+            model(**prompt(CUDA, (90,), spans=SPAN), **cached(cache))
         outs = [feed(model, cache, ids[:, :10], 90)]
         model.model.layers[1].self_attn.scaling *= 2
         outs.append(feed(model, cache, ids[:, 10:], 100))
@@ -228,7 +229,7 @@ def test_a_copied_cache_records_for_itself():
     ids = prompt(CUDA, (40,), 3, spans=())["input_ids"]
     cache = cache_of(model)
     with torch.no_grad():
-        model(**prompt(CUDA, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(CUDA, (90,), spans=SPAN), **cached(cache))
     feed(model, cache, ids[:, :10], 90)
     twin = copy.deepcopy(cache)
     first, second = (feed(model, one, ids[:, 10:], 100) for one in (cache, twin))

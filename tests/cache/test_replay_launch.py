@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from omnisparse_flex.cache.layer import SlimLayer
-from omnisparse_flex.cache.recorded_step import Memory, Places
-from omnisparse_flex.cache.step_inputs import Call
-from tests.cache.test_cache import changed, longer, prompt
-from tests.cache.test_replay import SPAN, feed, plain, recording
-from tests.helpers.tiny import VIDEO
+from omnisparse_flex.cache.recorded_step import StorageWatch, TensorAddresses
+from omnisparse_flex.cache.step_inputs import DecoderCall
+from tests.helpers.slim import changed, longer, prompt
+from tests.helpers.stand_in import SPAN, feed, plain, recording
+from tests.helpers.tiny import VIDEO, cached
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def started(device, make=recording, **changes):
     cache, recorder = made if isinstance(made, tuple) else (made, None)
     ids = prompt(device, (6,), 3, spans=())["input_ids"]
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=cache)
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
     feed(model, cache, ids, 90)
     assert recorder is None or cache.replay.recorded is not None
     return model, cache, recorder
@@ -53,7 +53,7 @@ def calls_before_launch(layers, device):
     with torch.no_grad():
         sys.setprofile(seen)
         try:
-            model(input_ids=token, position_ids=at, past_key_values=cache)
+            model(input_ids=token, position_ids=at, **cached(cache))
         finally:
             sys.setprofile(None)
     assert len(count) == 2, "the step was not replayed"
@@ -105,7 +105,7 @@ def test_what_a_step_writes_is_looked_at_before_the_launch(name, device):
 
 def test_places_and_memory():
     first, second = torch.zeros(4), torch.zeros(4)
-    places, memory = Places([first, second]), Memory([first, second])
+    places, memory = TensorAddresses([first, second]), StorageWatch([first, second])
     assert places.hold() and memory.lasts()
     kept, first.data = first.data, torch.ones(4)
     assert not places.hold() and memory.lasts()
@@ -115,7 +115,7 @@ def test_places_and_memory():
     assert places.hold() and memory.lasts()
     first.data = torch.ones(4)
     assert not places.hold() and not memory.lasts()
-    places, memory = Places([second]), Memory([second])
+    places, memory = TensorAddresses([second]), StorageWatch([second])
     del second
     assert not places.hold() and not memory.lasts()
 
@@ -128,7 +128,7 @@ def test_memory_that_cannot_say_when_it_is_freed_is_looked_at(monkeypatch):
             return type("Storage", (), {})()  # gone at once
 
     tensor = torch.zeros(4).as_subclass(Passing)
-    memory = Memory([tensor])
+    memory = StorageWatch([tensor])
     assert memory.lasts() and memory.lasts()
     tensor.data = torch.ones(4)
     assert not memory.lasts()
@@ -157,12 +157,12 @@ def test_the_version_of_a_layer(device):
 
 def test_rectangles_are_never_changed_in_place(device):
     _, cache, _ = started(device)
-    part, version = cache.layers[0].rectangles[0], cache.layers[0].version
+    part, version = cache.layers[0].kept[0], cache.layers[0].version
     with pytest.raises(AttributeError):
         part.keys = part.values
-    assert isinstance(cache.layers[0].rectangles, tuple)
+    assert isinstance(cache.layers[0].kept, tuple)
     cache.reorder_cache(torch.tensor([0], device=device))
-    assert cache.layers[0].version != version and cache.layers[0].rectangles[0] is not part
+    assert cache.layers[0].version != version and cache.layers[0].kept[0] is not part
 
 
 def test_visual_tokens_of_replayed_steps_are_remembered(device):
@@ -178,7 +178,7 @@ def test_visual_tokens_of_replayed_steps_are_remembered(device):
         history = torch.cat([prompt(device, (90,), spans=SPAN)["input_ids"], ids[:, :6], ids], 1)
         question = longer(inputs, history, device, 5)["input_ids"][:, 108:]
         with torch.no_grad():
-            out.append(model(input_ids=question, past_key_values=cache).logits)
+            out.append(model(input_ids=question, **cached(cache)).logits)
         results.append(torch.cat(out, 1))
     assert recorder.runs > 12
     assert torch.equal(*histories) and histories[0][0, 96:].tolist() == (ids[0] == VIDEO).tolist()
@@ -228,9 +228,9 @@ def test_a_refused_thread_takes_nothing_from_the_call_in_progress(device):
     model, cache, _ = started(device)
     other, _ = recording(model)
     with torch.no_grad():
-        model(**prompt(device, (90,), spans=SPAN), past_key_values=other)
+        model(**prompt(device, (90,), spans=SPAN), **cached(other))
     feed(model, other, prompt(device, (6,), 3, spans=())["input_ids"], 90)
-    feed_, refused = cache.replay._feed, []
+    feed_, refused = cache.replay._copy_to_static_inputs, []
 
     def meanwhile(call):
         def run():
@@ -243,7 +243,7 @@ def test_a_refused_thread_takes_nothing_from_the_call_in_progress(device):
         thread.join()
         feed_(call)
 
-    cache.replay._feed = meanwhile
+    cache.replay._copy_to_static_inputs = meanwhile
     feed(model, cache, torch.full((1, 1), 20), 96)
     assert refused and cache._omnisparse_visual.shape == (1, 97)
 
@@ -256,10 +256,10 @@ def test_arguments_with_and_without_structure(nested, device):
 
     entry, x = entry_of(model), torch.ones(2)
     args, kwargs = (x, None), {"a": 1, "cache": cache, "b": (x, {"c": 2.0}) if nested else torch.float16}
-    call, twin = (Call(entry, cache, args, kwargs) for _ in range(2))
-    assert call.facts == twin.facts and isinstance(call.form, tuple) != nested
-    assert call.facts != Call(entry, cache, args, {**kwargs, "a": 2}).facts
-    assert call.facts != Call(entry, cache, args[:1], {"none": None, **kwargs}).facts
+    call, twin = (DecoderCall(entry, cache, args, kwargs) for _ in range(2))
+    assert call.signature == twin.signature and isinstance(call.form, tuple) != nested
+    assert call.signature != DecoderCall(entry, cache, args, {**kwargs, "a": 2}).signature
+    assert call.signature != DecoderCall(entry, cache, args[:1], {"none": None, **kwargs}).signature
     seen = []
     fake = SimpleNamespace(backend=entry.backend, run=lambda args, kwargs: seen.append((args, kwargs)))
     call.entry = fake

@@ -24,7 +24,7 @@ from tests.helpers.tiny import Paying, batch, build
 from tests.test_api import GPT
 
 #: Little is forced, so that a thousand tokens leave something to choose.
-RULES = OmniSparseConfig(scoring="probe", lazy_threshold=None, sink_size=1, window_size=1)
+RULES = OmniSparseConfig(scoring="tile_pool", lazy_threshold=None, sink_size=1, window_size=1)
 #: Attention of random weights is nearly even: little recall is cheap, much is not.
 WANTED = 0.3
 

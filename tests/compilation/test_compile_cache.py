@@ -16,7 +16,7 @@ from torch.package import sys_importer
 import omnisparse_flex
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.compilation.cache_names import digest_of, importable, source_digest
+from omnisparse_flex.compilation.cache_names import digest_of, source_digest, stable_name
 
 PACKAGE = Path(omnisparse_flex.__path__[0])
 # Through the links, so that masks/ and passes/ are among them.
@@ -35,16 +35,16 @@ def make(constant: object) -> types.FunctionType:
 
 
 def test_equal_constants_are_one_function_and_others_are_another() -> None:
-    first, again, other = (importable(make(constant)) for constant in ((1, 0.5), (1, 0.5), (1, 0.25)))
+    first, again, other = (stable_name(make(constant)) for constant in ((1, 0.5), (1, 0.5), (1, 0.25)))
     assert first is again
-    assert first.__name__ != other.__name__ != importable(make((1, 0.25)), "bfloat16").__name__
+    assert first.__name__ != other.__name__ != stable_name(make((1, 0.25)), "bfloat16").__name__
     module, name = sys_importer.get_name(first)
     assert getattr(sys_importer.import_module(module), name) is first
 
 
 def test_a_constant_without_a_telling_repr_is_not_cached() -> None:
     function = make(object())
-    assert importable(function) is function
+    assert stable_name(function) is function
     assert function.__name__ == "function"
 
 

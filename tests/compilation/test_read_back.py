@@ -7,8 +7,7 @@ import types
 import pytest
 import torch
 
-from omnisparse_flex.compilation import inductor
-from omnisparse_flex.compilation import missing_barrier as read_back
+from omnisparse_flex.compilation import inductor, missing_barrier
 
 
 def test_a_load_of_what_an_earlier_loop_stored_waits(monkeypatch):
@@ -20,11 +19,11 @@ def test_a_load_of_what_an_earlier_loop_stored_waits(monkeypatch):
             self.body, self.cse = IndentedBuffer(), types.SimpleNamespace(invalidated_stores=stored)
 
     monkeypatch.setattr(common.CSEProxy, "load", lambda self, name, index: f"{name}[{index}]")
-    assert read_back.mend.__wrapped__()
+    assert missing_barrier.patch_inductor.__wrapped__()
     proxy = object.__new__(common.CSEProxy)
     proxy.kernel = Kernel({"buf0"})
     assert proxy.load("buf1", 3) == "buf1[3]" and proxy.kernel.body.getvalue() == ""
-    assert proxy.load("buf0", 4) == "buf0[4]" and proxy.kernel.body.getvalue().strip() == read_back.BARRIER
+    assert proxy.load("buf0", 4) == "buf0[4]" and proxy.kernel.body.getvalue().strip() == missing_barrier.BARRIER
 
 
 def test_a_torch_with_a_barrier_of_its_own_is_left_alone(monkeypatch):
@@ -35,7 +34,7 @@ def test_a_torch_with_a_barrier_of_its_own_is_left_alone(monkeypatch):
 
     plain = common.CSEProxy.load
     monkeypatch.setattr(triton.TritonKernel, "load", load)
-    assert not read_back.mend.__wrapped__() and common.CSEProxy.load is plain
+    assert not missing_barrier.patch_inductor.__wrapped__() and common.CSEProxy.load is plain
 
 
 def norm(residual, first, second, third, fourth, weight):

@@ -13,11 +13,11 @@ import random
 import re
 
 import torch
-from fuzz_spellings import FORMS, KEYS, MASKS, REPEATS, ROWS, SPELLINGS, WRITES
 from torch import Tensor
 
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.backend import Backend
+from tests.fuzz.fuzz_spellings import FORMS, KEYS, MASKS, REPEATS, ROWS, SPELLINGS, WRITES
 
 EVERYTHING = OmniSparseConfig(target_recall=0.9999999, lazy_threshold=None)
 HEADS, DIM = 4, 8

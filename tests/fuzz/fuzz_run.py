@@ -1,7 +1,7 @@
 """Fuzz for a while, or for a number of cases: ``make fuzz MINUTES=30``. Failures are shrunk and printed as scripts.
 
-python tests/fuzz/fuzz_run.py calls modules --minutes 30
-python tests/fuzz/fuzz_run.py gpu --cases 500 --minutes 9
+python -m tests.fuzz.fuzz_run calls modules --minutes 30
+python -m tests.fuzz.fuzz_run gpu --cases 500 --minutes 9
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import importlib
 import json
 import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +17,12 @@ from typing import Any
 
 import torch
 
-KINDS = {"calls": "fuzz_calls", "modules": "fuzz_modules", "inductor": "fuzz_modules", "gpu": "fuzz_gpu"}
+KINDS = {
+    "calls": "tests.fuzz.fuzz_calls",
+    "modules": "tests.fuzz.fuzz_modules",
+    "inductor": "tests.fuzz.fuzz_modules",
+    "gpu": "tests.fuzz.fuzz_gpu",
+}
 #: Simpler cases that are tried for each failure.
 TRIES = 40
 
@@ -86,6 +90,4 @@ def shrink(fuzz: Any, case: Any, problem: str, how: dict[str, str]) -> tuple[Any
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    sys.path.insert(1, str(Path(__file__).parent.parent.parent))
     raise SystemExit(main())

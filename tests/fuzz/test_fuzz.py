@@ -3,14 +3,13 @@
 import importlib
 import itertools
 
-import fuzz_calls
-import fuzz_modules
 import pytest
 import torch
-from fuzz_run import main, shrink
 
-from omnisparse_flex.masks import terms
 from omnisparse_flex.masks.blocks import layout
+from omnisparse_flex.masks.expr import terms
+from tests.fuzz import fuzz_calls, fuzz_modules
+from tests.fuzz.fuzz_run import main, shrink
 
 CALLS, MODULES, CHUNK = 64, 24, 16
 
@@ -44,7 +43,7 @@ def test_modules_through_inductor(first):
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    assert_right(importlib.import_module("fuzz_gpu"), 0, 40)
+    assert_right(importlib.import_module("tests.fuzz.fuzz_gpu"), 0, 40)
 
 
 def found_with(fuzz, count, wanted=lambda case: True):

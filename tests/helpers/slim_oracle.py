@@ -6,17 +6,17 @@ import contextlib
 
 import torch
 
+from omnisparse_flex.attention.marker import dense_attention
 from omnisparse_flex.model.hf import attention_configs, find_decoder, mask_forward
-from omnisparse_flex.ops import dense_attention
 
 NAME = "slim_oracle"
 
 
 def kept(layer, heads: int) -> torch.Tensor:
     """bool (B, heads, prefix): which prompt tokens each KV head of a slim layer holds."""
-    batch = layer.rectangles[0].keys.shape[0]
-    mask = torch.zeros(batch, heads, layer.prefix + 1, dtype=torch.bool, device=layer.rectangles[0].keys.device)
-    for part in layer.rectangles:
+    batch = layer.kept[0].keys.shape[0]
+    mask = torch.zeros(batch, heads, layer.prefix + 1, dtype=torch.bool, device=layer.kept[0].keys.device)
+    for part in layer.kept:
         for column, head in enumerate(part.heads):
             mask[:, head].scatter_(1, part.positions[:, column].long(), True)
     return mask[:, :, :-1]
@@ -51,7 +51,7 @@ def masked_like(cache, model):
     for module in decoder.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
             layer = cache.layers[module.layer_idx]
-            module.slim_keep = kept(layer, sum(len(part.heads) for part in layer.rectangles))
+            module.slim_keep = kept(layer, sum(len(part.heads) for part in layer.kept))
     try:
         yield
     finally:

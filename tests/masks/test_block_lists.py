@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.masks.blocks import block_lists as blocks
 from omnisparse_flex.masks.blocks.block_lists import block_lists
 from tests.helpers.interpreter import needs_scalars, run_interpreted
@@ -66,7 +67,7 @@ def test_the_operator_is_what_the_compiler_was_told():
 
 def test_without_a_kernel_tensor_code_makes_them(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert blocks._kernel.__wrapped__() is None
+    assert load.__wrapped__(*blocks.KERNEL) is None
     check(blocks._map_lists, (2, 1, 9, 5))
 
 
@@ -77,7 +78,7 @@ def test_the_kernel_on_the_gpu(shape, density):
     from omnisparse_flex.kernels.block_lists import lists_in_one
 
     check(lists_in_one, shape, "cuda", density)
-    assert blocks._kernel()(*(x.expand(shape) for x in maps(shape, "cuda"))) is not None
+    assert load(*blocks.KERNEL)(*(x.expand(shape) for x in maps(shape, "cuda"))) is not None
 
 
 @needs_scalars

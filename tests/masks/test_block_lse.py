@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.masks.blocks import block_lse as module
 from omnisparse_flex.masks.blocks.block_lse import block_lse
 from tests.helpers.interpreter import needs_scalars, run_interpreted
@@ -73,7 +74,7 @@ def test_the_operator_is_what_the_compiler_was_told():
 
 def test_without_a_kernel_tensor_code_makes_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert module._kernel.__wrapped__() is None
+    assert load.__wrapped__(*module.KERNEL) is None
 
 
 SHAPES = [
@@ -91,7 +92,7 @@ SHAPES = [
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_the_kernel_on_the_gpu(options, dtype):
     given = inputs(**options, dtype=dtype, device="cuda")
-    made = module._kernel()(*given, 128)
+    made = load(*module.KERNEL)(*given, 128)
     assert made is not None
     check(made, expected(*given, 128), 1e-4)
     assert torch.equal(made, block_lse(*given, 128))

@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omnisparse_flex.attention.scalar_graph import UntraceableError
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.masks import causal, document, document_ids, intersect, padding, sliding_window
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Index, Load, Q
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram, UntraceableError
+from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
 from omnisparse_flex.testing import assert_mask_mod_equals, mask_mods
 from omnisparse_flex.testing.oracle import materialize_mask
 
@@ -20,13 +21,13 @@ CPU = torch.device("cpu")
 
 def true_bounds(dense, grid):
     """``(full, some)`` by looking at every pair; keys past the end keep their block from being full."""
-    tall, wide = grid.q_blocks * grid.block, grid.kv_blocks * grid.block
+    tall, wide = grid.q_blocks * grid.block, grid.kv_blocks * grid.kv_block
 
     def blocks(fill_rows, fill_keys):
         padded = torch.full((*dense.shape[:2], tall, wide), fill_keys, dtype=torch.bool)
         padded[:, :, grid.q_len :, : grid.kv_len] = fill_rows
         padded[:, :, : grid.q_len, : grid.kv_len] = dense
-        return padded.unflatten(3, (-1, grid.block)).unflatten(2, (-1, grid.block))
+        return padded.unflatten(3, (-1, grid.kv_block)).unflatten(2, (-1, grid.block))
 
     return blocks(True, False).all(-1).all(3), blocks(False, False).any(-1).any(3)
 
@@ -54,7 +55,8 @@ def assert_exact(program, grid):
 def grids(draw, batch=2, heads=3):
     q_len = draw(st.integers(1, 70))
     kv_len = draw(st.just(q_len) | st.integers(1, 70))
-    return Grid(batch, heads, q_len, kv_len, draw(st.sampled_from((4, 8, 16, 32))), CPU)
+    block, split = draw(st.sampled_from((4, 8, 16, 32))), draw(st.sampled_from((1, 1, 2)))
+    return Grid(batch, heads, q_len, kv_len, block, CPU, split)
 
 
 TABLE = 9
@@ -198,6 +200,23 @@ def test_traced_factories_are_exact(q_len, kv_len):
         intersect(causal(), document(ids)),
     ):
         assert_exact(trace_mask_mod(mask_mod, CPU), grid)
+
+
+HALF_OF_THE_KEYS = {
+    "a term of keys": MaskProgram(Apply("lt", (Apply("remainder", (KV, Const(16))), Const(8)))),
+    "a table by position": MaskProgram(
+        Load(0, (Apply("floor_divide", (KV, Const(8))),)), (torch.tensor([True, False, True, True, False]),)
+    ),
+    "padding": MaskProgram(Load(0, (KV,)), (torch.arange(40) % 16 < 8,)),
+}
+
+
+@pytest.mark.parametrize("name", HALF_OF_THE_KEYS)
+@pytest.mark.parametrize("split", [1, 2])
+def test_narrow_key_blocks_have_bounds_of_their_own(name, split):
+    grid = Grid(2, 1, 33, 40, 16, CPU, split)
+    assert_exact(HALF_OF_THE_KEYS[name], grid)
+    assert_exact(HALF_OF_THE_KEYS[name].joined(MaskProgram(causal_expr())), grid)
 
 
 # --- what is known and what is not -------------------------------------------

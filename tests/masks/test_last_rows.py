@@ -18,21 +18,21 @@ from tests.masks.test_scorers import ROUNDING, score, sites
 BLOCK = 32
 
 
-def last(query, key, mask, count, *, adjust=None, block=BLOCK):
-    mass, some = score("mean_pool", query, key, mask, block=block)
-    how = {"scale": query.shape[-1] ** -0.5, "block": block, "adjust": adjust, "mask": mask}
+def last(query, key, mask, count, *, adjust=None, block=BLOCK, split=1):
+    mass, some = score("mean_pool", query, key, mask, block=block, split=split)
+    sides = {"block": block, "key_block": block // split}
+    how = {"scale": query.shape[-1] ** -0.5, "adjust": adjust, "mask": mask} | sides
     return mass, with_last_rows(mass, query, key, some, count, **how)
 
 
-def exact(query, key, pairs, block, rows, change=lambda logits, positions: logits):
+def exact(query, key, pairs, key_block, rows, change=lambda logits, positions: logits):
     """Mean mass of some rows, given as a list of positions for each of the last blocks, by plain attention."""
     groups = query.shape[1] // key.shape[1]
     logits = query.double() @ key.double().repeat_interleave(groups, 1).transpose(-1, -2) * query.shape[-1] ** -0.5
     logits = change(logits, torch.arange(query.shape[2])).masked_fill(~pairs, float("-inf"))
     weights = torch.softmax(logits, -1).nan_to_num(0.0)
-    size = -(-key.shape[2] // block) * block
-    weights = torch.nn.functional.pad(weights, (0, size - key.shape[2])).unflatten(-1, (-1, block)).sum(-1)
-    weights = weights.unflatten(1, (-1, groups)).sum(2)
+    size = -(-key.shape[2] // key_block) * key_block
+    weights = torch.nn.functional.pad(weights, (0, size - key.shape[2])).unflatten(-1, (-1, key_block)).sum(-1)
     return torch.stack([weights[:, :, places].sum(2) for places in rows], 2)
 
 
@@ -42,25 +42,27 @@ def held(length, block):
     return [list(range(start, min(start + block, length))) for start in starts]
 
 
-@given(sites(), st.sampled_from((16, 32, 48)), st.integers(0, 2**16))
-def test_as_many_rows_as_a_block_holds_are_plain_attention(site, block, seed):
+@given(sites(), st.sampled_from((16, 32, 48)), st.sampled_from((1, 2)), st.integers(0, 2**16))
+def test_as_many_rows_as_a_block_holds_are_plain_attention(site, block, split, seed):
     shape, mask = site
     query, key, _ = shape.inputs(seed=seed)
-    before, after = last(3 * query, key, mask, BLOCKS * block, block=block)
+    before, after = last(3 * query, key, mask, BLOCKS * block, block=block, split=split)
     kept = max(0, before.shape[2] - BLOCKS)
     assert torch.equal(before[:, :, :kept], after[:, :, :kept])
     pairs = materialize_mask(mask.pairs, shape.batch, shape.heads, shape.q_len, shape.kv_len, query.device)
-    want = exact(3 * query, key, pairs, block, held(shape.q_len, block))
+    want = exact(3 * query, key, pairs, block // split, held(shape.q_len, block))
     sums = want.sum(-1, keepdim=True)
     seen = sums[..., 0] > 0
     got = after[:, :, kept:].double()
     assert ((got - want / sums.clamp(min=1e-300))[seen].abs() <= ROUNDING).all()
-    assert torch.equal(got[~seen].sum(-1) > 0, _some(mask, shape, block)[:, :, kept:].any(-1).expand(seen.shape)[~seen])
+    assert torch.equal(
+        got[~seen].sum(-1) > 0, _some(mask, shape, block, split)[:, :, kept:].any(-1).expand(seen.shape)[~seen]
+    )
 
 
-def _some(mask, shape, block):
-    some = mask.bounds(Grid(shape.batch, shape.heads, shape.q_len, shape.kv_len, block, torch.device("cpu")))[1]
-    return some if some.shape[1] == 1 else some.unflatten(1, (shape.kv_heads, -1)).any(2)
+def _some(mask, shape, block, split):
+    cpu = torch.device("cpu")
+    return mask.bounds(Grid(shape.batch, shape.heads, shape.q_len, shape.kv_len, block, cpu, split))[1]
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 70, 96, 97])
@@ -135,5 +137,7 @@ def test_zero_rows_change_nothing():
     mask = MaskProgram(causal())
     chosen = select_blocks(query, query, mask, OmniSparseConfig(last_rows=0), target=0.9, scale=0.25)
     some = chosen.layout.some
-    mass = SCORERS["mean_pool"](query, query, some, scale=0.25, block=128, adjust=None, allowed=mask.pairs)
+    mass = SCORERS["mean_pool"](
+        query, query, some, scale=0.25, block=128, key_block=128, adjust=None, allowed=mask.pairs
+    )
     assert torch.equal(chosen.mass, mass)

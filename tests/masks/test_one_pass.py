@@ -1,7 +1,5 @@
 """The one-pass estimator: its definition as a loop, the case in which it is exact, and what it must rank first."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given
@@ -26,8 +24,8 @@ def situation(query, key, seed=0):
     """Arguments of an estimator under plain causality, a random half of the queries active."""
     offset = key.shape[2] - query.shape[2]
     mask = MaskProgram(causal(Const(offset)))
-    layout = block_layout(mask, grid_of(query, key), key.shape[1], CONFIG, q_offset=offset)
-    segments = segment_layout(layout, CONFIG.segment_size // BLOCK)
+    layout = block_layout(mask, grid_of(query, key), CONFIG, q_offset=offset)
+    segments = segment_layout(layout, CONFIG.segment_size // BLOCK, key.shape[1])
     active = torch.rand(query.shape[:3], generator=torch.Generator().manual_seed(seed)) < 0.5
     logits = dense_logits(query, key)
     places = torch.arange(query.shape[2])
@@ -116,7 +114,3 @@ def test_a_broken_key_is_kept_and_breaks_no_other():
     others = torch.arange(700) != 200
     # The broken key's own mean is smaller, and what it had is shared out.
     assert (mass[..., others].argsort(-1)[..., -20:] == whole[..., others].argsort(-1)[..., -20:]).float().mean() > 0.8
-
-
-def test_the_config_names_it():
-    assert CONFIG.scorer == "one_pass" and dataclasses.replace(CONFIG, scoring="column_mass").scorer == "column_mass"

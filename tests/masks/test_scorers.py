@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from omnisparse_flex import config as rules
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.masks.blocks.sampled_rows import PROBES, probe
+from omnisparse_flex.masks.blocks import tile_pool
 from omnisparse_flex.masks.blocks.select import SCORERS, change_of_logits, select_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
@@ -22,17 +23,18 @@ from tests.masks.test_selection import CPU, plain_masks
 
 BLOCK = 32
 SCORINGS = rules.SCORINGS["block"]
+#: Side of the blocks that are looked at pair by pair.
+SIDE = 8
 # Steps of a float32 softmax over S keys, a sum over them and a mean: each rounds once per term at worst.
 ROUNDING = 1024 * torch.finfo(torch.float32).eps
 
 
-def score(name, query, key, mask, *, block=BLOCK, adjust=None, scale=None):
-    grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], block, query.device)
+def score(name, query, key, mask, *, block=BLOCK, split=1, adjust=None, scale=None):
+    grid = Grid(query.shape[0], query.shape[1], query.shape[2], key.shape[2], block, query.device, split)
     some = mask.bounds(grid)[1]
-    groups = query.shape[1] // key.shape[1]
-    some = some if some.shape[1] == 1 else some.unflatten(1, (-1, groups)).any(2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return SCORERS[name](query, key, some, scale=scale, block=block, adjust=adjust, allowed=mask.pairs), some
+    sides = {"scale": scale, "block": block, "key_block": grid.kv_block}
+    return SCORERS[name](query, key, some, adjust=adjust, allowed=mask.pairs, **sides), some
 
 
 def test_every_scoring_has_a_scorer():
@@ -56,13 +58,13 @@ def sites(draw):
 
 
 @pytest.mark.parametrize("name", SCORINGS)
-@given(sites(), st.sampled_from((16, 32, 48)), st.integers(0, 2**16))
-def test_rows_sum_to_one_and_forbidden_blocks_get_nothing(name, site, block, seed):
+@given(sites(), st.sampled_from((16, 32, 48)), st.sampled_from((1, 2)), st.integers(0, 2**16))
+def test_rows_sum_to_one_and_forbidden_blocks_get_nothing(name, site, block, split, seed):
     shape, mask = site
     query, key, _ = shape.inputs(seed=seed)
-    mass, some = score(name, 3 * query, key, mask, block=block)
+    mass, some = score(name, 3 * query, key, mask, block=block, split=split)
     assert mass.dtype == torch.float32
-    assert mass.shape == (shape.batch, shape.kv_heads, -(-shape.q_len // block), -(-shape.kv_len // block))
+    assert mass.shape == (shape.batch, shape.heads, -(-shape.q_len // block), -(-shape.kv_len * split // block))
     assert not (mass * ~some).any() and (mass >= 0).all()
     assert ((mass.sum(-1) - some.any(-1).float()).abs() <= ROUNDING).all()
 
@@ -72,12 +74,24 @@ def test_a_planted_heavy_block_is_ranked_first(name):
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 256, 16, generator=generator), torch.randn(1, 2, 256, 16, generator=generator)
     heavy = torch.ones(16)
-    query, places = query + heavy, {0: 2, 1: 5}
-    for head, block in places.items():
-        key[:, head, block * BLOCK : (block + 1) * BLOCK] += heavy
+    # Heads 0 and 1 share a KV head and look at opposite directions; heads 2 and 3 at the same.
+    query += heavy * torch.tensor([1.0, -1.0, 1.0, 1.0]).view(-1, 1, 1)
+    for head, block, sign in ((0, 2, 1.0), (0, 4, -1.0), (1, 5, 1.0)):
+        key[:, head, block * BLOCK : (block + 1) * BLOCK] += sign * heavy
     mass, _ = score(name, query, key, NO_MASK)
-    for head, block in places.items():
+    for head, block in enumerate((2, 4, 5, 5)):
         assert (mass[0, head].argmax(-1) == block).all()
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+def test_narrow_key_blocks_share_the_mass_of_wide_ones(name):
+    if name == "mean_pool":
+        pytest.skip("means of fewer keys are other means")
+    query, key, _ = AttentionShape(1, 2, 2, 200, 200, 8).inputs()
+    wide, _ = score(name, 3 * query, key, NO_MASK, block=64)
+    narrow, _ = score(name, 3 * query, key, NO_MASK, block=64, split=2)
+    pairs = torch.nn.functional.pad(narrow, (0, -narrow.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1)
+    assert torch.allclose(wide, pairs, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", SCORINGS)
@@ -110,29 +124,27 @@ def test_logits_are_changed_as_the_model_does(name):
 
 
 @given(sites(), st.integers(0, 2**16))
-def test_a_probe_of_every_query_is_the_true_block_mass(site, seed):
+def test_tiles_of_one_token_give_the_true_block_mass(site, seed):
     shape, mask = site
     query, key, _ = shape.inputs(dtype=torch.float64, seed=seed)
-    mass, _ = score("probe", 3 * query, key, mask, block=PROBES)
+    with mock.patch.object(tile_pool, "TILE", 1):
+        mass, _ = score("tile_pool", 3 * query, key, mask, block=SIDE)
     allowed = materialize_mask(lambda *at: mask(*at).to(torch.bool), shape.batch, shape.heads, *shape[3:5])
     exact = (3 * query @ key.repeat_interleave(shape.group, 1).mT) * shape.head_dim**-0.5
     exact = torch.softmax(exact.masked_fill(~allowed, float("-inf")), -1).nan_to_num(0.0)
     for row, column in itertools.product(range(mass.shape[2]), range(mass.shape[3])):
-        rows, columns = (slice(i * PROBES, (i + 1) * PROBES) for i in (row, column))
-        block = exact[:, :, rows, columns].sum((2, 3)).unflatten(1, (-1, shape.group)).sum(2)
-        total = exact[:, :, rows].sum((2, 3)).unflatten(1, (-1, shape.group)).sum(2)
-        held = min(PROBES, shape.q_len - row * PROBES)
-        if held == PROBES:  # a shorter block repeats some of its queries
-            known = total > 0
-            assert torch.allclose(mass[:, :, row, column][known].double(), (block / total)[known], atol=ROUNDING)
+        rows, columns = (slice(i * SIDE, (i + 1) * SIDE) for i in (row, column))
+        block, total = exact[:, :, rows, columns].sum((2, 3)), exact[:, :, rows].sum((2, 3))
+        known = total > 0
+        assert torch.allclose(mass[:, :, row, column][known].double(), (block / total)[known], atol=ROUNDING)
 
 
-@pytest.mark.parametrize(("name", "tile"), [("antidiagonal", 16), ("tile_pool", 32)])
-def test_tiles_of_equal_logits_are_exact(name, tile):
-    # Constant inside tiles: their mean, or that of an antidiagonal, is then every logit of the tile.
+def test_tiles_of_equal_logits_are_exact():
+    # Constant inside tiles: their mean is then every logit of the tile.
+    tile = tile_pool.TILE
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 2, 10, 8, generator=generator).repeat_interleave(tile, 2) for _ in range(2))
-    mass, _ = score(name, 3 * query, key, NO_MASK, block=2 * tile)
+    mass, _ = score("tile_pool", 3 * query, key, NO_MASK, block=2 * tile)
     exact = torch.softmax((3 * query @ key.mT).double() * 8**-0.5, -1).unflatten(-1, (5, 2 * tile)).sum(-1)
     assert torch.allclose(mass.double(), exact.unflatten(2, (5, 2 * tile)).mean(3), atol=ROUNDING)
 
@@ -143,25 +155,23 @@ def test_a_tile_that_looks_far_is_not_hidden_by_its_block():
     key[:, :, :128, 0] = 4.0
     query[:, :, 384:416, 0], query[:, :, 416:, 0] = 12.0, -12.0
     share = {name: score(name, query, key, NO_MASK, block=128, scale=1.0)[0][0, 0, 3, 0] for name in SCORINGS}
-    assert share["mean_pool"] < 1e-6 and all(abs(share[x] - 0.25) < 1e-3 for x in ("tile_pool", "antidiagonal"))
+    assert share["mean_pool"] < 1e-6 and abs(share["tile_pool"] - 0.25) < 1e-3
 
 
-@pytest.mark.parametrize(("name", "start"), [("antidiagonal", 48), ("probe", 48), ("tile_pool", 64)])
-def test_padded_keys_inside_a_block_get_no_mass(name, start):
-    valid = (torch.arange(128) >= start)[None]
+def test_padded_keys_inside_a_block_get_no_mass():
+    valid = (torch.arange(128) >= 64)[None]
     mask = MaskProgram(Apply("and", (causal(Const(0)), Load(0, (B, KV)))), (valid,))
     query, key, _ = AttentionShape(1, 1, 1, 128, 128, 8).inputs()
     loud = key.masked_fill(~valid[:, None, :, None], 50.0)
-    assert torch.equal(score(name, query, key, mask)[0], score(name, query, loud, mask)[0])
+    assert torch.equal(score("tile_pool", query, key, mask)[0], score("tile_pool", query, loud, mask)[0])
 
 
 def test_activations_that_are_not_finite_leave_a_legal_estimate():
     query, key, _ = AttentionShape(1, 1, 1, 96, 96, 8).inputs()
-    query[:, :, 39] = float("nan")  # a query that is probed
-    for name in ("tile_pool", "antidiagonal", "probe"):
-        mass, some = score(name, query, key, MaskProgram(causal(Const(0))))
-        assert torch.isfinite(mass).all() and not (mass * ~some).any()
-        assert torch.allclose(mass.sum(-1), torch.ones(3), atol=ROUNDING)
+    query[:, :, 39] = float("nan")
+    mass, some = score("tile_pool", query, key, MaskProgram(causal(Const(0))))
+    assert torch.isfinite(mass).all() and not (mass * ~some).any()
+    assert torch.allclose(mass.sum(-1), torch.ones(3), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", SCORINGS)
@@ -178,7 +188,7 @@ def test_no_tensor_over_all_pairs(name):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("probe", "aot_eager"), *(pytest.param(x, "inductor", marks=pytest.mark.slow) for x in SCORINGS[1:])],
+    [("tile_pool", "aot_eager"), pytest.param("tile_pool", "inductor", marks=pytest.mark.slow)],
 )
 @torch.no_grad()
 def test_under_compile_at_several_lengths(name, backend):
@@ -196,12 +206,3 @@ def test_under_compile_at_several_lengths(name, backend):
         expected = select(4 * query, key)
         assert torch.allclose(mass, expected[1], atol=ROUNDING)
         assert (keep != expected[0]).float().mean() < 0.02, "only ties within rounding may fall otherwise"
-
-
-def test_a_probe_looks_at_the_last_query_of_a_block():
-    query, key = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4)
-    query[:, :, 31] = 8.0
-    key[:, :, 3] = 8.0
-    some = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    mass = probe(query, key, some, scale=1.0, block=32, adjust=None, allowed=NO_MASK.pairs)
-    assert mass[0, 0, 0, 0] == pytest.approx((7 * 0.5 + 1) / 8, abs=ROUNDING)

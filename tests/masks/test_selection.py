@@ -1,4 +1,4 @@
-"""DESIGN's invariants of block selection, as properties over configs, shapes, masks, padding and offsets."""
+"""The invariants of block selection, as properties over configs, shapes, masks, padding and offsets."""
 
 import contextlib
 import dataclasses
@@ -14,13 +14,15 @@ from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks import document_ids
 from omnisparse_flex.masks.blocks import select
-from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps
+from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps, wider
 from omnisparse_flex.masks.blocks.select import BlockSelection, dense_selection, select_blocks
-from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, Load, Q, causal
+from omnisparse_flex.masks.blocks.text_runs import LONG_RUN
+from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Load, Q, causal
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.testing import AttentionShape, assert_block_mask_equals, configs, mask_mods
 from omnisparse_flex.testing.oracle import expand_block_map, materialize_mask
+from tests.masks.test_text_runs import kept_text
 
 CPU = torch.device("cpu")
 
@@ -56,13 +58,18 @@ class Case:
 
     @property
     def allowed(self) -> Tensor:
-        """bool (B, Hkv, L, S): the model's own mask, pair by pair (these masks do not look at heads)."""
-        size = (self.shape.batch, self.shape.kv_heads, self.shape.q_len, self.shape.kv_len)
+        """bool (B, Hq, L, S): the model's own mask, pair by pair."""
+        size = (self.shape.batch, self.shape.heads, self.shape.q_len, self.shape.kv_len)
         return materialize_mask(lambda *at: self.mask(*at).to(torch.bool), *size)
 
     def tokens(self, selection: BlockSelection) -> Tensor:
-        """bool (B, Hkv, L, S): pairs of kept blocks."""
-        return expand_block_map(selection.keep, self.shape.q_len, self.shape.kv_len, self.block)
+        """bool (B, Hq, L, S): pairs of kept blocks."""
+        return expand_block_map(selection.keep, self.shape.q_len, self.shape.kv_len, (self.block, self.key_block))
+
+    @property
+    def key_block(self) -> int:
+        """Keys of a block; half of ``block`` where the config says 64 of 128."""
+        return self.block // self.config.split
 
     @property
     def positions(self) -> Tensor:
@@ -104,7 +111,12 @@ def plain_masks(draw, shape):
 
 @st.composite
 def any_masks(draw, shape):
-    """Whatever the zoo makes, read into a program or left opaque, under causality or not."""
+    """Whatever the zoo makes, read into a program or left opaque, under causality or not; or windows by head."""
+    if draw(st.integers(0, 4)) == 0:  # head h sees h times so many keys
+        past = Const(shape.kv_len - shape.q_len)
+        reach = Apply("mul", (Apply("add", (H, Const(1))), Const(draw(st.integers(1, 100)))))
+        near = Apply("lt", (Apply("sub", (Apply("add", (Q, past)), KV)), reach))
+        return MaskProgram(Apply("and", (causal(past), near))), True
     case = draw(mask_mods(shape.batch, shape.q_len, shape.kv_len))
     is_causal = draw(st.booleans())
     order = MaskProgram(causal(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
@@ -137,34 +149,29 @@ def cases(draw, masks=plain_masks):
 
 @given(cases() | cases(any_masks))
 def test_kept_blocks_may_be_seen_and_no_row_loses_every_key(case):
-    selection, allowed = case.select(lazy_mode="local"), case.allowed
+    selection, allowed = case.select(), case.allowed
     assert not (selection.keep & ~selection.layout.some).any(), "a block without an allowed pair is computed"
     sees = allowed.any(-1)
     assert torch.equal((case.tokens(selection) & allowed).any(-1), sees), "a row with an allowed key keeps none"
 
 
-@given(cases())
-def test_a_skipped_row_keeps_nothing_and_the_others_what_they_kept(case):
-    local, skip = (case.select(lazy_mode=mode) for mode in ("local", "skip"))
-    skipped = (skip.lazy & ~skip.active).unsqueeze(-1)
-    assert torch.equal(skip.keep, local.keep & ~skipped)
-
-
 @given(cases() | cases(any_masks))
 def test_window_text_and_first_keys_are_kept_by_every_row(case):
-    selection, allowed, config = case.select(lazy_mode="local"), case.allowed, case.config
+    selection, allowed, config = case.select(), case.allowed, case.config
     lost = allowed & ~case.tokens(selection)
     keys = torch.arange(case.shape.kv_len)
     assert not (lost & ((case.positions - keys).abs() < config.window_size)).any()
     assert not (lost & (keys < config.sink_size)).any()
     if case.visual is not None:
-        text = ~case.visual & case.visual.any(-1, keepdim=True)
-        assert not (lost & text[:, None, None]).any()
+        own = case.positions.squeeze(1).clamp(0, case.shape.kv_len - 1)
+        text = torch.stack([kept_text(row, LONG_RUN) for row in case.visual.tolist()])[:, own] & (keys <= own[:, None])
+        shown = case.visual.cumsum(-1)[:, own] > 0
+        assert not (lost & (text & shown.unsqueeze(-1)).unsqueeze(1)).any()
 
 
 @given(cases())
 def test_sinks_are_the_first_keys_a_row_may_see(case):
-    lost = case.allowed & ~case.tokens(case.select(lazy_mode="local"))
+    lost = case.allowed & ~case.tokens(case.select())
     assert not (lost & (case.allowed.cumsum(-1) <= case.config.sink_size)).any()
 
 
@@ -190,7 +197,7 @@ def test_kept_mass_reaches_the_target_unless_the_budget_binds(case):
     if case.config.max_kv_budget is None:
         assert not selection.overflow.any()
     else:
-        assert selection.budget.max() <= -(-case.config.max_kv_budget // case.block)
+        assert selection.budget.max() <= -(-case.config.max_kv_budget // case.key_block)
 
 
 @given(cases())
@@ -220,7 +227,7 @@ def test_the_flattest_head_sets_the_budget_of_all(case):
 @given(cases(), st.integers(0, 600))
 def test_a_fixed_budget_counts_tokens(case, tokens):
     selection = case.select(budget=tokens, max_kv_budget=None)
-    blocks = torch.where(selection.active, -(-tokens // case.block), 0)
+    blocks = torch.where(selection.active, -(-tokens // case.key_block), 0)
     assert torch.equal(selection.budget, blocks)
 
 
@@ -260,11 +267,23 @@ def test_selection_depends_on_values_alone(case):
 
 @given(cases() | cases(any_masks))
 def test_lists_denote_the_selection(case):
-    selection, shape = case.select(), case.shape
-    block_mask = block_mask_from_maps(
-        selection.keep, selection.layout.full, case.mask, (shape.q_len, shape.kv_len), case.block, transposed=True
-    )
-    assert_block_mask_equals(block_mask, case.tokens(selection) & case.allowed)
+    selection, lengths = case.select(), (case.shape.q_len, case.shape.kv_len)
+    maps = selection.keep, selection.layout.full
+    found = block_mask_from_maps(*maps, case.mask, lengths, case.block, transposed=True, key_block=case.key_block)
+    assert_block_mask_equals(found, case.tokens(selection) & case.allowed)
+
+
+@given(cases() | cases(any_masks))
+def test_wide_lists_and_a_narrow_map_denote_the_selection(case):
+    """As in training, where the kernels take wide blocks alone."""
+    selection, lengths = case.select(), (case.shape.q_len, case.shape.kv_len)
+
+    def in_map(b, h, q, kv):
+        return case.mask(b, h, q, kv).to(torch.bool) & selection.keep[b, h, q // case.block, kv // case.key_block]
+
+    maps = wider(selection.keep, selection.layout.full, case.config.split)
+    found = block_mask_from_maps(*maps, in_map, lengths, case.block, transposed=True)
+    assert_block_mask_equals(found, case.tokens(selection) & case.allowed)
 
 
 @given(cases() | cases(any_masks))

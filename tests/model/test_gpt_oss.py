@@ -18,7 +18,7 @@ from omnisparse_flex import (
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.model.compiled_module import entry_of
 from omnisparse_flex.model.hf import attention_forward
-from tests.cache.test_cache import changed, half_lazy, prompt, steps
+from tests.helpers.slim import changed, half_lazy, prompt, steps
 from tests.helpers.slim_oracle import masked_like
 from tests.helpers.tiny import batch, build
 from tests.model.test_training import gradients, worst

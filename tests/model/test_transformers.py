@@ -10,7 +10,7 @@ import torch
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.model.compiled_module import entry_of
 from omnisparse_flex.testing import assert_no_square, count_hops
-from tests.helpers.tiny import MODELS, Spy, batch, build
+from tests.helpers.tiny import MODELS, Spy, batch, build, cached
 
 #: Keeps every block, but through the whole sparse path: a recall under 1 is never a dense layer.
 EVERYTHING = OmniSparseConfig(target_recall=0.999, budget=1 << 20, lazy_threshold=None)
@@ -228,11 +228,11 @@ def test_static_cache_is_lifted(device):
         expected = model(**inputs).logits
         apply_omnisparse(model, EVERYTHING, min_seq_len=0, inner="eager")
         cache = StaticCache(config=model.config, max_cache_len=200)
-        logits = model(**inputs, past_key_values=cache).logits
+        logits = model(**inputs, **cached(cache)).logits
         assert not rewrite_report(model).skipped, str(rewrite_report(model))
         step = inputs["input_ids"][:, :1]
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(step)], 1)
-        decoded = model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+        decoded = model(input_ids=step, attention_mask=mask, **cached(cache)).logits
         remove_omnisparse(model)
         full = {"input_ids": torch.cat([inputs["input_ids"], step], 1), "attention_mask": mask}
         positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -6,27 +6,9 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
+from omnisparse_flex.model.cache_argument import cache_of
 from omnisparse_flex.model.compiled_module import entry_of
-from tests.helpers.tiny import IMAGE, VIDEO, build
-
-TEXT, GRID = 30, (4, 4, 4)
-VISUAL = GRID[0] * GRID[1] * GRID[2] // 4
-
-
-def video_inputs(device, rows: int = 2):
-    torch.manual_seed(0)
-    text = lambda n: torch.randint(10, 180, (rows, n), device=device)  # noqa: E731
-    span = torch.full((rows, VISUAL), VIDEO, device=device)
-    edge = lambda token: torch.full((rows, 1), token, device=device)  # noqa: E731
-    ids = torch.cat([text(TEXT), edge(192), span, edge(193), text(20)], 1)
-    patches = GRID[0] * GRID[1] * GRID[2]
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == VIDEO).int() * 2,
-        "pixel_values_videos": torch.randn(rows * patches, 3 * 2 * 14 * 14, device=device),
-        "video_grid_thw": torch.tensor([GRID] * rows, device=device),
-    }
+from tests.helpers.tiny import IMAGE, VIDEO, build, cached, video_inputs
 
 
 @pytest.fixture
@@ -52,14 +34,14 @@ def test_generate_keeps_the_history(model, device):
     assert torch.equal(visual[:, :length], inputs["input_ids"] == VIDEO) and not visual[:, length:].any()
     assert not any("eagerly" in note for note in entry_of(model).backend.log.notes)
 
-    cache = out.past_key_values
+    cache = cache_of(out)
     turn = torch.randint(10, 180, (2, 9), device=device)
     with torch.no_grad():
-        model(input_ids=turn, past_key_values=cache)
+        model(input_ids=turn, **cached(cache))
     assert entry_of(model).state.visual.shape == (2, length + 3 + 9)
     cache.crop(-(3 + 9))
     with torch.no_grad():
-        model(input_ids=turn, past_key_values=cache)
+        model(input_ids=turn, **cached(cache))
     assert torch.equal(entry_of(model).state.visual[:, :length], inputs["input_ids"] == VIDEO)
     assert entry_of(model).state.visual.shape == (2, length + 9)
 
@@ -68,7 +50,7 @@ def test_beams_repeat_the_mask(model, device):
     inputs = video_inputs(device, rows=1)
     model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, num_beams=3, do_sample=False)
     visual = entry_of(model).state.visual
-    assert visual.shape[0] == 3 and (visual.sum(1) == VISUAL).all()
+    assert visual.shape[0] == 3 and (visual.sum(1) == 16).all()
 
 
 def test_image_tokens_count_too(model, device):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-import omnisparse_flex.ops  # noqa: F401  (defines the marker)
+import omnisparse_flex.attention.marker  # noqa: F401  (defines it)
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.passes import Settings, run_pipeline

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.masks.tokens.column_mass import CHUNK_LOGITS
 from omnisparse_flex.masks.tokens.key_bits import keys_of_bits
 from omnisparse_flex.masks.tokens.segments import (
@@ -31,7 +31,7 @@ def attend_gathered(
     chosen: Tensor,
     key_count: Tensor,
     most_keys: int,
-    site: Site,
+    site: SparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Attend with the first ``row_count`` rows of each segment over its keys.
 
@@ -54,7 +54,6 @@ def attend_gathered(
 
     Source: PAPER "token: top-k* tokens, gathered".
     """
-    assert site.config is not None
     segment, q_len, kv_heads = site.config.segment_size, query.shape[2], key.shape[1]
     queries = segments_of(query, kv_heads, segment)
     chosen, key_count = chosen.expand(*rows.shape[:2], -1, -1), key_count.expand(*rows.shape[:2], -1)
@@ -85,10 +84,9 @@ def _rectangles(
     width: int,
     first: int,
     q_len: int,
-    site: Site,
+    site: SparseCall,
 ) -> tuple[Tensor, Tensor]:
     """One step: segments ``first`` and on; queries (B, Hkv, C, R_all, D) in, the same rows out."""
-    assert site.config is not None
     batch, kv_heads, count, height = rows.shape
     segment, wide = site.config.segment_size, wide_dtype(queries)
     picked, keys = gather_rows(queries, rows), keys_of_bits(chosen, key.shape[2], width)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens, plain_for_kernels, segments_of_site, text_queries
 from omnisparse_flex.attention.tokens.tensor_code import gradients_through
 
 
 def token_gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: SparseCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Everything once more, with gradients: the selection is a function of the same inputs, so it is the same.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.kernels.attend_lists import Lists
+from omnisparse_flex.kernels.attend_lists import KeyLists
 from omnisparse_flex.kernels.key_lists import list_keys
 from omnisparse_flex.masks.blocks.block_lists import block_lists
 from omnisparse_flex.masks.blocks.select import BLOCK
@@ -21,16 +21,16 @@ from omnisparse_flex.masks.tokens.segments import SegmentLayout
 from omnisparse_flex.masks.tokens.select import TokenSelection, columns
 
 
-def near_lists(segments: SegmentLayout, shape: torch.Size, segment: int, plain: PlainMask) -> Lists:
+def near_lists(segments: SegmentLayout, shape: torch.Size, segment: int, plain: PlainMask) -> KeyLists:
     """All rows over their segments' always-kept blocks; ``shape`` is key's, ``real`` of ``plain`` is uint8."""
     count, blocks = block_lists(segments.forced)
     size = (shape[0], shape[1], -1)
-    return Lists(None, None, blocks.expand(*size, -1), count.expand(*size), BLOCK, segment, plain.offset, plain.real)
+    return KeyLists(None, None, blocks.expand(*size, -1), count.expand(*size), BLOCK, segment, plain.offset, plain.real)
 
 
 def far_lists(
-    selection: TokenSelection, near: Lists, config: OmniSparseConfig, key: Tensor, share: int
-) -> Iterator[Lists]:
+    selection: TokenSelection, near: KeyLists, config: OmniSparseConfig, key: Tensor, share: int
+) -> Iterator[KeyLists]:
     """The active rows over the chosen keys.
 
     Args:

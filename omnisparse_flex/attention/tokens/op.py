@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from omnisparse_flex.attention.call import Site, registered
+from omnisparse_flex.attention.call import SparseCall, registered
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.attention.tokens.gradients import token_gradients
 from omnisparse_flex.masks.blocks.layout import Layout
@@ -30,7 +30,7 @@ _lib.define(f"attend_tokens({_TENSORS}, int record) -> (Tensor, Tensor, Tensor, 
 _lib.define(f"attend_tokens_backward(Tensor grad, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
-def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: Site) -> Tensor:
+def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> Tensor:
     """``attend_tokens`` through the operator; the arguments are the same."""
     device = query.device
     record = 0 if site.write is None else 1 + site.exact
@@ -65,7 +65,7 @@ def _site(
     score_buffers: list[Tensor],
     bias_buffers: list[Tensor],
     rules: str,
-) -> Site:
+) -> SparseCall:
     bare = registered(rules)
     assert isinstance(bare.mask, MaskProgram)
     return dataclasses.replace(
@@ -98,9 +98,8 @@ def _as_given(query: Tensor) -> torch.autocast:
     return torch.autocast(query.device.type, enabled=False)
 
 
-def _blank(query: Tensor, key: Tensor, site: Site, record: int) -> Measured:
+def _blank(query: Tensor, key: Tensor, site: SparseCall, record: int) -> Measured:
     """An empty record of the right sizes."""
-    assert site.config is not None
     grid, choices = grid_of(query, key), site.config.choices(query.shape[1], key.shape[1])
     shape = (choices, grid.q_blocks, grid.kv_blocks) if record else (0, 0, 0)
     return Measured(

@@ -18,7 +18,7 @@ from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.causal_padding import PlainMask
 from omnisparse_flex.masks.tokens.chunks import at_once
 from omnisparse_flex.masks.tokens.key_bits import words
-from omnisparse_flex.masks.tokens.segments import SegmentLayout, segments_per_member
+from omnisparse_flex.masks.tokens.segments import SegmentLayout
 from omnisparse_flex.masks.tokens.select import TokenSelection
 
 #: The bits of the chosen keys take the keys' and values' bytes divided by this: 128K queries are one stretch.
@@ -78,7 +78,7 @@ def joined(segments: SegmentLayout, parts: list[tuple[slice, TokenSelection]]) -
     """The selection of all queries: stretches one after the other, the members of a group side by side.
 
     Args:
-        segments: The always-kept blocks of all queries.
+        segments: The always-kept blocks of all queries, the same for all heads: the mask is plain.
         parts: Heads and selection of each span, in order.
     """
     if len(parts) == 1:
@@ -87,4 +87,4 @@ def joined(segments: SegmentLayout, parts: list[tuple[slice, TokenSelection]]) -
     stretches = [[selection[1:] for _, selection in own] for _, own in by_member]
     members = [[torch.cat(x, 2) for x in zip(*own, strict=True)] for own in stretches]
     fields = (torch.stack(x, 2).flatten(1, 2) for x in zip(*members, strict=True))
-    return TokenSelection(segments_per_member(segments, len(members)), *fields)
+    return TokenSelection(segments, *fields)

@@ -1,4 +1,4 @@
-"""Gradients of a token selection in tensor code: where the kernels ran forward and cannot run backward."""
+"""Token granularity in tensor code: all queries over what is always kept, active ones over gathered keys, merged."""
 
 from __future__ import annotations
 
@@ -8,14 +8,111 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from omnisparse_flex.attention.call import Site
-from omnisparse_flex.attention.tokens.dispatch import attend_near, attend_selected
-from omnisparse_flex.masks.tokens.segments import per_member
-from omnisparse_flex.masks.tokens.select import TokenSelection
+from omnisparse_flex.attention.call import SparseCall
+from omnisparse_flex.attention.tokens.gathered import attend_gathered
+from omnisparse_flex.masks.blocks.select import BLOCK
+from omnisparse_flex.masks.tokens.key_bits import bits_of_blocks
+from omnisparse_flex.masks.tokens.segments import SegmentLayout, per_member, tokens_of_blocks
+from omnisparse_flex.masks.tokens.select import TokenSelection, columns, select_tokens
+
+
+def select_and_attend(
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentLayout, text: Tensor, site: SparseCall
+) -> tuple[Tensor, TokenSelection]:
+    """The output, differentiable, and the selection.
+
+    Keys and values are copied for each query head that chooses for itself (``gqa_choice="head"``); autograd sums the
+    copies' gradients.
+
+    Args:
+        query: (B, Hq, L, D).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        segments: The site's always-kept blocks, and blocks to choose from.
+        text: bool (B or 1, L), queries that are always active.
+        site: The rest.
+    """
+    group = site.config.choices(query.shape[1], key.shape[1]) // key.shape[1]
+    key, value = per_member(key, group), per_member(value, group)
+    near, near_lse = attend_near(query, key, value, segments, site)
+    selection = choose(query, key, near_lse, segments, text, site)
+    return attend_selected(query, key, value, near, near_lse, selection, site), selection
+
+
+def choose(
+    query: Tensor, key: Tensor, near_lse: Tensor, segments: SegmentLayout, text: Tensor, site: SparseCall
+) -> TokenSelection:
+    """What the site fetches beyond the always-kept keys; no gradients."""
+    return select_tokens(
+        query.detach(),
+        key.detach(),
+        near_lse.detach().float(),
+        segments,
+        text,
+        site.config,
+        block=BLOCK,
+        target=site.target,
+        scale=site.scale_for(query),
+        pairs=None if site.mask.blind_rows_need == "nothing" else site.mask.pairs,
+        score=site.plain_score if site.changes_scores else None,
+    )
+
+
+def attend_near(
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentLayout, site: SparseCall
+) -> tuple[Tensor, Tensor]:
+    """Every query over its segment's always-kept blocks; ``(out, lse)`` as of ``attend_gathered``."""
+    count = tokens_of_blocks(segments.forced, BLOCK, key.shape[2]).sum(-1)
+    size = (query.shape[0], key.shape[1], count.shape[2])
+    height = query.shape[1] // key.shape[1] * site.config.segment_size
+    rows = torch.arange(height, device=query.device).expand(*size, height)
+    every = torch.full(size, height, device=query.device)
+    bits = bits_of_blocks(segments.forced, BLOCK)
+    return attend_gathered(query, key, value, rows, every, bits, count, key.shape[2], site)
+
+
+def attend_selected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    near: Tensor,
+    near_lse: Tensor,
+    selection: TokenSelection,
+    site: SparseCall,
+) -> Tensor:
+    """The output, from that over the always-kept keys (``attend_near``) and what was selected beyond them."""
+    chosen = (selection.rows.long(), selection.row_count, selection.chosen, selection.key_count)
+    far, far_lse = attend_gathered(query, key, value, *chosen, columns(site.config, key.shape[2]), site)
+    return merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
+
+
+def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """One softmax from two over disjoint keys, and the sinks.
+
+    Args:
+        a: (B, Hq, L, Dv), softmax-weighted values of the one.
+        a_lse: (B, Hq, L), its log-sum-exp; -inf where it has no key.
+        b: (B, Hq, L, Dv) of the other.
+        b_lse: (B, Hq, L).
+        sinks: (Hq,), logit of each head's virtual key without a value, or None.
+
+    Returns:
+        (B, Hq, L, Dv); 0 where neither has a key. Differentiable, log-sum-exps and sinks included.
+    """
+    top = torch.maximum(a_lse, b_lse).detach()
+    logit = None if sinks is None else sinks.to(top.dtype)[:, None]
+    if logit is not None:
+        top = torch.maximum(top, logit.detach())
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weight_a, weight_b = torch.exp(a_lse - top).unsqueeze(-1), torch.exp(b_lse - top).unsqueeze(-1)
+    total = weight_a + weight_b
+    if logit is not None:
+        total = total + torch.exp(logit - top).unsqueeze(-1)
+    return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
 
 
 def listed_gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection, site: Site
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection, site: SparseCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Attention once more under a selection that was made, and its gradients.
 
@@ -33,7 +130,7 @@ def listed_gradients(
     # As many heads as chose: KV heads, or copies of them for all query heads.
     group = selection.rows.shape[1] // key.shape[1]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, own: Site) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, own: SparseCall) -> Tensor:
         k, v = per_member(k, group), per_member(v, group)
         return attend_selected(q, k, v, *attend_near(q, k, v, selection.segments, own), selection, own)
 
@@ -41,12 +138,12 @@ def listed_gradients(
 
 
 def gradients_through(
-    attend: Callable[[Tensor, Tensor, Tensor, Site], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor, SparseCall], Tensor],
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    site: Site,
+    site: SparseCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What ``attend``, called once more, gives by autograd; the rest as in ``listed_gradients``."""
     with torch.enable_grad():

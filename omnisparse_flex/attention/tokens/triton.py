@@ -1,4 +1,4 @@
-"""Token attention on CUDA: the same three steps as ``token_attention``, in Triton kernels.
+"""Token attention on CUDA: the same three steps as ``tensor_code``, in Triton kernels.
 
 Beside its results it holds no more than the layer's keys and values take: queries attend a stretch after the other, a
 stretch's selection is made and attended to a few segments at a time, and is kept as bits.
@@ -16,18 +16,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.logit_sinks import keys_share
 from omnisparse_flex.attention.tokens.key_lists import far_lists, near_lists
 from omnisparse_flex.attention.tokens.query_chunks import Span, joined, spans
 from omnisparse_flex.attention.tokens.tensor_code import listed_gradients
 from omnisparse_flex.attention.tokens.triton_backward import gradients_by_heads
-from omnisparse_flex.kernels.attend_lists import Lists, attend_lists
+from omnisparse_flex.kernels.attend_lists import KeyLists, attend_lists
 from omnisparse_flex.kernels.fallback import guarded
-from omnisparse_flex.kernels.head_dims import loudest_quickly
+from omnisparse_flex.kernels.head_dims import sums_of_squares
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.causal_padding import PlainMask
-from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.head_dims import top_dims_of, top_head_dims
 from omnisparse_flex.masks.tokens.segments import SegmentLayout
 from omnisparse_flex.masks.tokens.select import TokenSelection
 from omnisparse_flex.masks.tokens.select_triton import select_quickly
@@ -54,13 +54,13 @@ class Attended(NamedTuple):
     heads: slice
     own: slice
     lse: Tensor
-    near: Lists
+    near: KeyLists
     selection: TokenSelection
 
 
 def attend_quickly(
-    query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor,
-    keep: bool,
+    query: Tensor, key: Tensor, value: Tensor, site: SparseCall, plain: PlainMask, segments: SegmentLayout,
+    text: Tensor, keep: bool,
 ) -> tuple[Tensor, TokenSelection | None] | None:  # fmt: skip
     """One attention site at token granularity.
 
@@ -79,7 +79,6 @@ def attend_quickly(
 
     Source: PAPER "Lazy + active in one output".
     """
-    assert site.config is not None
     query, key, value = (_rowwise(x) for x in (query, key, value))
     learning = [x for x in (query, key, value, site.sinks) if x is not None and x.requires_grad]
     learns = torch.is_grad_enabled() and len(learning) > 0
@@ -100,8 +99,8 @@ def attend_quickly(
 
 @torch.no_grad()
 def gradients_quickly(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout,
-    text: Tensor,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: SparseCall, plain: PlainMask,
+    segments: SegmentLayout, text: Tensor,
 ) -> Gradients | None:  # fmt: skip
     """Gradients where nothing but the inputs was kept: each span attends again.
 
@@ -119,7 +118,6 @@ def gradients_quickly(
         Of query, key, value and the sinks; None once kernels failed to compile. The selection is a function of the
         inputs, so it is the same as forward.
     """
-    assert site.config is not None
     grad, query, key, value = (_rowwise(x) for x in (grad, query, key, value))
     found = _nothing(query, key, value, site.sinks)
     for span in _spans(query, key, site, plain, segments, text):
@@ -133,12 +131,11 @@ def gradients_quickly(
 
 
 @torch.no_grad()
-def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, out: Tensor) -> Attended:
-    """Both parts, the second from where the first ends; then the sinks, which have no value, and the skipped rows.
+def _attend(query: Tensor, key: Tensor, value: Tensor, site: SparseCall, span: Span, out: Tensor) -> Attended:
+    """Both parts, the second from where the first ends; then the sinks, which have no value.
 
     Query and ``out``, which is written, are those of the span.
     """
-    assert site.config is not None
     config, scale, plain = site.config, site.scale_for(query), span.plain
     sinks = None if site.sinks is None else site.sinks[span.heads]
     real = None if plain.real is None else plain.real.contiguous().view(torch.uint8)
@@ -154,16 +151,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, site: Site, span: Span, o
     if sinks is not None:
         out.mul_(keys_share(lse, sinks).unsqueeze(-1))
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    if config.lazy_mode == "skip":
-        skipped = selection.lazy & ~selection.active
-        out.masked_fill_(skipped.unsqueeze(-1), 0.0)
-        lse.masked_fill_(skipped, -torch.inf)
     return Attended(span.heads, span.own, lse, near, selection)
 
 
 #: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
 _attended = guarded(_attend, "the token kernels failed, token attention runs in tensor code")
-_loudest = guarded(loudest_quickly, "the kernel of the loudest coordinates failed, they are found in tensor code")
+_squares = guarded(sums_of_squares, "the kernel of the top_head_dims coordinates failed, they are found in tensor code")
 _gradients = guarded(gradients_by_heads, "the token kernels failed, gradients of token attention run in tensor code")
 
 
@@ -172,7 +165,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: Site,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: SparseCall,
         done: tuple[Tensor, SegmentLayout, list[Attended]],
     ) -> Tensor:  # fmt: skip
         out, *kept = done
@@ -197,17 +190,22 @@ class _Attend(torch.autograd.Function):
 
 
 def _spans(
-    query: Tensor, key: Tensor, site: Site, plain: PlainMask, segments: SegmentLayout, text: Tensor
+    query: Tensor, key: Tensor, site: SparseCall, plain: PlainMask, segments: SegmentLayout, text: Tensor
 ) -> Iterator[Span]:
     """The spans of a site."""
-    assert site.config is not None
     (heads, kv_heads), config, columns = (query.shape[1], key.shape[1]), site.config, None
     if config.scoring_dims is not None:
         # Of the whole call: a stretch's own would be others.
-        wanted = (query, key, config.choices(heads, kv_heads), config.scoring_dims)
-        columns = _loudest(*wanted)
-        columns = loudest(*wanted).int() if columns is None else columns
+        columns = _top_head_dims(query, key, config.choices(heads, kv_heads), config.scoring_dims)
     return spans(key, heads // kv_heads, config, plain, segments, text, columns)
+
+
+def _top_head_dims(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
+    """``top_head_dims`` in one launch for queries and one for keys, int32."""
+    of_query, of_key = _squares(query), _squares(key)
+    if of_query is None or of_key is None:
+        return top_head_dims(query, key, choices, dims).int()
+    return top_dims_of(of_query, of_key, choices, dims).int()
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:
@@ -218,10 +216,16 @@ def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) ->
 
 
 def _add(
-    found: Gradients, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: Site, done: Attended, out: Tensor
+    found: Gradients,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    site: SparseCall,
+    done: Attended,
+    out: Tensor,
 ) -> bool:
     """Add the gradients of a span, whose output is ``out``; False once the kernels failed to compile."""
-    assert site.config is not None
     of_query, of_key, of_value, of_sinks = found
     own = (slice(None), done.heads, done.own)
     mine = (grad[own], query[own], key, value, out, done.lse, done.near, done.selection, site.config)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omnisparse_flex.attention.tokens.key_lists import far_lists
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.kernels.attend_lists import Lists
+from omnisparse_flex.kernels.attend_lists import KeyLists
 from omnisparse_flex.kernels.attend_lists_backward import gradients
 from omnisparse_flex.masks.tokens.select import TokenSelection
 
@@ -22,7 +22,7 @@ LISTS = 8
 
 
 def gradients_by_heads(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, near: Lists,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, near: KeyLists,
     selection: TokenSelection, config: OmniSparseConfig, scale: float, grad_query: Tensor, grad_key: Tensor,
     grad_value: Tensor,
 ) -> Tensor:  # fmt: skip

@@ -15,13 +15,13 @@ from omnisparse_flex.masks.tokens.key_bits import unpack_bits
 from omnisparse_flex.testing import AttentionShape
 from tests.attention.tokens.test_token_kernels import CONFIG, loud, site_of
 from tests.attention.tokens.test_tokens import check, run
-from tests.helpers.tiny import batch, build
+from tests.helpers.tiny import batch, build, cached
 from tests.model.test_training import gradients, worst
 from tests.model.test_transformers import bracket
 
 HEADS = dataclasses.replace(CONFIG, gqa_choice="head", lazy_threshold=0.4)
 NARROW = dataclasses.replace(HEADS, scoring_dims=16)
-CASES = [HEADS, NARROW, dataclasses.replace(HEADS, budget=40, lazy_mode="skip", scoring="column_mass")]
+CASES = [HEADS, NARROW, dataclasses.replace(HEADS, budget=40)]
 SHAPES = [AttentionShape(2, 2, 3, 300, 700, 32), AttentionShape(1, 1, 2, 520, 520, 32)]
 TOKENS = {"granularity": "token", "gqa_choice": "head", "segment_size": 128, "sink_size": 16, "window_size": 64}
 EVERYTHING = OmniSparseConfig(target_recall=0.999, budget=1 << 20, lazy_threshold=None, **TOKENS)
@@ -144,5 +144,5 @@ def test_a_model_answers_with_a_slim_cache(device):
     wanted = build("llama", device).generate(**inputs, max_new_tokens=3, do_sample=False)
     with torch.no_grad():
         for cache in (None, OmniSparseCache(model, visual_recall=1.0)):
-            got = model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache)
+            got = model.generate(**inputs, max_new_tokens=3, do_sample=False, **cached(cache))
             assert torch.equal(got, wanted)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.head_dims import top_dims_of, top_head_dims
 from omnisparse_flex.testing import AttentionShape
 from tests.attention.tokens.test_token_kernels import (
     CONFIG,
@@ -59,14 +59,14 @@ def check_heads_alone(shape, device, config, dtype=torch.float32):
 
 def check_loudest(shape, device, dtype=torch.float32):
     """Coordinates against tensor code's, of tensors that lie as a model hands them over, some tokens broken."""
-    from omnisparse_flex.kernels.head_dims import loudest_quickly
+    from omnisparse_flex.kernels.head_dims import sums_of_squares
 
     size = torch.rand(shape.head_dim, generator=torch.Generator().manual_seed(2)) * 3
     query, key = ((x * size).to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in shape.inputs()[:2])
     query[0, 0, 3], key[0, 0, 7, 1], key[-1, -1, 9, 2] = torch.nan, torch.inf, torch.nan
     for choices in (shape.kv_heads, shape.heads):
-        got, wanted = (find(query, key, choices, 16) for find in (loudest_quickly, loudest))
-        assert got.dtype == torch.int32 and torch.equal(got.long(), wanted)
+        got = top_dims_of(sums_of_squares(query), sums_of_squares(key), choices, 16)
+        assert torch.equal(got, top_head_dims(query, key, choices, 16))
 
 
 def check_choices(shape, device, config, dtype=torch.float32):
@@ -88,13 +88,14 @@ def check_interpreted_ways_back():
     from unittest import mock
 
     from omnisparse_flex.attention.tokens import dispatch as token_attention
+    from omnisparse_flex.attention.tokens import tensor_code
 
     shape = AttentionShape(1, 1, 2, 140, 520, 32)
     check_gradients_in_tensor_code(shape, "cpu", make=loud, config=HEADS, sinks=True)
     check_a_nan_key(shape, "cpu", config=HEADS)
     check_kernels(shape, {"gqa_choice": "head", "scoring_dims": 16, "budget": 24}, "cpu", 0)
     takes = mock.patch.object(token_attention, "takes_kernels", lambda *_: True)
-    with takes, mock.patch.object(token_attention, "attend_gathered", None):
+    with takes, mock.patch.object(tensor_code, "attend_gathered", None):
         check_operator(shape, "cpu", make=loud, config=HEADS)
 
 
@@ -147,7 +148,7 @@ def test_a_captured_call_replays():
 
     inputs = [x.detach() for x in loud(SHAPES[1], "cuda", torch.bfloat16)]
     site = site_of(SHAPES[1], "cuda", CONFIGS["both"])
-    layout = block_layout(site.mask, grid_of(*inputs[:2]), SHAPES[1].kv_heads, site.config)
+    layout = block_layout(site.mask, grid_of(*inputs[:2]), site.config)
     site = dataclasses.replace(site, layout=layout)
     attend_tokens(*inputs, site)  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -15,7 +15,7 @@ from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.statistics import STATS
-from omnisparse_flex.masks.tokens.head_dims import loudest, take_columns
+from omnisparse_flex.masks.tokens.head_dims import gather_dims, top_head_dims
 from omnisparse_flex.masks.tokens.one_pass import one_pass
 from omnisparse_flex.testing import AttentionShape
 from omnisparse_flex.testing.oracle import dense_logits
@@ -41,7 +41,7 @@ def test_the_loudest_coordinates_by_loops(seed, group, each_head, dims):
     shape = AttentionShape(2, 2, group, 9, 13, 32)
     query, key = some_louder(shape, seed)
     query[0, 0, 3, 5], key[1, 1, 2, 0] = torch.nan, torch.inf  # neither token has a say
-    columns = loudest(query, key, shape.heads if each_head else shape.kv_heads, dims)
+    columns = top_head_dims(query, key, shape.heads if each_head else shape.kv_heads, dims)
     for b in range(shape.batch):
         for choice, chosen in enumerate(columns[b]):
             mine = [choice] if each_head else range(choice * group, (choice + 1) * group)
@@ -57,13 +57,13 @@ def test_the_loudest_coordinates_by_loops(seed, group, each_head, dims):
 
 def test_the_first_of_equal_coordinates():
     ones = torch.ones(1, 1, 4, 32)
-    assert loudest(ones, ones, 1, 16).flatten().tolist() == list(range(16))
+    assert top_head_dims(ones, ones, 1, 16).flatten().tolist() == list(range(16))
 
 
 def test_what_is_not_finite_stays_so():
     x = torch.ones(1, 2, 3, 32)
     x[0, 1, 2, 31] = torch.inf
-    narrow = take_columns(x, torch.arange(16).view(1, 1, 16))
+    narrow = gather_dims(x, torch.arange(16).view(1, 1, 16))
     assert narrow.shape == (1, 2, 3, 16) and narrow[0, 1, 2].isnan().all() and narrow.isnan().sum() == 16
 
 
@@ -71,7 +71,7 @@ def test_mass_by_loops():
     """Logits over the chosen coordinates, normalisers over all of them."""
     query, key = some_louder(AttentionShape(1, 2, 2, 520, 520, 32))
     arguments, rules, active, logits = situation(query * 2, key)
-    columns = loudest(query * 2, key, 2, 16)
+    columns = top_head_dims(query * 2, key, 2, 16)
     zeros = torch.zeros(2, 32).scatter(1, columns[0], 1.0).repeat_interleave(2, 0)
     narrow = dense_logits(query * 2 * zeros[None, :, None], key, 32**-0.5)
     assert (narrow - logits).abs().max() > 0.1, "a test of nothing"
@@ -106,7 +106,7 @@ def test_a_few_segments_at_a_time_read_the_same_coordinates():
 def test_a_broken_key_is_kept_though_its_break_is_not_read():
     shape = AttentionShape(1, 1, 1, 700, 700, 32)
     query, key, value = (x.detach() for x in loud(shape, "cpu"))
-    key[..., 0] *= 1e-3  # never among the loudest
+    key[..., 0] *= 1e-3  # never among the top_head_dims
     key[0, 0, 200, 0] = torch.nan
     out, *_ = run(shape, (query, key, value), dataclasses.replace(NARROW, budget=4), MaskProgram(causal()))
     assert out[0, 0, 200:].isnan().all() and not out[0, 0, :200].isnan().any()

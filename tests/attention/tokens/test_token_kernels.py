@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.tokens import dispatch as token_attention
+from omnisparse_flex.attention.tokens import tensor_code
 from omnisparse_flex.attention.tokens.op import call_token_op
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.kernels.fallback import guarded
@@ -21,7 +22,7 @@ from omnisparse_flex.masks.expr.causal_padding import plain_mask
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.tokens.head_dims import loudest
+from omnisparse_flex.masks.tokens.head_dims import top_head_dims
 from omnisparse_flex.masks.tokens.key_bits import unpack_bits, words
 from omnisparse_flex.masks.tokens.one_pass import one_pass
 from omnisparse_flex.masks.tokens.segments import per_member, segments_of, tokens_of_blocks
@@ -63,7 +64,7 @@ def site_of(shape, device, config=CONFIG, padded=False, order=True):
     if padded:
         real = torch.arange(shape.kv_len, device=device) >= 37 * torch.arange(shape.batch, device=device)[:, None]
         mask = mask.joined(MaskProgram(Load(0, (B, KV)), (real,)))
-    return Site(config=config, target=config.recall_of(0), mask=mask, q_offset=offset)
+    return SparseCall(config=config, target=config.recall_of(0), mask=mask, q_offset=offset)
 
 
 def run(inputs, site):
@@ -119,9 +120,9 @@ def check_selection(shape, device, config, dtype=torch.float32, make=tensors):
     choices = config.choices(shape.heads, shape.kv_heads)
     inputs[1:] = [per_member(x, choices // shape.kv_heads) for x in inputs[1:]]
     segments = token_attention.segments_of_site(*inputs[:2], site)
-    near_lse = token_attention.attend_near(*inputs, segments, site)[1]
+    near_lse = tensor_code.attend_near(*inputs, segments, site)[1]
     text = torch.zeros((1, shape.q_len), dtype=torch.bool, device=device)
-    plain = token_attention.choose(*inputs[:2], near_lse, segments, text, site)
+    plain = tensor_code.choose(*inputs[:2], near_lse, segments, text, site)
     assert (quick.active == plain.active).float().mean() > 0.98
     packed = segments_of(quick.active.unsqueeze(-1), choices, config.segment_size)
     assert torch.equal(quick.row_count, packed.sum((3, 4)))
@@ -134,7 +135,7 @@ def check_selection(shape, device, config, dtype=torch.float32, make=tensors):
     # As good as the tensor code's: by the unrounded estimate, its keys hold as much mass as the best of that number.
     given = {"block": BLOCK, "scale": shape.head_dim**-0.5, "pairs": None, "score": None}
     if config.scoring_dims is not None:
-        given["columns"] = loudest(*inputs[:2], choices, config.scoring_dims)
+        given["columns"] = top_head_dims(*inputs[:2], choices, config.scoring_dims)
     mass, _ = one_pass(*inputs[:2], near_lse, segments.eligible, quick.rows.long(), quick.row_count, config, **given)
     as_many = torch.arange(shape.kv_len, device=device) < quick.key_count.unsqueeze(-1)
     got = (mass * taken).sum()
@@ -244,7 +245,7 @@ def check_interpreted():
     check_selection(SMALL[1], "cpu", dataclasses.replace(CONFIG, budget="per_head", lazy_threshold=None))
     check_selection(SMALL[0], "cpu", dataclasses.replace(CONFIG, max_kv_budget=20))
     takes = mock.patch.object(token_attention, "takes_kernels", lambda *_: True)
-    with takes, mock.patch.object(token_attention, "attend_gathered", None):
+    with takes, mock.patch.object(tensor_code, "attend_gathered", None):
         check_operator(SMALL[1], "cpu")
 
 
@@ -297,7 +298,7 @@ def test_in_the_interpreter():
 @pytest.mark.gpu
 def test_a_site_runs_in_the_kernels_and_its_gradients_too(monkeypatch):
     """Through ``attend_tokens``: nobody calls the tensor code."""
-    monkeypatch.setattr(token_attention, "attend_gathered", None)
+    monkeypatch.setattr(tensor_code, "attend_gathered", None)
     inputs = tensors(SHAPES[1], "cuda", torch.bfloat16)
     token_attention.attend_tokens(*inputs, site_of(SHAPES[1], "cuda")).sum().backward()
     assert all(x.grad.isfinite().all() and x.grad.any() for x in inputs)
@@ -359,7 +360,7 @@ def test_a_captured_call_replays():
     """No wait for the device, no shape that depends on data: one graph serves other numbers."""
     inputs = [x.detach() for x in tensors(SHAPES[1], "cuda", torch.bfloat16)]
     site = site_of(SHAPES[1], "cuda")
-    layout = block_layout(site.mask, grid_of(*inputs[:2]), SHAPES[1].kv_heads, site.config)
+    layout = block_layout(site.mask, grid_of(*inputs[:2]), site.config)
     site = dataclasses.replace(site, layout=layout)
     token_attention.attend_tokens(*inputs, site)  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omnisparse_flex.attention.call import Site, register
+from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.tokens import dispatch as token_attention
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.attention.tokens.gradients import token_gradients
@@ -26,12 +26,13 @@ UNBOUNDED = OmniSparseConfig(granularity="token", target_recall=0.95, lazy_thres
 CONFIGS = {
     "flattest": UNBOUNDED,
     "all_active": dataclasses.replace(UNBOUNDED, lazy_threshold=None),
-    "sinks_skip": dataclasses.replace(UNBOUNDED, budget="per_head", lazy_mode="skip"),
+    "sinks": dataclasses.replace(UNBOUNDED, budget="per_head"),
     "bounded": dataclasses.replace(UNBOUNDED, max_kv_budget=1024),
     "heads": dataclasses.replace(UNBOUNDED, gqa_choice="head", scoring_dims=32, lazy_threshold=0.1),
 }
 KERNELS = {
-    "kernels.column_mass": ("_classify", "_pack", "_mass"),
+    "kernels.classify_queries": ("_classify",),
+    "kernels.column_mass": ("_pack", "_mass"),
     "kernels.key_lists": ("_list",),
     "kernels.pack_keys": ("_ready",),
     "kernels.head_dims": ("_squares",),
@@ -70,8 +71,8 @@ def inputs(tokens, device, heads=(HEADS, KV_HEADS, KV_HEADS)):
 
 
 def site_of(config, name, device):
-    sinks = torch.zeros(HEADS, dtype=torch.bfloat16, device=device) if name == "sinks_skip" else None
-    return Site(config=config, target=0.95, mask=MaskProgram(causal()), sinks=sinks)
+    sinks = torch.zeros(HEADS, dtype=torch.bfloat16, device=device) if name == "sinks" else None
+    return SparseCall(config=config, target=0.95, mask=MaskProgram(causal()), sinks=sinks)
 
 
 def results_of(found):

@@ -8,16 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnisparse_flex.attention.call import Site
+from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.functional import attend, sparse_attention
 from omnisparse_flex.attention.tokens import dispatch as token_attention
-from omnisparse_flex.attention.tokens.dispatch import merge
+from omnisparse_flex.attention.tokens.tensor_code import merge
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
-from omnisparse_flex.config import BUDGETS, GQA_CHOICES, SCORINGS, OmniSparseConfig
+from omnisparse_flex.config import GQA_CHOICES, OmniSparseConfig
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.expr import TRUE, Const
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
 from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.tokens.column_mass import column_mass
 from omnisparse_flex.masks.tokens.segments import segments_of, tokens_of_blocks
 from omnisparse_flex.masks.tokens.select import columns, kept_pairs
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, mask_mods
@@ -39,7 +40,7 @@ def inputs(shape, device, dtype=torch.float32, grad=True):
 
 def run(shape, tensors, config, mask, *, target=None, offset=None, **fields):
     """Output, the selection, and the dense mask (B, Hq, L, S) that it denotes."""
-    site = Site(
+    site = SparseCall(
         config=config,
         target=config.recall_of(0) if target is None else target,
         mask=mask,
@@ -104,18 +105,16 @@ def small_shapes(draw):
 def token_configs(draw):
     cap = draw(st.none() | st.integers(0, 200))
     fixed = st.integers(0, 200 if cap is None else cap)
-    scoring, budget = draw(st.sampled_from(("auto", *SCORINGS["token"]))), draw(st.sampled_from(BUDGETS) | fixed)
+    budget = draw(st.sampled_from(("flattest_head", "per_head")) | fixed)
     return OmniSparseConfig(
         target_recall=draw(st.floats(0.05, 1.0)),
         granularity="token",
         segment_size=draw(st.sampled_from((128, 256, 384))),
-        scoring=scoring,
-        scoring_dims=None if scoring == "column_mass" else draw(st.sampled_from((None, 16, 32))),
+        scoring_dims=draw(st.sampled_from((None, 16, 32))),
         gqa_choice="group" if budget == "flattest_head" else draw(st.sampled_from(GQA_CHOICES)),
         budget=budget,
         max_kv_budget=cap,
         lazy_threshold=draw(st.none() | st.floats(0.0, 1.0)),
-        lazy_mode=draw(st.sampled_from(("local", "skip"))),
         sink_size=draw(st.sampled_from((0, 8, 150))),
         window_size=draw(st.sampled_from((1, 16, 200))),
     )
@@ -123,7 +122,7 @@ def token_configs(draw):
 
 @given(st.data(), small_shapes(), token_configs(), st.booleans())
 def test_any_mask_any_config(data, shape, config, is_causal):
-    """DESIGN's invariants: kept within the mask, no live row without a key, dead rows 0, output and gradients."""
+    """The invariants: kept within the mask, no live row without a key, dead rows 0, output and gradients."""
     case = data.draw(mask_mods(shape.batch, shape.q_len, shape.kv_len))
     tensors = inputs(shape, "cpu")
     order = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
@@ -131,8 +130,7 @@ def test_any_mask_any_config(data, shape, config, is_causal):
     offset = shape.kv_len - shape.q_len if is_causal else 0
     out, _, kept, own = run(shape, tensors, config, mask, offset=offset)
     alive = own.any(-1)
-    if config.lazy_mode == "local":
-        assert torch.equal(kept.any(-1), alive)
+    assert torch.equal(kept.any(-1), alive)
     assert not out[~alive].any()
     check(out, tensors, kept)
     if config.lazy_threshold is None and config.recall_of(0) >= 1.0 and config.max_kv_budget is None:
@@ -141,9 +139,7 @@ def test_any_mask_any_config(data, shape, config, is_causal):
 
 @given(small_shapes(), token_configs(), st.integers(0, 2**16))
 def test_the_target_is_met_and_the_budget_is_the_flattest_heads(shape, config, seed):
-    config = dataclasses.replace(
-        config, max_kv_budget=None, gqa_choice="group", budget="flattest_head", lazy_mode="local"
-    )
+    config = dataclasses.replace(config, max_kv_budget=None, gqa_choice="group", budget="flattest_head")
     query, key, value = (x * 2 for x in shape.inputs(seed=seed))
     mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
     _, selection, _, own = run(shape, (query, key, value), config, mask)
@@ -185,11 +181,17 @@ def test_lists_are_no_wider_than_a_budget_can_be(budget, most, width):
 @settings(max_examples=50)
 @given(small_shapes(), st.integers(0, 2**16))
 def test_the_estimate_is_the_true_mass(shape, seed):
-    """``column_mass`` is exact: the recall it states is the recall of its active rows."""
-    config = dataclasses.replace(TOKENS, scoring="column_mass")
+    """``column_mass`` is exact: with it the recall that a selection states is the recall of its active rows."""
+
+    def exact(*arguments, columns, **given):
+        assert columns is None
+        return column_mass(*arguments, **given)
+
+    config = TOKENS
     query, key, value = shape.inputs(seed=seed)
     mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
-    _, selection, kept, own = run(shape, (query, key, value), config, mask)
+    with mock.patch("omnisparse_flex.masks.tokens.select.one_pass", exact):
+        _, selection, kept, own = run(shape, (query, key, value), config, mask)
     weights = dense_logits(query, key).masked_fill(~own, -torch.inf).softmax(-1).nan_to_num(0.0)
     recall = (weights * kept).sum(-1)
     for m in range(selection.rows.shape[2]):

@@ -1,0 +1,68 @@
+"""What ``apply_omnisparse`` changes in a transformers model, and how it is taken back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from omnisparse_flex.model.compiled_module import Entry
+from omnisparse_flex.model.hf import NAME, attention_configs, register
+from omnisparse_flex.model.user_compile import own_call
+from omnisparse_flex.model.visual_mask import VisualMaskHook, as_entry_mask, receiver_of
+
+VisualMaskArgument = Tensor | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None
+
+
+@dataclasses.dataclass(eq=False)
+class Undo:
+    """How to take ``apply_omnisparse`` back."""
+
+    names: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    hooks: list[Any] = dataclasses.field(default_factory=list)
+
+    def __call__(self) -> None:
+        """Take it back."""
+        for config, name in self.names:
+            config._attn_implementation_internal = name
+        for hook in self.hooks:
+            hook.remove()
+
+
+def install_in_transformers(
+    model: Any, decoder: nn.Module, entry: Entry, undo: Undo, visual_mask: VisualMaskArgument
+) -> None:
+    """Let a transformers model's decoder attend through us, and tell it which tokens are visual.
+
+    Args:
+        model: The model.
+        decoder: Its text decoder.
+        entry: What runs the decoder.
+        undo: Filled with how to take it back.
+        visual_mask: As in ``apply_omnisparse``.
+    """
+    register()
+    for config in attention_configs(decoder):
+        name = config._attn_implementation_internal
+        undo.names.append((config, "sdpa" if name == NAME else name))
+        config._attn_implementation_internal = NAME
+    receiver = receiver_of(model, decoder)
+    hook = VisualMaskHook(model, decoder if receiver is None else receiver, entry, visual_mask)
+    for module in model.modules():
+        _drop_stale_hooks(module)
+    if receiver is None:
+        entry.visual_mask = as_entry_mask(hook)
+    else:
+        undo.hooks.append(receiver.register_forward_pre_hook(hook, with_kwargs=True))
+    if not hook.token_ids and visual_mask is None:
+        entry.backend.log.notes["no visual tokens known: every token is eligible for selection"] = None
+
+
+def _drop_stale_hooks(module: nn.Module) -> None:
+    """A deep copy keeps our hook but not our entry."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, VisualMaskHook) or hook is own_call:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,148 @@
+"""Which tokens of a call are visual, and how the decoder is told."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.model.cache_argument import cache_in
+from omnisparse_flex.model.compiled_module import APART, Entry, VisualMask, check_visual
+
+#: Where model configs keep the ids of visual placeholder tokens.
+VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+#: Attribute under which a cache remembers which of its tokens are visual.
+HISTORY = "_omnisparse_visual"
+
+
+class VisualMaskHook:
+    """A forward pre-hook that tells the decoder which tokens are visual.
+
+    It sits on the innermost module that still receives ``input_ids`` and keeps the history
+    on the cache, so that decoding and later turns see the whole conversation.
+    """
+
+    def __init__(self, model: Any, receiver: nn.Module, entry: Entry, given: Any) -> None:
+        """Prepare the hook.
+
+        Args:
+            model: Its config names the visual token ids.
+            receiver: The hooked module.
+            entry: Where the mask goes.
+            given: The user's mask, bool (B, N), a callable ``(args, kwargs) -> mask``, or None.
+        """
+        ids = [getattr(model.config, field, None) for field in VISUAL_TOKEN_FIELDS]
+        self.token_ids = sorted({token for token in ids if isinstance(token, int)})
+        self.forward = type(receiver).forward
+        self.signature = inspect.signature(receiver.forward)
+        self.entry: Entry | None = entry
+        self.given = given
+        self.apart = torch._dynamo.disable(self.note, reason=APART)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisualMaskHook:
+        """A copied model has no entry: its hook does nothing, and drags no compiled graph along."""
+        twin = object.__new__(type(self))
+        twin.token_ids, twin.signature, twin.forward = self.token_ids, self.signature, self.forward
+        twin.entry, twin.given, twin.apart = None, self.given, None
+        return twin
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store the mask of this call in the entry's state."""
+        if self.entry is None:
+            return
+        if torch.compiler.is_dynamo_compiling():  # the user's own: what Dynamo traced would not reach the entry
+            self.apart(module, args, kwargs)
+        else:
+            self.note(module, args, kwargs)
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store the mask, in eager code."""
+        assert self.entry is not None
+        # The first step of a call: what is there yet is left of one that an exception ended before the decoder.
+        getattr(cache_in(module.forward, kwargs), "omnisparse_later", []).clear()
+        self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
+
+    def tell(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give the entry the mask of a call with these arguments."""
+        entry.state.visual = self.of_call(args, kwargs)
+
+    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """``visual`` from arguments alone."""
+        named = {**self.signature.bind_partial(*args, **kwargs).arguments}
+        named.update(named.pop("kwargs", {}))
+        return self.visual(args, kwargs, named)
+
+    def visual(self, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Tensor | None:
+        """The mask over all keys of this call, bool (B, S), or None: every token is eligible."""
+        tokens = self._own(args, kwargs, named)
+        cache = cache_in(self.forward, named)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if tokens is None and (past == 0 or getattr(cache, HISTORY, None) is None):
+            return None
+        if tokens is None:
+            size = _size_of(named)
+            assert size is not None
+            tokens = torch.zeros(size, dtype=torch.bool, device=_device_of(named))
+        if cache is not None:
+            history = _history(cache, past, tokens)
+            tokens = torch.cat([history, tokens], dim=1)
+            setattr(cache, HISTORY, tokens)
+        torch._dynamo.maybe_mark_dynamic(tokens, 1)
+        return tokens
+
+    def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Tensor | None:
+        """Visual tokens among this call's inputs."""
+        size = _size_of(named)
+        if self.given is not None:
+            mask = self.given(args, kwargs) if callable(self.given) else self.given
+            if size is None or (not callable(self.given) and size[1] == 1):
+                return None  # a fixed mask says nothing about a decoded token
+            return check_visual(mask, *size)
+        ids = named.get("input_ids")
+        if ids is not None and self.token_ids:
+            # Numbers, not a tensor of them: that would be copied to the device, and waited for, with every token.
+            visual: Tensor = functools.reduce(torch.logical_or, [ids == token for token in self.token_ids])
+            return visual
+        kinds = named.get("mm_token_type_ids")
+        if kinds is not None and size is not None and tuple(kinds.shape) == size:
+            return kinds > 0  # type: ignore[no-any-return]
+        return None
+
+
+def _history(cache: Any, past: int, tokens: Tensor) -> Tensor:
+    """What the cache remembers, trimmed to its length; unknown tokens count as text, which is always kept."""
+    known: Tensor | None = getattr(cache, HISTORY, None)
+    unknown = torch.zeros((tokens.shape[0], past), dtype=torch.bool, device=tokens.device)
+    if known is None or known.shape[0] != tokens.shape[0] or known.shape[1] < past:
+        return unknown
+    return known[:, :past].to(tokens.device)
+
+
+def _size_of(named: dict[str, Any]) -> tuple[int, int] | None:
+    for name in ("input_ids", "inputs_embeds"):
+        if named.get(name) is not None:
+            return named[name].shape[0], named[name].shape[1]
+    return None
+
+
+def _device_of(named: dict[str, Any]) -> torch.device:
+    source = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+    device: torch.device = source.device
+    return device
+
+
+def receiver_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
+    """The innermost module around ``decoder`` that receives ``input_ids``; None: the decoder itself."""
+    for name, module in model.named_modules():
+        if module is decoder:
+            return model.get_submodule(name.rpartition(".")[0]) if name else None
+    raise ConfigError(f"model must contain its decoder, got {type(decoder).__name__} elsewhere")
+
+
+def as_entry_mask(hook: VisualMaskHook) -> VisualMask:
+    """The hook's rule in the form the entry itself calls, for a decoder that receives ``input_ids``."""
+    return hook.of_call
