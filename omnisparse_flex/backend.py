@@ -107,6 +107,7 @@ class Backend:
             lists=inner == "inductor",
             kernel=self.kernel,
             static=self.static,
+            traced=needs_grad and inner not in ("inductor", "eager"),
             stateful=self.stateful,
             training=needs_grad,
         )

@@ -37,7 +37,7 @@ from torch.fx import Node
 from omnisparse_flex.attention.functional import DTYPES, HEAD_DIMS, autocast_dtype
 from omnisparse_flex.cost_model import Shape
 from omnisparse_flex.masks.expr.expr import TRUE, Const, causal
-from omnisparse_flex.passes.nodes import shape_of, value_of
+from omnisparse_flex.passes.nodes import same_size, shape_of, value_of
 from omnisparse_flex.passes.state import Rewrite, Settings, Site
 
 
@@ -66,6 +66,8 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
     dense = settings.config.is_dense(site.layer)
     if settings.config.granularity == "token" and not dense and _learns_scores(site):
         return "a learned bias has no gradient at token granularity"
+    if settings.traced and _learns_scores(site, computed=True):
+        return "a bias that is computed of learned tensors has its gradient in compiled kernels alone"
     dims = settings.config.scoring_dims
     if dims is not None and dims > query.shape[3]:
         return f"scoring_dims = {dims} is more than head_dim {int(query.shape[3])}"
@@ -90,7 +92,7 @@ def _mismatch(site: Site) -> str | None:
         "query heads of the output": (query[1], *out[1:2]),
     }
     for name, found in sizes.items():
-        if any(not _equal(size, found[0]) for size in found[1:]):
+        if not all(same_size(found[0], size) for size in found[1:]):
             return f"{name} is broadcast: {' against '.join(str(size) for size in found)}"
     dtypes = {value_of(x).dtype for x in (site.query, site.key, site.value)}
     if len(dtypes) > 1 and autocast_dtype(value_of(site.query).device.type) is None:
@@ -129,11 +131,11 @@ def _autocasts(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and autocast_dtype(x.device.type) is not None
 
 
-def _learns_scores(site: Site) -> bool:
-    """Whether a tensor that changes the logits wants a gradient."""
+def _learns_scores(site: Site, computed: bool = False) -> bool:
+    """Whether a tensor that changes the logits wants a gradient; ``computed``: one that the graph itself makes."""
     operands = [leaf.node for leaf in site.bias_leaves if not leaf.detached]
     operands += [x for x in (site.mods[2] if site.mods is not None else ()) if isinstance(x, Node)]
-    values = [value_of(x) for x in operands]
+    values = [value_of(x) for x in operands if not (computed and isinstance(x, Node) and x.op == "placeholder")]
     return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
 
 

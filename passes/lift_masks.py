@@ -52,7 +52,7 @@ from omnisparse_flex.masks.expr.expr import (
 from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
 from omnisparse_flex.passes.lift import Lifter
 from omnisparse_flex.passes.lift_base import LiftError, is_one
-from omnisparse_flex.passes.nodes import dtype_of, shape_of, value_of
+from omnisparse_flex.passes.nodes import dtype_of, same_size, shape_of, value_of
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.state import Leaf, Listed, Rewrite, Site
 
@@ -93,8 +93,8 @@ def _lift_site(site: Site) -> None:
 def _lift_tensor(site: Site, mask: Node) -> Expr:
     """A mask tensor broadcastable to (B, Hq, L, S); its additive part goes to ``site.bias``."""
     shape, whole = shape_of(mask), (*shape_of(site.query)[:3], shape_of(site.key)[2])
-    if len(shape) > 4 or any(
-        str(size) not in ("1", str(own)) for size, own in zip(shape, whole[4 - len(shape) :], strict=True)
+    if len(shape) > 4 or not all(
+        is_one(size) or same_size(size, own) for size, own in zip(shape, whole[4 - len(shape) :], strict=True)
     ):
         raise LiftError(f"mask {mask.name} {shape} does not broadcast to the logits {whole}")
     reader = site.mask_reader or site.node

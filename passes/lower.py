@@ -134,8 +134,12 @@ def _made(leaf: Leaf) -> Node:
         return node
     with graph.inserting_after(node):
         without = graph.call_method("detach", (node,))
-    without.meta = {**node.meta, "example_value": value_of(node).detach()}
-    return without
+    # A copy: the flex operator takes a tensor and its alias for one, and gives neither a gradient.
+    with graph.inserting_after(without):
+        copy = graph.call_method("clone", (without,))
+    for made in (without, copy):
+        made.meta = {**node.meta, "example_value": value_of(node).detach()}
+    return copy
 
 
 def _constants(site: Site, settings: Settings) -> Constants:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 
 def value_of(node: Any) -> Any:
@@ -28,6 +29,18 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     """A node's recorded shape, () if it has none."""
     value = value_of(node)
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are one number; where both are symbols a guard keeps what is found true of later calls."""
+    if str(a) == str(b):
+        return True
+    if isinstance(a, int) and isinstance(b, int):
+        return False
+    try:
+        return bool(a == b)
+    except GuardOnDataDependentSymNode:  # known at run time only
+        return False
 
 
 def number_of(x: Any) -> float | None:

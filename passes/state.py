@@ -135,6 +135,7 @@ class Settings:
         least: Queries below which a site with these heads stays dense; 0 switches every fallback off.
         lists: The inner compiler honours block lists (Inductor).
         kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
+        traced: Gradients are traced and not compiled (aot_eager).
         static: Every graph is of one length (``dynamic=False``).
         stateful: Calls have run-time state: a site that it does not reach must stay dense.
         training: A backward follows.
@@ -145,6 +146,7 @@ class Settings:
     lists: bool = True
     kernel: str = "triton"
     static: bool = False
+    traced: bool = False
     stateful: bool = False
     training: bool = False
 

@@ -68,6 +68,7 @@ def run(kind: str, first: int, cases: int, end: float) -> dict[str, Any]:
             counts["bad_seeds"].append(seed)
             small, why = shrink(fuzz, case, problem, how)
             print(f"--- {kind}, seed {seed}: {problem}\n# {why}\n{small.script()}\n", flush=True)
+    counts["sites"] = dict(getattr(fuzz, "outcomes", {}))
     return counts
 
 

@@ -48,7 +48,10 @@ def rewritten(call, *calls, config=None, inner="eager", dynamic=None, rows=None)
 
 def _copies(inputs, dtype=None):
     return [
-        x.clone().to(dtype or x.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point()
-        else x.clone() if isinstance(x, torch.Tensor) else x
+        x.clone().to(dtype or x.dtype)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x.clone()
+        if isinstance(x, torch.Tensor)
+        else x
         for x in inputs
-    ]  # fmt: skip
+    ]

@@ -15,9 +15,19 @@ from omnisparse_flex.passes.nodes import op_name
 EVERYTHING = OmniSparseConfig(target_recall=0.9999999, lazy_threshold=None)
 N, D = 64, 16
 #: aten names of what Dynamo spells otherwise.
-ATEN = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "iadd": "add", "not": "bitwise_not",
-        "invert": "bitwise_not", "inv": "bitwise_not", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
-        "requires_grad_": "detach"}  # fmt: skip
+ATEN = {
+    "truediv": "div",
+    "floordiv": "floor_divide",
+    "mod": "remainder",
+    "iadd": "add",
+    "not": "bitwise_not",
+    "invert": "bitwise_not",
+    "inv": "bitwise_not",
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+    "xor": "bitwise_xor",
+    "requires_grad_": "detach",
+}
 #: Other names of the parameters that a table of ours names.
 SAME = {"self": "input", "train": "training", "indices": "input", "a": "input", "b": "other"}
 #: Passed by nobody to a function of Python: they are parts of TorchScript.

@@ -9,7 +9,7 @@ from omnisparse_flex import sparse_attention
 from omnisparse_flex.backend import Backend
 from tests.helpers.rewriting import keep_all, qkv
 
-N = 150
+N = 70
 
 
 def far():
@@ -27,7 +27,7 @@ def order():
 #: Biases of learned tensors: a table (4, 10), keys (N,) and slopes (4,).
 BIASES = {
     "a table": lambda t, k, s: t[:, buckets()],
-    "an embedding": lambda t, k, s: F.embedding(buckets(), t.T).permute(2, 0, 1),
+    "a transposed embedding": lambda t, k, s: F.embedding(buckets(), t.T).permute(2, 0, 1),
     "keys": lambda t, k, s: k[None, None],
     "slopes": lambda t, k, s: -s[:, None, None] * far().abs(),
     "all": lambda t, k, s: t[:, buckets()] + k * s[:, None, None],
@@ -65,9 +65,12 @@ def check(call, compiled):
         assert (three - one).abs().max() <= bound
 
 
-@pytest.mark.parametrize("granularity", ["block", "token"])
-@pytest.mark.parametrize("name", BIASES)
-@pytest.mark.parametrize("form", ["sdpa", "product", "checkpointed"])
+SITES = [(name, "sdpa", "block") for name in BIASES]
+SITES += [("a table", form, how) for form in ("product", "checkpointed") for how in ("block", "token")]
+SITES += [("keys", "sdpa", "token"), ("one of two detached", "checkpointed", "block")]
+
+
+@pytest.mark.parametrize(("name", "form", "granularity"), SITES)
 def test_in_graphs(name, form, granularity):
     attend = CALLS.get(form, CALLS["sdpa"])
 
@@ -80,9 +83,9 @@ def test_in_graphs(name, form, granularity):
 
     backend = Backend(keep_all(granularity=granularity), inner="aot_eager", min_seq_len=0)
     check(call, torch.compile(call, backend=backend, fullgraph=True))
-    reasons = [x.reason for x in backend.log.sites]
-    refused = "a learned bias has no gradient at token granularity"
-    assert reasons == ["" if granularity == "block" else refused]
+    refused = "a learned bias has no gradient at token granularity" if granularity == "token" else ""
+    computed = "a bias that is computed of learned tensors has its gradient in compiled kernels alone"
+    assert [x.reason for x in backend.log.sites] == [computed if "embedding" in name else refused]
 
 
 def test_a_bias_without_a_gradient_stays_at_token_granularity():

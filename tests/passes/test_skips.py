@@ -52,6 +52,13 @@ def test_broadcast_lengths_are_told_apart_where_sizes_are_symbols():
     assert reasons[0] == "" and "broadcast" in reasons[-1]
 
 
+def test_lengths_that_nobody_said_are_equal_are_equal():
+    """Keys and values are inputs with sizes of their own."""
+    call = lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))  # noqa: E731
+    reasons = rewritten(call, *(qkv(n, kv_heads=2, kv_len=n + 30) for n in (60, 90, 130)), dynamic=True)
+    assert reasons == [""], "one graph, rewritten"
+
+
 def test_a_mask_that_widens_the_logits_is_refused():
     q, k, v = qkv(N, batch=1)
     mask = torch.where(torch.rand(3, 1, 1, N) < 0.3, -5.0, 0.0)
