@@ -39,7 +39,7 @@ class _Stopwatch:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.call = module._compiled_call_impl
+        self.call = self.__wrapped__ = module._compiled_call_impl
         self.seconds = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -45,6 +45,7 @@ def was_replaced(model: nn.Module) -> bool:
 
 def _is_replaced(module: nn.Module) -> bool:
     compiled = module._compiled_call_impl
+    compiled = getattr(compiled, "__wrapped__", compiled)  # what only watches the call stands in front of it
     return compiled is not None and not isinstance(compiled, Entry)
 
 
