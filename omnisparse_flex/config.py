@@ -67,7 +67,7 @@ class OmniSparseConfig:
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
             under this is lazy, in [0, 1], and attends only sinks, window and text; None: no query selection.
             ``"auto"``: 0.05 for blocks, None for tokens. There the estimate, means of 128 keys, misses what a query
-            fetches from a few of them: on text 0.05 discards queries that look far (README "Limits"); give a number
+            fetches from a few of them: on text 0.05 discards queries that look far (docs/limits.md); give a number
             where you measured it.
         sink_size: First tokens every query keeps, in tokens.
         window_size: Latest tokens every query keeps, in tokens, itself included.
@@ -81,7 +81,7 @@ class OmniSparseConfig:
         ConfigError: On a wrong type, range or combination.
 
     Source: PAPER "Query selection", "KV selection with head-level dynamic budget allocation". Our
-    choice: ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see README "Defaults". Query heads
+    choice: ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see docs/configuration.md. Query heads
     that choose, with 32 dims, are the best rule without training that we measured on SmolLM2, as masks
     (``benchmarks/quality``, row "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1": density 0.304,
     +0.79 % perplexity; the group's choice, "mean" in the row's name, +1.33 % at that density).
