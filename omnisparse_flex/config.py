@@ -81,7 +81,7 @@ class OmniSparseConfig:
         ConfigError: On a wrong type, range or combination.
 
     Source: PAPER "Query selection", "KV selection with head-level dynamic budget allocation". Our
-    choice: ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see docs/configuration.md. Query heads
+    choice: ``last_rows``, ``gqa_choice``, ``scoring_dims`` and the default values; see docs/configuration.md. Heads
     that choose, with 32 dims, are the best rule without training that we measured on SmolLM2, as masks
     (``benchmarks/quality``, row "token256 one-pass fp8 dims32 pool32 per_head d0 t0.96 lazy0.1": density 0.304,
     +0.79 % perplexity; the group's choice, "mean" in the row's name, +1.33 % at that density).
