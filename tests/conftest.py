@@ -1,5 +1,6 @@
 """What every test file shares: hypothesis profiles, the device, the backend's name, a clean Dynamo."""
 
+import faulthandler
 import os
 import sys
 
@@ -16,6 +17,8 @@ settings.register_profile(
 settings.register_profile("dev", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 # What fails inside the backend is a failure here, not a site that stays dense; see errors.py.
 os.environ.setdefault("OMNISPARSE_RAISE_BUGS", "1")
+#: A test that takes so many seconds hangs: its process ends with every thread's stack, and the run goes on without it.
+HANGS = 900
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
@@ -46,10 +49,25 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    faulthandler.dump_traceback_later(HANGS, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where tests run that do not care: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def eager_inner(monkeypatch):
+    """What models compile in this test runs as it is: no wait for Inductor where only results count."""
+    monkeypatch.setattr("omnisparse_flex.backend.Backend.inner_for", lambda *_: "eager")
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,1 @@
-"""Whole models: compile time, the seeded demo, time to the first token."""
+"""Whole models: compile time, the layout of prompts, time to the first token."""

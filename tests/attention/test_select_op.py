@@ -90,17 +90,17 @@ def test_all_layers_share_one_graph(monkeypatch):
 
     inner = select_op.compile_graph
     monkeypatch.setattr(select_op, "compile_graph", compile_graph)
-    model = build("llama", "cpu", num_hidden_layers=3)
+    model = build("llama", "cpu", num_hidden_layers=2)
     ids = torch.randint(10, 180, (1, 600), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         dense = model(input_ids=ids).logits
-        apply_omnisparse(model, OmniSparseConfig(target_recall=(0.9, 0.5, 0.6), window_size=64), min_seq_len=0)
+        apply_omnisparse(model, OmniSparseConfig(target_recall=(0.9, 0.5), window_size=64), min_seq_len=0)
         sparse = model(input_ids=ids).logits
-        assert len(graphs) == 1 and len(rewrite_report(model).rewritten) == 3
+        assert len(graphs) == 1 and len(rewrite_report(model).rewritten) == 2
         with collect_stats(model) as stats:
             assert torch.allclose(model(input_ids=ids).logits, sparse, atol=1e-5)
     assert len(graphs) == 2, "one more, for the statistics"
-    assert len(stats.per_layer()) == 3 and not torch.allclose(dense, sparse, atol=1e-3)
+    assert len(stats.per_layer()) == 2 and not torch.allclose(dense, sparse, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_the_target_falls_while_training_and_goes_on_falling(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_experiment_measures_every_row_once(tmp_path):
+def test_the_experiment_measures_every_row_once(tmp_path, eager_inner):
     plan = bench.Plan(tokens=1024, steps=1, rows=1, windows=1, densities=(0.9,), train_density=0.9, lr=1e-2)
     path, work = tmp_path / "rows.json", tmp_path / "work"
 

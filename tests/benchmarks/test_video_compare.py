@@ -74,7 +74,7 @@ def test_slim_answers_come_in_the_order_of_evaluate_and_at_the_ratio_asked_for()
 
 
 @pytest.mark.slow
-def test_a_comparison_goes_on_where_it_stopped(tmp_path):
+def test_a_comparison_goes_on_where_it_stopped(tmp_path, eager_inner):
     given = checkpoints(tmp_path)
     rows = call(tmp_path, given, "--parts", "dense,slim", "--ratios", "1.3")
     assert len(rows) == 2 * (3 + 4)
@@ -154,7 +154,7 @@ def test_step_times_begin_with_a_released_model_or_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_step_times_are_of_the_same_batch_dense_and_sparse(tmp_path):
+def test_step_times_are_of_the_same_batch_dense_and_sparse(tmp_path, eager_inner):
     from benchmarks.video_needle import step_time
 
     checkpoints(tmp_path, names=("small",))

@@ -97,7 +97,7 @@ def test_answers_are_read_at_the_question_marks(folder):
 
 
 @pytest.mark.slow
-def test_the_demo_asks_a_released_model(folder, tmp_path, capsys, monkeypatch):
+def test_the_demo_asks_a_released_model(folder, tmp_path, capsys, monkeypatch, eager_inner):
     monkeypatch.setattr(ask, "QUICK", 512)
     assert main(["demo", "--quick", "--weights", str(folder), "--out", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out

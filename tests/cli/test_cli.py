@@ -140,7 +140,9 @@ def test_verdicts(measures: tuple[float, float, float, float], want: str) -> Non
 
 
 @pytest.mark.slow
-def test_check_runs_a_model(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_runs_a_model(
+    llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], eager_inner: None
+) -> None:
     picture = tmp_path / "heads.png"
     arguments = ["check", str(llama_dir), "--tokens", "600", "--prompt", "hello", "--min-seq-len", "256"]
     assert main([*arguments, "--heatmap", str(picture)]) == 0
@@ -167,9 +169,12 @@ def reader_dir(llama_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_calibrate_writes_rules_that_check_reads(
-    reader_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reader_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    eager_inner: None,
 ) -> None:
-    monkeypatch.setattr("omnisparse_flex.backend.Backend.inner_for", lambda *_: "eager")  # no wait for Inductor
     text, out = tmp_path / "text", tmp_path / "rules.json"
     text.write_text(" ".join(f"w{i * i % 97}" for i in range(1700)))
     rules = '{"lazy_threshold": null, "sink_size": 1, "window_size": 1, "scoring": "tile_pool"}'
