@@ -19,7 +19,7 @@ from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.cli import compare, plot, video
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.model.cache_argument import as_cache_argument, cache_of
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.model.hf import find_decoder
 from omnisparse_flex.report import RewriteReport
 from omnisparse_flex.stats import Stats, collect_stats
@@ -193,9 +193,9 @@ class _Trial:
 
     def _apply(self, what: str, min_seq_len: int = MIN_SEQ_LEN) -> _Trial:
         apply_omnisparse(self.model, CONFIG, min_seq_len=min_seq_len)
-        entry = entry_of(self.model)
+        entry = compiled_decoder_of(self.model)
         if entry is not None:
-            entry.backend.compile_hook = self.progress.on_graph(what)
+            entry.backend.compile_hook = self.progress.compile_hook(what)
         return self
 
     def _measure(self) -> compare.Run:
@@ -203,7 +203,7 @@ class _Trial:
 
     def _recorded(self, change: Callable[[Tensor], Tensor] = torch.clone) -> tuple[Tensor, Stats]:
         """Logits and statistics of one prefill, with the layers' targets changed for its length."""
-        entry = entry_of(self.model)
+        entry = compiled_decoder_of(self.model)
         assert entry is not None
         targets = entry.state.recall
         entry.state.recall = change(targets)

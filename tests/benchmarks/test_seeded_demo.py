@@ -18,14 +18,14 @@ pytest.importorskip("transformers")
 
 
 def test_the_random_control_spends_the_same_budgets() -> None:
-    from omnisparse_flex.attention.functional import causal_program
+    from omnisparse_flex.attention.functional import causal_index_mask
 
     torch.manual_seed(0)
     query, key = 2 * torch.randn(1, 4, 1500, 16), 2 * torch.randn(1, 2, 1500, 16)
     rules = OmniSparseConfig(target_recall=0.6)
 
     def select(target: float) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = select_blocks(query, key, causal_program(0, query.device), rules, target=target, scale=0.25)
+        chosen = select_blocks(query, key, causal_index_mask(0, query.device), rules, target=target, scale=0.25)
         return chosen.keep, chosen.layout.forced
 
     keep, forced = select(0.6)
