@@ -14,8 +14,8 @@ from omnisparse_flex.masks.blocks.last_rows import BLOCKS
 from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
 from omnisparse_flex.masks.blocks.peak_rows import ROWS
 from omnisparse_flex.masks.blocks.select import BLOCK, COSTS, BlockSelection, scoring_cost
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.tokens.key_bits import blocks_of_bits
 from omnisparse_flex.masks.tokens.segments import tokens_of_blocks
 from omnisparse_flex.masks.tokens.select import TokenSelection, kept_pairs
@@ -33,36 +33,36 @@ STATS = (
     "overflow_rows",
     "selection_blocks",
 )
-#: Values of a picture's cells.
+#: Values of a block map.
 EMPTY, SELECTED, FORCED = 0, 1, 2
 
 
-class Measured(NamedTuple):
+class SelectionStats(NamedTuple):
     """What one site's selection leaves behind.
 
     Attributes:
         stats: float32 (len(STATS),).
-        cells: uint8 (Hq, NQ, NK), the first batch row's picture; of tokens (Hc, NQ, NK), see ``TokenSelection``.
+        block_map: uint8 (Hq, NQ, NK), the first batch row's blocks; of tokens (Hc, NQ, NK), see ``TokenSelection``.
         recalls: float32 (2, Hq), mean and minimum true recall; (2, 0) unless asked for.
     """
 
     stats: Tensor
-    cells: Tensor
+    block_map: Tensor
     recalls: Tensor
 
 
 @torch.no_grad()
-def measure(
+def measure_selection(
     selection: BlockSelection | TokenSelection,
     query: Tensor,
     key: Tensor,
-    mask: MaskProgram | OpaqueMask,
+    mask: IndexMask | OpaqueMask,
     config: OmniSparseConfig,
     *,
     scale: float,
     score: Callable[..., Tensor] | None,
     exact: bool,
-) -> Measured:
+) -> SelectionStats:
     """Record a selection.
 
     Args:
@@ -84,15 +84,15 @@ def measure(
     """
     rows = _sampled_rows(query)
     if isinstance(selection, BlockSelection):
-        values, cells = _block_stats(selection, config), _block_cells(selection, config.split)
+        values, block_map = _block_stats(selection, config), _block_map(selection, config.split)
         kept = _kept_by_blocks(selection, rows, key.shape[2], BLOCK // config.split) if exact else None
     else:
-        values, cells = _token_stats(selection, config, key), _token_cells(selection, config)
+        values, block_map = _token_stats(selection, config, key), _token_block_map(selection, config)
         kept = kept_pairs(selection, rows, key.shape[2], config, BLOCK) if exact else None
     recalls = torch.zeros((2, 0), device=query.device)
     if kept is not None:
         recalls = true_recall(kept, rows, query, key, mask, scale, score)
-    return Measured(torch.stack([value.to(torch.float32) for value in values]), cells, recalls)
+    return SelectionStats(torch.stack([value.to(torch.float32) for value in values]), block_map, recalls)
 
 
 def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[Tensor, ...]:
@@ -136,7 +136,7 @@ def _last_rows(selection: BlockSelection, config: OmniSparseConfig) -> Tensor:
 def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tensor) -> tuple[Tensor, ...]:
     segments = selection.segments
     # Segments of padding have active rows that see nothing.
-    size, asked = selection.row_count.shape[:2].numel(), (selection.row_count > 0) & (selection.mass > 0)
+    size, is_active = selection.row_count.shape[:2].numel(), (selection.row_count > 0) & (selection.mass > 0)
     pairs = size * BLOCK * BLOCK * (selection.rows.shape[-1] // config.segment_size)
     eligible = tokens_of_blocks(segments.eligible, BLOCK, key.shape[2]).sum(-1).expand_as(selection.key_count)
     wide = (*selection.row_count.shape[:2], *segments.some.shape[2:])
@@ -144,35 +144,39 @@ def _token_stats(selection: TokenSelection, config: OmniSparseConfig, key: Tenso
     # Scores of every active row with every eligible key: half of what attention computes for a pair, if not narrow.
     width = 1.0 if config.scoring_dims is None else config.scoring_dims / key.shape[3]
     scored = (selection.row_count * eligible).sum() / pairs / 2 * width
-    mass = torch.where(asked, selection.mass, 1.0)
+    mass = torch.where(is_active, selection.mass, 1.0)
     lazy = selection.lazy.sum().clamp(min=1)
     return (
         segments.near.expand(wide).sum() / size + fetched,
         segments.some.expand(wide).sum() / size,
-        (selection.key_count * asked).sum() / asked.sum().clamp(min=1) / BLOCK,
+        (selection.key_count * is_active).sum() / is_active.sum().clamp(min=1) / BLOCK,
         selection.active.float().mean(),
         (selection.lazy & ~selection.active).sum() / lazy,
-        (selection.needs * asked).sum((0, 2)).argmax(),
-        (selection.mass * asked).sum() / asked.sum().clamp(min=1),
+        (selection.needs * is_active).sum((0, 2)).argmax(),
+        (selection.mass * is_active).sum() / is_active.sum().clamp(min=1),
         mass.amin(),
         selection.overflow.sum(),
         scored,
     )
 
 
-def _block_cells(selection: BlockSelection, split: int) -> Tensor:
+def _block_map(selection: BlockSelection, split: int) -> Tensor:
     """Squares: a cell of narrow key blocks says the most that one of them has."""
-    cells = selection.keep[0].to(torch.uint8) * SELECTED
-    cells = torch.where(selection.layout.forced[0].expand_as(cells.bool()), FORCED, cells).to(torch.uint8)
-    return cells if split == 1 else F.pad(cells, (0, -cells.shape[-1] % split)).unflatten(-1, (-1, split)).amax(-1)
+    block_map = selection.keep[0].to(torch.uint8) * SELECTED
+    block_map = torch.where(selection.layout.forced[0].expand_as(block_map.bool()), FORCED, block_map).to(torch.uint8)
+    return (
+        block_map
+        if split == 1
+        else F.pad(block_map, (0, -block_map.shape[-1] % split)).unflatten(-1, (-1, split)).amax(-1)
+    )
 
 
-def _token_cells(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
+def _token_block_map(selection: TokenSelection, config: OmniSparseConfig) -> Tensor:
     """A block counts as selected where at least one of its tokens is fetched."""
     near = selection.segments.near[0].expand(selection.chosen.shape[1], -1, -1)
     hits = blocks_of_bits(selection.chosen[0], BLOCK)
-    cells = hits.repeat_interleave(config.segment_size // BLOCK, 1)[:, : near.shape[1]].to(torch.uint8) * SELECTED
-    return torch.where(near, FORCED, cells).to(torch.uint8)
+    block_map = hits.repeat_interleave(config.segment_size // BLOCK, 1)[:, : near.shape[1]].to(torch.uint8) * SELECTED
+    return torch.where(near, FORCED, block_map).to(torch.uint8)
 
 
 def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int, key_block: int) -> Tensor:
@@ -197,7 +201,7 @@ def true_recall(
     rows: Tensor,
     query: Tensor,
     key: Tensor,
-    mask: MaskProgram | OpaqueMask,
+    mask: IndexMask | OpaqueMask,
     scale: float,
     score: Callable[..., Tensor] | None,
 ) -> Tensor:

@@ -14,7 +14,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import shape_of_config
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model import hf
-from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of
+from omnisparse_flex.model.compiled_module import CompiledDecoder, check_visual, compiled_decoder_of
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
 from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
@@ -78,7 +78,7 @@ def apply_omnisparse(
     remove_omnisparse(model)
     undo = Undo()
     try:
-        entry = Entry(decoder, backend, dynamic, hands_on=is_hf)
+        entry = CompiledDecoder(decoder, backend, dynamic, forwards_kwargs=is_hf)
         entry.undo = undo
         if is_hf:
             install_in_transformers(model, decoder, entry, undo, visual_mask)
@@ -103,7 +103,7 @@ def remove_omnisparse(model: nn.Module) -> nn.Module:
     Returns:
         The same object.
     """
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     if entry is not None:
         entry.undo()
         entry.module._compiled_call_impl = None
@@ -125,7 +125,7 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
     Raises:
         ConfigError: If the model was never changed, or lost its compile when it was copied.
     """
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     if entry is None and was_replaced(model):
         raise ConfigError(f"model must keep what apply_omnisparse installed, got a part whose {REPLACED}")
     copied = hf.is_transformers_model(model) and any(
@@ -150,7 +150,7 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The model.
     """
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     require(entry is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
     assert entry is not None
     entry.module._compiled_call_impl = None

@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule
 
-from omnisparse_flex.attention import flex_options as kernel_choice
-from omnisparse_flex.attention.flex_options import KERNELS, has_flash
+from omnisparse_flex.attention.flex_options import KERNELS, has_flash, notes
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph, device_of, tensors_of
 from omnisparse_flex.compile_or_restore import compile_or_restore
 from omnisparse_flex.config import OmniSparseConfig
@@ -29,12 +28,12 @@ from omnisparse_flex.seams import require_seams
 INNERS = ("auto", "inductor", "aot_eager", "eager")
 
 #: Queries below which a device that was never measured stays dense. Our choice: twice what an H200 needs.
-UNMEASURED = 16384
+UNMEASURED_MIN_QUERIES = 16384
 #: What a report says where no length pays.
 NEVER_PAYS = "dense: these rules pay at no length; max_kv_budget bounds what they may cost, min_seq_len=0 runs them"
 
 
-class Here(threading.local):
+class ThreadState(threading.local):
     """What a backend knows of one thread.
 
     Attributes:
@@ -56,7 +55,7 @@ class Backend:
     Attributes:
         stateful: Calls have run-time state, which must reach every site.
         log: What it did.
-        here: What it knows of the thread that asks.
+        thread: What it knows of the thread that asks.
         compile_hook: Makes the context that surrounds each inner compile, given the graph's
             number: where a command prints its progress; or None.
     """
@@ -93,7 +92,7 @@ class Backend:
         self.inner = inner
         self.static = static
         self.stateful = False
-        self.log, self.here = Log(), Here()
+        self.log, self.thread = Log(), ThreadState()
         self.compile_hook: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
         self.last: Rewrite | None = None
 
@@ -103,7 +102,7 @@ class Backend:
         inner = self.inner_for(device, needs_grad)
         settings = Settings(
             config=self.config,
-            least=functools.partial(self.threshold, device),
+            min_queries=functools.partial(self.min_queries, device),
             lists=inner == "inductor",
             kernel=self.kernel,
             static=self.static,
@@ -113,20 +112,20 @@ class Backend:
         )
         before = None if raises_bugs() else Snapshot(graph_module)
         rewrite = run_pipeline(graph_module, settings, before)
-        around = self.compile_hook(self.log.graphs) if self.compile_hook else contextlib.nullcontext()
+        surrounding = self.compile_hook(self.log.graphs) if self.compile_hook else contextlib.nullcontext()
         compile_it = functools.partial(_compile, graph_module, inputs, inner, kwargs.get("mode"))
-        with around:
+        with surrounding:
             rewrite, compiled = compile_or_restore(compile_it, graph_module, rewrite, before)
         read = [i for i, x in enumerate(graph_module.graph.find_nodes(op="placeholder")) if x.users]
         # Only now: the inner compiler may raise to make Dynamo start over with other sizes.
-        log, here, number = self.log, self.here, self.log.graphs
+        log, thread, number = self.log, self.thread, self.log.graphs
         self._record(rewrite, inner)
 
         def run(*args: Any) -> Any:
             log.runs += 1
-            here.runs += 1
-            if here.run_hook is not None:
-                return here.run_hook(number, [args[i] for i in read], functools.partial(compiled, *args))
+            thread.runs += 1
+            if thread.run_hook is not None:
+                return thread.run_hook(number, [args[i] for i in read], functools.partial(compiled, *args))
             return compiled(*args)
 
         return run
@@ -137,36 +136,36 @@ class Backend:
             return self.inner
         return "aot_eager" if device.type == "cpu" and needs_grad else "inductor"
 
-    def threshold(self, device: torch.device, shape: Shape | None = None) -> int:
-        """Queries below which a graph stays dense.
+    def min_queries(self, device: torch.device, shape: Shape | None = None) -> int | None:
+        """The number of queries from which on attention is sparse; None: never.
 
         Args:
             device: Where it runs.
             shape: Heads of its attention; None: those of a 7B model.
 
         Returns:
-            ``min_seq_len``, or the device's break-even for the rules at hand; noted for the report.
+            ``min_seq_len``, or the device's break-even for the rules at hand, which is noted for the report.
         """
         if isinstance(self.min_seq_len, int):
             return self.min_seq_len
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         costs = costs_of(name)
         if costs is None:
-            self.log.notes[f"{name} was never measured: dense below {UNMEASURED} queries"] = None
-            return UNMEASURED
-        least = costs.break_even(shape or Shape(), self.config, name)
-        if least == LAST:
+            self.log.notes[f"{name} was never measured: dense below {UNMEASURED_MIN_QUERIES} queries"] = None
+            return UNMEASURED_MIN_QUERIES
+        queries = costs.break_even(shape or Shape(), self.config, name)
+        if queries == LAST:
             self.log.notes[f"{name}: {NEVER_PAYS}"] = None
-            return least
-        share = expected_share(least, self.config)
-        self.log.notes[f"{name}: sparse from {least} queries on, if at most {share:.0%} of the pairs are kept"] = None
-        return least
+            return None
+        share = expected_share(queries, self.config)
+        self.log.notes[f"{name}: sparse from {queries} queries on, if at most {share:.0%} of the pairs are kept"] = None
+        return queries
 
     def _record(self, rewrite: Rewrite, inner: str | CompiledFn) -> None:
         self.last = rewrite
         self.log.sites += [site_report(site, self.log.graphs) for site in rewrite.sites]
         self.log.graphs += 1
-        self.log.notes.update(dict.fromkeys(kernel_choice.notes((s.layer, s.flash_refused) for s in rewrite.sites)))
+        self.log.notes.update(dict.fromkeys(notes((s.layer, s.flash_refused) for s in rewrite.sites)))
         self._warn_of_bugs(rewrite)
         if rewrite.dumped_to:
             self.log.notes[f"the graph after every pass: {rewrite.dumped_to}"] = None
@@ -218,11 +217,11 @@ def backend_from_options(options: Mapping[str, Any]) -> Backend:
     known = ("config", "min_seq_len", "kernel", "inner")
     unknown = sorted(set(options) - set(known))
     require(not unknown, "options", f"hold only {', '.join(known)}", unknown)
-    rest = {name: value for name, value in options.items() if name != "config"}
+    others = {name: value for name, value in options.items() if name != "config"}
     config = options.get("config")
     if isinstance(config, Mapping):
         config = OmniSparseConfig.from_dict(config)
-    return Backend(OmniSparseConfig() if config is None else config, **rest)
+    return Backend(OmniSparseConfig() if config is None else config, **others)
 
 
 def site_report(site: Site, graph: int) -> SiteReport:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from omnisparse_flex.errors import require
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.statistics import STATS
-from omnisparse_flex.model.compiled_module import Entry, entry_of
-from omnisparse_flex.model.run_state import State
+from omnisparse_flex.model.compiled_module import CompiledDecoder, compiled_decoder_of
+from omnisparse_flex.model.run_state import ModelState
 from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.report import table
 
@@ -139,7 +139,7 @@ def collect_stats(model: nn.Module, exact: bool = False, *, maps: bool = False) 
     Raises:
         ConfigError: If the model was not changed.
     """
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     require(entry is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
     assert entry is not None
     rows = entry.state.recall.shape[0]
@@ -151,7 +151,7 @@ def collect_stats(model: nn.Module, exact: bool = False, *, maps: bool = False) 
         maps=torch.zeros((rows, *MAP_LIMIT), dtype=torch.uint8, device=device) if maps else None,
         recalls=torch.zeros((rows, 2, _query_heads(entry)), device=device) if exact else None,
     )
-    state: State = entry.state
+    state: ModelState = entry.state
     state.stats, state.maps, state.recalls = stats.raw, stats.maps, stats.recalls
     try:
         yield stats
@@ -159,13 +159,13 @@ def collect_stats(model: nn.Module, exact: bool = False, *, maps: bool = False) 
         state.stats = state.maps = state.recalls = None
 
 
-def _layer_count(entry: Entry) -> int:
+def _layer_count(entry: CompiledDecoder) -> int:
     config = getattr(entry.module, "config", None)
     stated = getattr(config, "num_hidden_layers", None)
     return stated if isinstance(stated, int) else len({site.layer for site in entry.backend.log.sites})
 
 
-def _query_heads(entry: Entry) -> int:
+def _query_heads(entry: CompiledDecoder) -> int:
     """What the config states, or else what the last compiled graph has."""
     heads = getattr(getattr(entry.module, "config", None), "num_attention_heads", None)
     if not isinstance(heads, int) and entry.backend.last is not None and entry.backend.last.sites:

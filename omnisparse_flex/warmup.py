@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 
 
 class RecallWarmup:
@@ -33,7 +33,7 @@ class RecallWarmup:
             "be an int of at least 1",
             steps,
         )
-        entry = entry_of(model)
+        entry = compiled_decoder_of(model)
         if entry is None:
             raise ConfigError(f"model must be one that apply_omnisparse returned, got {type(model).__name__}")
         self.steps, self.taken = steps, 0

@@ -74,14 +74,14 @@ def arguments(node: Node, *wanted: str) -> dict[str, Any] | None:
     names = PARAMETERS.get(op_name(node)) if names is None else names
     if names is None or len(node.args) > len(names):
         return None
-    given: dict[str, Any] = dict.fromkeys(wanted)
-    given |= zip(names, node.args, strict=False)
+    operands: dict[str, Any] = dict.fromkeys(wanted)
+    operands |= zip(names, node.args, strict=False)
     for name, value in node.kwargs.items():
         parameter = _ALIASES.get(name, name)
-        if given.get(parameter) is not None:
+        if operands.get(parameter) is not None:
             return None
-        given[parameter] = value
-    return given if all(name in wanted or is_silent(name, value) for name, value in given.items()) else None
+        operands[parameter] = value
+    return operands if all(name in wanted or is_silent(name, value) for name, value in operands.items()) else None
 
 
 def is_silent(name: str, value: Any) -> bool:

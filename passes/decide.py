@@ -105,14 +105,16 @@ def _unprofitable(site: Site, settings: Settings) -> str | None:
     if settings.config.is_dense(site.layer) and _has_fast_dense(site):
         return "dense by target_recall = 1.0"
     query, key = shape_of(site.query), shape_of(site.key)
-    least = settings.least(Shape(int(query[1]), int(key[1]), int(query[3])))
-    if least == 0:
+    min_queries = settings.min_queries(Shape(int(query[1]), int(key[1]), int(query[3])))
+    if min_queries == 0:
         return None
     if isinstance(q_len, int) and q_len == 1:
         return "one query: decoding stays dense"
+    if min_queries is None:
+        return "sparse attention pays at no length here (min_seq_len = 0 runs it)"
     # A length guard: Dynamo compiles one graph for each side of the threshold.
-    if q_len < least:
-        return f"fewer than min_seq_len = {least} queries"
+    if q_len < min_queries:
+        return f"fewer than min_seq_len = {min_queries} queries"
     return None
 
 

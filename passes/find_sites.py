@@ -157,21 +157,21 @@ def _leaves(operands: Iterable[Any], scope: Scope) -> tuple[Leaf | None, ...]:
 
 
 def _sdpa(scope: Scope, node: Node) -> Site:
-    given: dict[str, Any] = dict(zip(_SDPA, node.args, strict=False)) | dict(node.kwargs)
-    causal = given.get("is_causal") or False
+    operands: dict[str, Any] = dict(zip(_SDPA, node.args, strict=False)) | dict(node.kwargs)
+    causal = operands.get("is_causal") or False
     site = Site(
         "sdpa",
         scope,
         node,
-        given["query"],
-        given["key"],
-        given["value"],
-        mask=given.get("attn_mask"),
+        operands["query"],
+        operands["key"],
+        operands["value"],
+        mask=operands.get("attn_mask"),
         causal="upper_left" if causal is True else "none",
-        scale=number_of(given.get("scale")),
-        dropout=_probability(given.get("dropout_p", 0.0)),
+        scale=number_of(operands.get("scale")),
+        dropout=_probability(operands.get("dropout_p", 0.0)),
     )
-    unknown = sorted(given.keys() - set(_SDPA))
+    unknown = sorted(operands.keys() - set(_SDPA))
     if unknown:
         site.refuse(f"scaled_dot_product_attention has an argument that is not known here: {', '.join(unknown)}")
     if not isinstance(causal, bool):
@@ -217,12 +217,12 @@ def _path(node: Node) -> str:
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    # ``L['self']._modules['layers']._modules['0'].attn`` and our own entry's ``CALL.__self__`` both occur.
+    # ``L['self']._modules['layers']._modules['0'].attn`` and our own entry's ``module_call.__self__`` both occur.
     path = re.sub(
         r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path.replace("L['self']", "").replace("._wrapped_call_impl", "")
     )
     path = re.sub(r"\._modules|__self__|_call_impl", "", path)
-    path = re.sub(r"^[LG]\.\w+|^fn\b|^CALL\b", "", path)
+    path = re.sub(r"^[LG]\.\w+|^fn\b|^module_call\b", "", path)
     return re.sub(r"\.+", ".", path).strip(".")
 
 

@@ -149,14 +149,14 @@ class Lifter(ShapeRules):
 
     def _pointwise(self, node: Node, scope: Scope, at: Indices) -> Expr:
         op = POINTWISE[op_name(node)]
-        given = arguments(node, "condition", "input", "other", "rounding_mode", "alpha")
-        rounding = None if given is None else given["rounding_mode"]
-        if given is None or rounding not in (None, "floor") or given["alpha"] not in (None, 1):
+        operands = arguments(node, "condition", "input", "other", "rounding_mode", "alpha")
+        rounding = None if operands is None else operands["rounding_mode"]
+        if operands is None or rounding not in (None, "floor") or operands["alpha"] not in (None, 1):
             return self._leaf(node, scope, at)
         if op == "div" and rounding == "floor":
             op = "floor_divide"
         wanted = {"where": ("condition", "input", "other")}.get(op, ("input",) if op in _ONE else ("input", "other"))
-        args = [given[name] for name in wanted]
+        args = [operands[name] for name in wanted]
         if any(arg is None for arg in args):  # of another signature: where(condition), max(x)
             return self._leaf(node, scope, at)
         if op in ("and", "or", "xor", "not"):
@@ -174,13 +174,13 @@ class Lifter(ShapeRules):
         return inner if is_bool else Apply("cast_bool", (inner,))
 
     def _clamp(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        given = arguments(node, "input", "min", "max")
-        if given is None:
+        operands = arguments(node, "input", "min", "max")
+        if operands is None:
             return self._leaf(node, scope, at)
-        result = self._operand(given["input"], scope, at)
+        result = self._operand(operands["input"], scope, at)
         for name, op in (("min", "maximum"), ("max", "minimum")):
-            if given[name] is not None:
-                result = Apply(op, (result, self._operand(given[name], scope, at)))
+            if operands[name] is not None:
+                result = Apply(op, (result, self._operand(operands[name], scope, at)))
         return result
 
     def _broadcast(self, node: Node, scope: Scope, at: Indices) -> Expr:
@@ -205,10 +205,10 @@ class Lifter(ShapeRules):
         return _constant(number, value_of(node).dtype)
 
     def _arange(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        given = arguments(node, "start", "end", "step", "dtype")
-        if given is None or value_of(node).dtype not in _EXACT:
+        operands = arguments(node, "start", "end", "step", "dtype")
+        if operands is None or value_of(node).dtype not in _EXACT:
             return self._leaf(node, scope, at)
-        start, step = given["start"] if given["end"] is not None else 0, given["step"]
+        start, step = operands["start"] if operands["end"] is not None else 0, operands["step"]
         start, step = (0 if start is None else start), (1 if step is None else step)
         if any(isinstance(value_of(x), (float, torch.SymFloat)) for x in (start, step)):
             return self._leaf(node, scope, at)  # their multiples are rounded
@@ -216,32 +216,32 @@ class Lifter(ShapeRules):
         return moved if start == 0 else Apply("add", (moved, self.lift(start, scope, ())))
 
     def _masked_fill(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        given = arguments(node, "input", "mask", "value")
-        if given is None:
+        operands = arguments(node, "input", "mask", "value")
+        if operands is None:
             return self._leaf(node, scope, at)
-        return Apply("where", tuple(self._operand(given[x], scope, at) for x in ("mask", "value", "input")))
+        return Apply("where", tuple(self._operand(operands[x], scope, at) for x in ("mask", "value", "input")))
 
     def _embedding(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        given = arguments(node, "input", "weight") if node.target is F.embedding else None
-        if given is None or not isinstance(given["weight"], Node):
+        operands = arguments(node, "input", "weight") if node.target is F.embedding else None
+        if operands is None or not isinstance(operands["weight"], Node):
             return self._leaf(node, scope, at)
-        return self._captured(given["weight"], scope, (self._operand(given["input"], scope, at[:-1]), at[-1]))
+        return self._captured(operands["weight"], scope, (self._operand(operands["input"], scope, at[:-1]), at[-1]))
 
     def _triangle(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        given = arguments(node, "input", "diagonal")
-        if given is None:
+        operands = arguments(node, "input", "diagonal")
+        if operands is None:
             return self._leaf(node, scope, at)
-        diagonal = 0 if given["diagonal"] is None else given["diagonal"]
+        diagonal = 0 if operands["diagonal"] is None else operands["diagonal"]
         edge = Apply("add", (at[-2], self.lift(diagonal, scope, ()))) if diagonal != 0 else at[-2]
         inside = Apply("le" if op_name(node) == "tril" else "ge", (at[-1], edge))
         zero = Const(False) if value_of(node).dtype == torch.bool else Const(0)
-        return Apply("where", (inside, self._operand(given["input"], scope, at), zero))
+        return Apply("where", (inside, self._operand(operands["input"], scope, at), zero))
 
     def _power(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        given = arguments(node, "input", "exponent")
-        if given is None or given["exponent"] != 2:
+        operands = arguments(node, "input", "exponent")
+        if operands is None or operands["exponent"] != 2:
             return self._leaf(node, scope, at)
-        base = self._operand(given["input"], scope, at)
+        base = self._operand(operands["input"], scope, at)
         return _rounded(Apply("mul", (base, base)), value_of(node).dtype)
 
 

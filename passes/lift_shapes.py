@@ -20,20 +20,20 @@ class ShapeRules(Reader):
     """Where an element of the result comes from in the source."""
 
     def _unsqueeze(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        given = arguments(node, "input", "dim")
-        if given is None or not isinstance(given["dim"], int):
+        operands = arguments(node, "input", "dim")
+        if operands is None or not isinstance(operands["dim"], int):
             return self._leaf(node, scope, at)
-        dim = given["dim"] % len(at)
-        return self.lift(given["input"], scope, at[:dim] + at[dim + 1 :])
+        dim = operands["dim"] % len(at)
+        return self.lift(operands["input"], scope, at[:dim] + at[dim + 1 :])
 
     def _transpose(self, node: Node, scope: Scope, at: Indices) -> Expr:
-        given = arguments(node, "input", "dim0", "dim1")
-        if given is None or not (isinstance(given["dim0"], int) and isinstance(given["dim1"], int)):
+        operands = arguments(node, "input", "dim0", "dim1")
+        if operands is None or not (isinstance(operands["dim0"], int) and isinstance(operands["dim1"], int)):
             return self._leaf(node, scope, at)
         moved = list(at)
-        a, b = given["dim0"] % len(at), given["dim1"] % len(at)
+        a, b = operands["dim0"] % len(at), operands["dim1"] % len(at)
         moved[a], moved[b] = moved[b], moved[a]
-        return self.lift(given["input"], scope, tuple(moved))
+        return self.lift(operands["input"], scope, tuple(moved))
 
     def _permute(self, node: Node, scope: Scope, at: Indices) -> Expr:
         order: Any = node.args[1:2] and (node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])

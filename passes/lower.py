@@ -37,7 +37,7 @@ from torch.fx import Node
 from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.flex_options import Options, kernel_options
 from omnisparse_flex.attention.functional import autocast_dtype
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.passes.nodes import shape_of, value_of
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.site_functions import (
@@ -159,7 +159,7 @@ def _constants(site: Site, settings: Settings) -> Constants:
         fixed |= {"config": config, "static": settings.static}
     plain = site.mods is None and site.bias is None and site.softcap == 0
     if not dense and (config.granularity == "token" or (settings.lists and plain)):
-        fixed["rules"] = register(SparseCall(mask=MaskProgram(site.expr), **fixed))
+        fixed["rules"] = register(SparseCall(mask=IndexMask(site.expr), **fixed))
     target, peak = config.recall_of(site.layer), config.min_peak_of(site.layer)
     counts = len(site.leaves), len(site.bias_leaves)
     return Constants(site.layer, target, peak, site.expr, site.offset, *counts, fixed)

@@ -67,9 +67,9 @@ def _is(node: Any, *names: str) -> bool:
 
 def _matmul(node: Node) -> tuple[Any, Any] | None:
     """The two factors of a product."""
-    given = arguments(node, "input", "other") if op_name(node) == "matmul" else None
-    given = arguments(node, "input", "mat2") if op_name(node) == "bmm" else given
-    return None if given is None else (given["input"], given.get("mat2", given.get("other")))
+    operands = arguments(node, "input", "other") if op_name(node) == "matmul" else None
+    operands = arguments(node, "input", "mat2") if op_name(node) == "bmm" else operands
+    return None if operands is None else (operands["input"], operands.get("mat2", operands.get("other")))
 
 
 def _through_casts(node: Any) -> Any:
@@ -81,39 +81,39 @@ def _through_casts(node: Any) -> Any:
 
 def _split_dropout(node: Any) -> tuple[Any, float]:
     """``(x, p)`` of ``dropout(x, p)``; a probability that nobody knows counts as certain, and so refuses the site."""
-    given = arguments(node, "input", "p", "training") if _is(node, "dropout") else None
-    if given is None:
+    operands = arguments(node, "input", "p", "training") if _is(node, "dropout") else None
+    if operands is None:
         return node, 0.0
-    if given["training"] is False:
-        return given["input"], 0.0
-    number = 0.5 if given["p"] is None else number_of(given["p"])
-    return given["input"], 1.0 if number is None else number
+    if operands["training"] is False:
+        return operands["input"], 0.0
+    number = 0.5 if operands["p"] is None else number_of(operands["p"])
+    return operands["input"], 1.0 if number is None else number
 
 
 def _softmax_of(node: Any) -> Any:
     """``x`` of a softmax of ``x`` over the keys."""
-    given = arguments(node, "input", "dim", "dtype") if _is(node, "softmax") else None
-    return given["input"] if given is not None and given["dim"] in (-1, 3) else None
+    operands = arguments(node, "input", "dim", "dtype") if _is(node, "softmax") else None
+    return operands["input"] if operands is not None and operands["dim"] in (-1, 3) else None
 
 
 def _split_mask(node: Any) -> tuple[Any, Any, bool]:
     """``(logits, mask, mask blocks)`` of ``logits + mask`` or ``logits.masked_fill(~mask, -inf)``."""
-    if _is(node, "add", "iadd") and (given := arguments(node, "input", "other")) is not None:
-        terms = given["input"], given["other"]
+    if _is(node, "add", "iadd") and (operands := arguments(node, "input", "other")) is not None:
+        terms = operands["input"], operands["other"]
         for logits, mask in (terms, terms[::-1]):
             if _is(logits, *_MATMUL, "mul", "truediv", "div") and isinstance(mask, Node):
                 return logits, mask, False
-    if _is(node, "masked_fill") and (given := arguments(node, "input", "mask", "value")) is not None:
-        fill = given["value"]
-        if isinstance(fill, float) and fill <= -1e4 and isinstance(given["mask"], Node):
-            return given["input"], given["mask"], True
+    if _is(node, "masked_fill") and (operands := arguments(node, "input", "mask", "value")) is not None:
+        fill = operands["value"]
+        if isinstance(fill, float) and fill <= -1e4 and isinstance(operands["mask"], Node):
+            return operands["input"], operands["mask"], True
     return node, None, False
 
 
 def _split_scale(node: Any) -> tuple[Any, float]:
     """``(x, s)`` of ``x * s`` or ``x / (1 / s)`` with a number ``s``."""
-    if _is(node, "mul", "truediv", "div") and (given := arguments(node, "input", "other")) is not None:
-        x, number = given["input"], number_of(given["other"])
+    if _is(node, "mul", "truediv", "div") and (operands := arguments(node, "input", "other")) is not None:
+        x, number = operands["input"], number_of(operands["other"])
         if number is not None and isinstance(x, Node):
             return x, number if op_name(node) == "mul" else 1.0 / number
     return node, 1.0
@@ -126,8 +126,8 @@ def _untranspose(node: Any) -> Node | None:
     source, *dims = node.args
     name = op_name(node)
     if name in ("transpose", "swapaxes"):
-        given = arguments(node, *PARAMETERS[name]) or {}
-        swapped = [given.get(x) for x in PARAMETERS[name][1:]]
+        operands = arguments(node, *PARAMETERS[name]) or {}
+        swapped = [operands.get(x) for x in PARAMETERS[name][1:]]
         return source if all(isinstance(d, int) for d in swapped) and {d % 4 for d in swapped} == {2, 3} else None  # type: ignore[operator,return-value]
     order = dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims
     permutes = name == "permute" and tuple(order) in ((0, 1, 3, 2), (0, 1, -1, -2)) and is_plain(node)

@@ -18,8 +18,8 @@ from omnisparse_flex.masks.blocks.block_lists import map_of_lists
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout
 from omnisparse_flex.masks.blocks.select import grid_of
 from omnisparse_flex.masks.expr.expr import Expr, number_in
-from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.statistics import Measured
+from omnisparse_flex.masks.expr.index_mask import IndexMask
+from omnisparse_flex.masks.statistics import SelectionStats
 from omnisparse_flex.passes.nodes import value_of
 from omnisparse_flex.passes.state import Site
 
@@ -135,15 +135,15 @@ def _recall_of(recall: Tensor, layer: int, device: torch.device) -> Tensor:
     return target
 
 
-def _writer(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | None) -> Callable[[Measured], None]:
+def _writer(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | None) -> Callable[[SelectionStats], None]:
     """Writes one site's record into the rows of its layer; a picture is cropped to fit."""
 
-    def write(measured: Measured) -> None:
+    def write(measured: SelectionStats) -> None:
         stats[layer].copy_(measured.stats)
         if maps is not None:
-            canvas, cells = maps[layer], measured.cells
-            heads, rows, columns = (min(a, b) for a, b in zip(canvas.shape, cells.shape, strict=True))
-            canvas[:heads, :rows, :columns].copy_(cells[:heads, :rows, :columns])
+            canvas, block_map = maps[layer], measured.block_map
+            heads, rows, columns = (min(a, b) for a, b in zip(canvas.shape, block_map.shape, strict=True))
+            canvas[:heads, :rows, :columns].copy_(block_map[:heads, :rows, :columns])
         if recalls is not None:
             recalls[layer].copy_(measured.recalls)
 
@@ -152,9 +152,9 @@ def _writer(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | No
 
 def _mask(
     expr: Expr, offset: Expr | None, query: Tensor, key: Tensor, leaves: Sequence[Any]
-) -> tuple[MaskProgram, Tensor | int]:
+) -> tuple[IndexMask, Tensor | int]:
     """The lifted mask over its leaves, and the position of query 0."""
-    mask = MaskProgram(expr, _as_tensors(leaves, query, key))
+    mask = IndexMask(expr, _as_tensors(leaves, query, key))
     return mask, 0 if offset is None else number_in(offset, mask.buffers, query.device)
 
 

@@ -132,7 +132,8 @@ class Settings:
 
     Attributes:
         config: Selection rules.
-        least: Queries below which a site with these heads stays dense; 0 switches every fallback off.
+        min_queries: Queries below which a site with these heads stays dense, None: it always does; 0 switches every
+            fallback off.
         lists: The inner compiler honours block lists (Inductor).
         kernel: ``"auto"``, ``"triton"`` or ``"flash"``; see ``kernel_choice``.
         traced: Gradients are traced and not compiled (aot_eager).
@@ -142,7 +143,7 @@ class Settings:
     """
 
     config: OmniSparseConfig
-    least: Callable[[Shape], int] = lambda shape: 0
+    min_queries: Callable[[Shape], int | None] = lambda shape: 0
     lists: bool = True
     kernel: str = "triton"
     static: bool = False

@@ -80,19 +80,19 @@ def _source(node: Node) -> Node | None:
 
 def _interleaved(node: Node) -> Node | None:
     """What ``repeat_interleave`` repeats, every head the same number of times."""
-    given = arguments(node, "input", "repeats", "dim")
-    if given is None or given["dim"] not in (1, -3) or not isinstance(given["input"], Node):
+    operands = arguments(node, "input", "repeats", "dim")
+    if operands is None or operands["dim"] not in (1, -3) or not isinstance(operands["input"], Node):
         return None
-    often, shape = number_of(given["repeats"]), shape_of(given["input"])
+    often, shape = number_of(operands["repeats"]), shape_of(operands["input"])
     # A tensor of repeats has a number for each head, and its values are known at run time only.
-    return given["input"] if often is not None and len(shape) == 4 else None
+    return operands["input"] if often is not None and len(shape) == 4 else None
 
 
 def _inserts(node: Node) -> bool:
     """Whether ``node`` is its source with one more dimension at place 2 and nothing else changed."""
     if op_name(node) == "unsqueeze":
-        given = arguments(node, "input", "dim")
-        return given is not None and given["dim"] in (2, -3)
+        operands = arguments(node, "input", "dim")
+        return operands is not None and operands["dim"] in (2, -3)
     if op_name(node) in ("view", "reshape"):
         return is_plain(node, "shape", "size")  # the order of elements stays
     key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)

@@ -14,8 +14,8 @@ from torch import nn
 import omnisparse_flex
 from omnisparse_flex import ConfigError, OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
 from omnisparse_flex.api import dense
-from omnisparse_flex.backend import UNMEASURED, Backend
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.backend import UNMEASURED_MIN_QUERIES, Backend
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.helpers.tiny import batch, build, text_config
 
 
@@ -88,7 +88,7 @@ def test_bad_arguments_change_nothing(case, device):
     with pytest.raises(ConfigError) as error:
         apply_omnisparse(model, **arguments)
     assert message in str(error.value)
-    assert entry_of(model) is None and model.config._attn_implementation == "sdpa"
+    assert compiled_decoder_of(model) is None and model.config._attn_implementation == "sdpa"
 
 
 def test_flash_without_its_package_is_refused(gpt, monkeypatch):
@@ -129,7 +129,7 @@ def test_failure_half_way_restores_the_model(monkeypatch):
     monkeypatch.setattr("omnisparse_flex.model.install.VisualMaskHook", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         apply_omnisparse(model)
-    assert entry_of(model) is None
+    assert compiled_decoder_of(model) is None
     assert model.config.text_config._attn_implementation == "sdpa"
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -174,8 +174,10 @@ def test_nothing_rewritten_warns(device):
 def test_a_gpu_never_measured_gets_conservative_defaults(monkeypatch):
     backend = Backend(OmniSparseConfig())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Other GPU")
-    assert backend.threshold(torch.device("cuda")) == UNMEASURED
-    assert backend.log.report().notes == (f"Some Other GPU was never measured: dense below {UNMEASURED} queries",)
+    assert backend.min_queries(torch.device("cuda")) == UNMEASURED_MIN_QUERIES
+    assert backend.log.report().notes == (
+        f"Some Other GPU was never measured: dense below {UNMEASURED_MIN_QUERIES} queries",
+    )
 
 
 def test_dropout_in_training_is_a_named_skip(device):

@@ -33,7 +33,7 @@ from omnisparse_flex.cost_model import (
 )
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 #: Estimators of mass. ``sampled_rows`` chooses by peaks instead: ``tests/masks/test_peaks.py``.
 COUNTING = tuple(name for name in SCORINGS["block"] if name != "sampled_rows")
@@ -149,7 +149,7 @@ def test_rules_that_choose_dearly_pay_later_or_never():
     backend = Backend(OmniSparseConfig(granularity="token"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
-        assert backend.threshold(torch.device("cuda")) == LAST
+        assert backend.min_queries(torch.device("cuda")) is None
     assert any(note.startswith(f"{GPU}: dense: these rules pay at no length") for note in backend.log.notes)
 
 
@@ -159,7 +159,7 @@ def test_a_fixed_budget_keeps_no_more_than_expected(blocks, budget, window):
     tokens = 128 * blocks + 50
     config = OmniSparseConfig(budget=budget, lazy_threshold=None, sink_size=64, window_size=window)
     query = torch.randn(1, 1, tokens, 8)
-    chosen = select_blocks(query, query, MaskProgram(causal()), config, target=0.5, scale=0.3)
+    chosen = select_blocks(query, query, IndexMask(causal()), config, target=0.5, scale=0.3)
     kept = chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum()
     assert kept <= expected_share(tokens, config) + 1e-6
 
@@ -180,9 +180,9 @@ def test_the_users_own_costs_come_first(tmp_path, monkeypatch):
     write("a GPU nobody has", TRUE, path)
     assert costs_of("cpu") == TRUE == costs_of("a GPU nobody has")
     backend = Backend(OmniSparseConfig())
-    least = backend.threshold(torch.device("cpu"), SHAPE)
-    assert least == TRUE.break_even(SHAPE, backend.config, "cpu")
-    assert f"cpu: sparse from {least} queries on, if at most 50% of the pairs are kept" in backend.log.notes
+    queries = backend.min_queries(torch.device("cpu"), SHAPE)
+    assert queries == TRUE.break_even(SHAPE, backend.config, "cpu")
+    assert f"cpu: sparse from {queries} queries on, if at most 50% of the pairs are kept" in backend.log.notes
     path.write_text("{broken")
     with pytest.raises(ConfigError, match="delete it to start over"):
         costs_of("cpu")

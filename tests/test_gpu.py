@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
 from omnisparse_flex.masks.blocks.select import BLOCK
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.testing.oracle import dense_attention, expand_block_map
 from tests.helpers.tiny import batch, build
 
@@ -41,7 +41,9 @@ def test_full_budget_equals_dense_through_inductor(name):
         assert (grad - dense[key]).abs().max() <= 1e-4 * dense[key].abs().max() + 1e-7, key
     report = rewrite_report(model)
     assert len(report.rewritten) == 2 and not report.skipped
-    assert entry_of(model).backend.log.inners == {"inductor"} and not any("eagerly" in n for n in report.notes)
+    assert compiled_decoder_of(model).backend.log.inners == {"inductor"} and not any(
+        "eagerly" in n for n in report.notes
+    )
 
 
 def test_checkpointed_training_through_inductor():
@@ -51,7 +53,7 @@ def test_checkpointed_training_through_inductor():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for key, grad in gradients(model, inputs).items():
         assert (grad - plain[key]).abs().max() <= 1e-3 * plain[key].abs().max() + 1e-7, key
-    assert entry_of(model).backend.log.graphs == 2
+    assert compiled_decoder_of(model).backend.log.graphs == 2
 
 
 class Plain(torch.nn.Module):

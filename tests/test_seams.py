@@ -198,11 +198,13 @@ def test_functions_with_code_objects_of_their_own_are_compiled_apart() -> None:
     with seam("Dynamo's cache and limits belong to a code object", "__code__.replace(co_name="):
 
         def template(x):
-            return CALL(x)  # noqa: F821
+            return module_call(x)  # noqa: F821
 
         graphs = []
         for call in (torch.sin, torch.cos, torch.exp):
-            function = types.FunctionType(template.__code__.replace(co_name="own"), {**globals(), "CALL": call}, "own")
+            function = types.FunctionType(
+                template.__code__.replace(co_name="own"), {**globals(), "module_call": call}, "own"
+            )
             graphs.append(Captured())
             with torch._dynamo.config.patch(recompile_limit=1):
                 torch.compile(function, backend=graphs[-1])(torch.ones(2))

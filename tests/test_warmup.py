@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omnisparse_flex import ConfigError, OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.warmup import RecallWarmup
 from tests.helpers.tiny import batch, build
 
@@ -23,21 +23,21 @@ def test_from_dense_to_the_target_without_another_graph():
     apply_omnisparse(model, CONFIG, min_seq_len=0, inner="aot_eager")
     sparse = logits(model, inputs)
     assert not torch.allclose(sparse, dense, atol=1e-3)
-    graphs, warmup, seen = entry_of(model).backend.log.graphs, RecallWarmup(model, 4), []
+    graphs, warmup, seen = compiled_decoder_of(model).backend.log.graphs, RecallWarmup(model, 4), []
     for _ in range(6):
         seen.append(logits(model, inputs))
         warmup.step()
     assert torch.allclose(seen[0], dense, atol=1e-5)
     assert torch.equal(seen[4], sparse) and torch.equal(seen[5], sparse)
     assert not torch.equal(seen[2], seen[0]) and not torch.equal(seen[2], sparse)
-    assert entry_of(model).backend.log.graphs == graphs
+    assert compiled_decoder_of(model).backend.log.graphs == graphs
 
 
 def test_the_line_is_straight_and_dense_layers_stay_dense():
     model = apply_omnisparse(build("llama", "cpu"), OmniSparseConfig(target_recall=(1.0, 0.6)))
     warmup, seen = RecallWarmup(model, 4), []
     for _ in range(6):
-        seen.append(entry_of(model).state.recall.tolist())
+        seen.append(compiled_decoder_of(model).state.recall.tolist())
         warmup.step()
     expected = torch.tensor([[1.0, x] for x in (1.0, 0.9, 0.8, 0.7, 0.6, 0.6)])
     torch.testing.assert_close(torch.tensor(seen), expected)

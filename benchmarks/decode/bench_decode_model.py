@@ -51,7 +51,7 @@ from benchmarks.decode.bench_decode import (
 from benchmarks.model import bench_compile
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, rewrite_report
 from omnisparse_flex.model.cache_argument import as_cache_argument
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 
 RUNS, WARM = 40, 5
 #: Tokens that a tail has room for: none of the timed steps has to grow it.
@@ -252,7 +252,7 @@ def measure(
     rules = OmniSparseConfig(sink_size=SINKS, window_size=WINDOW)
     inner = "auto" if device == "cuda" else "eager"
     apply_omnisparse(model, rules, visual_mask=lambda args, kwargs: None, inner=inner)
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     assert entry is not None
     entry.checked = True  # no prefill runs here, and a decode graph has nothing to rewrite: no warning
     for visual, ratios in cases.items():

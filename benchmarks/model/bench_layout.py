@@ -22,7 +22,7 @@ from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.block_bounds import Grid, any_in_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 SCRIPT = "benchmarks/model/bench_layout.py"
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "layout.json"
@@ -44,7 +44,7 @@ def shares(visual: Tensor) -> dict[str, float]:
     """Kept shares of the causal block pairs: by rule, by sinks and window, and if every block with text stayed."""
     count = visual.shape[1]
     grid = Grid(1, 1, count, count, BLOCK, visual.device)
-    found = block_layout(MaskProgram(causal()), grid, OmniSparseConfig(), visual=visual)
+    found = block_layout(IndexMask(causal()), grid, OmniSparseConfig(), visual=visual)
     text = found.some & any_in_blocks(~visual, 1, grid.kv_blocks, BLOCK)[:, None, None]
     maps = {"always_kept": found.forced, "near": found.near, "every_text_block": found.near | text}
     return {name: (kept.sum() / found.some.sum()).item() for name, kept in maps.items()}

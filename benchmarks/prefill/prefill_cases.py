@@ -16,7 +16,7 @@ from omnisparse_flex.backend import Backend
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import BLOCK, SCORERS, BlockSelection, grid_of, select_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 SCALE = HEAD_DIM**-0.5
@@ -53,7 +53,7 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def select(query: Tensor, key: Tensor, config: OmniSparseConfig) -> BlockSelection:
     """The selection as the attention makes it."""
-    return select_blocks(query, key, MaskProgram(causal()), config, target=0.5, scale=SCALE)
+    return select_blocks(query, key, IndexMask(causal()), config, target=0.5, scale=SCALE)
 
 
 def find_case(tokens: int, asked: float, query: Tensor, key: Tensor) -> Case | None:
@@ -115,7 +115,7 @@ def selection(config: OmniSparseConfig, query: Tensor, key: Tensor) -> Callable[
 
 def scoring(name: str, query: Tensor, key: Tensor) -> Callable[[], Any]:
     """One scorer alone, compiled, the mask's own block maps given."""
-    mask = MaskProgram(causal())
+    mask = IndexMask(causal())
     some = block_layout(mask, grid_of(query, key), OmniSparseConfig()).some
 
     def score(query: Tensor, key: Tensor, some: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from omnisparse_flex.calibration.search import MAX_DENSITY
 from omnisparse_flex.config import BUDGETS, SCORINGS
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.statistics import measure
+from omnisparse_flex.masks.expr.index_mask import IndexMask
+from omnisparse_flex.masks.statistics import measure_selection
 from omnisparse_flex.report import table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "calibration_transfer.json"
@@ -59,11 +59,11 @@ def capture(model: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, tuple[T
 @torch.no_grad()
 def ladder(query: Tensor, key: Tensor, config: OmniSparseConfig) -> tuple[Tensor, Tensor]:
     """True mean recall (steps, Hq) and density (steps,) of one layer at every target of ``LADDER``."""
-    mask, scale = MaskProgram(causal()), query.shape[-1] ** -0.5
+    mask, scale = IndexMask(causal()), query.shape[-1] ** -0.5
     recalls, densities = [], []
     for u in LADDER:
         chosen = select_blocks(query, key, mask, config, target=1 - 2**-u, scale=scale)
-        found = measure(chosen, query, key, mask, config, scale=scale, score=None, exact=True)
+        found = measure_selection(chosen, query, key, mask, config, scale=scale, score=None, exact=True)
         recalls.append(found.recalls[0].cpu())
         densities.append((chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum()).cpu())
     return torch.stack(recalls), torch.stack(densities)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.video_needle.controls import match_density
 from omnisparse_flex.errors import require
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.stats import Stats
 
 #: Share of each text, at its end, that no training sees.
@@ -197,6 +197,6 @@ def density_at(model: nn.Module, stats: Stats, window: Tensor, target: float, de
 
 def set_targets(model: nn.Module, target: float, dense_layers: int) -> None:
     """Change the run-time targets of every layer that is not statically dense."""
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     assert entry is not None
     entry.state.recall[dense_layers:] = target

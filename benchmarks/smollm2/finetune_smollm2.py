@@ -26,7 +26,7 @@ from benchmarks.smollm2.finetune_parts import FineTuning, perplexity_parts, set_
 from benchmarks.smollm2.finetune_plan import Plan
 from omnisparse_flex import apply_omnisparse, collect_stats, remove_omnisparse
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.stats import Stats
 from omnisparse_flex.warmup import RecallWarmup
 
@@ -145,7 +145,7 @@ class Experiment:
 
     def _warmup(self, done: int) -> Callable[[], None]:
         """What follows a step, ``done`` of which are over: the target falls, where there is one."""
-        if self.plan.warmup == 0 or entry_of(self.model) is None:
+        if self.plan.warmup == 0 or compiled_decoder_of(self.model) is None:
             return lambda: None
         warmup = RecallWarmup(self.model, self.plan.warmup)
         for _ in range(done):

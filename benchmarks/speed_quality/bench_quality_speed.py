@@ -54,7 +54,7 @@ from benchmarks.video_needle.attention_inputs import Layer, capture, tiled
 from omnisparse_flex import OmniSparseConfig, rewrite_report
 from omnisparse_flex.attention.flex_options import has_flash
 from omnisparse_flex.calibration.timing import Function, milliseconds
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, WEIGHTS = ROOT / "results" / "quality_speed.json", ROOT.parent / "models" / "video_needle"
@@ -182,7 +182,7 @@ class Bench:
         row |= {"target_recall": target, "asked_share": case.share, "dense_layers": config.recalls.count(1.0)}
         row |= {"kept": statistics.mean(kept), "active": statistics.mean(active)}
         row |= {"kept_by_layer": kept, "active_by_layer": active}
-        entry = entry_of(module)
+        entry = compiled_decoder_of(module)
         assert entry is not None
         # An input of the graph: no case is compiled for its target.
         entry.state.recall = torch.full_like(entry.state.recall, target, device=self.device)

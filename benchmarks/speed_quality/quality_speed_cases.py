@@ -16,7 +16,7 @@ from benchmarks.video_needle.attention_inputs import Layer, widened
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 QUALITY = Path(__file__).resolve().parents[1] / "results" / "video" / "compare.json"
 #: The row of ``QUALITY`` whose rules are timed, and the dense checkpoint beside it, the better one.
@@ -83,7 +83,7 @@ def operating_point() -> tuple[OmniSparseConfig, dict[int, dict[str, Any]]]:
 
 def shares(layer: Layer, config: OmniSparseConfig, target: float) -> tuple[float, float]:
     """Kept share of the causal blocks, and active share of the query blocks."""
-    mask, scale = MaskProgram(causal()), layer.query.shape[3] ** -0.5
+    mask, scale = IndexMask(causal()), layer.query.shape[3] ** -0.5
     chosen = select_blocks(layer.query, layer.key, mask, config, target=target, scale=scale, visual=layer.visual)
     kept = chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum()
     return kept.item(), chosen.active.float().mean().item()

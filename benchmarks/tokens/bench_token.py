@@ -40,7 +40,7 @@ from omnisparse_flex.calibration.timing import milliseconds
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 HEADS, KV_HEADS, DIM = 28, 4, 128
@@ -73,7 +73,7 @@ def site_of(budget: int, threshold: float) -> SparseCall:
     config = OmniSparseConfig(
         granularity="token", target_recall=0.95, budget=budget, max_kv_budget=budget, lazy_threshold=threshold
     )
-    return SparseCall(config=config, target=0.95, mask=MaskProgram(causal()))
+    return SparseCall(config=config, target=0.95, mask=IndexMask(causal()))
 
 
 def threshold_for(share: float, query: Tensor, key: Tensor, value: Tensor) -> float:
@@ -99,16 +99,16 @@ def parts(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> dict[s
     from omnisparse_flex.attention.tokens.key_lists import far_lists, near_lists
     from omnisparse_flex.attention.tokens.triton import LISTS
     from omnisparse_flex.kernels.attend_lists import attend_lists
-    from omnisparse_flex.masks.expr.causal_padding import plain_mask
-    from omnisparse_flex.masks.tokens.select_triton import select_quickly
+    from omnisparse_flex.masks.expr.causal_padding import as_causal_padding
+    from omnisparse_flex.masks.tokens.select_triton import select_tokens_triton
 
-    plain, segment = plain_mask(site.mask, 1, key.shape[2], query.device), site.config.segment_size
+    plain, segment = as_causal_padding(site.mask, 1, key.shape[2], query.device), site.config.segment_size
     assert plain is not None
     near, scale = near_lists(segments, key.shape, segment, plain), site.scale_for(query)
     out, lse = torch.empty_like(query), torch.empty(query.shape[:3], device=query.device)
     attend_lists(query, key, value, out, lse, near, scale)
     rules = {"block": BLOCK, "target": 0.95, "scale": scale, "real": None}
-    selection = select_quickly(query, key, lse, segments, text, site.config, **rules)
+    selection = select_tokens_triton(query, key, lse, segments, text, site.config, **rules)
     spare_out, spare_lse = out.clone(), lse.clone()
 
     def attend_far() -> None:
@@ -117,7 +117,7 @@ def parts(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> dict[s
 
     return {
         "near": lambda: attend_lists(query, key, value, out, lse, near, scale),
-        "select": lambda: select_quickly(query, key, lse, segments, text, site.config, **rules),
+        "select": lambda: select_tokens_triton(query, key, lse, segments, text, site.config, **rules),
         "far": attend_far,
     }
 

@@ -20,7 +20,7 @@ from benchmarks.video_needle.families import FAMILIES, Family
 from benchmarks.video_needle.slim_cache import KNOWN, ask_slim, dense_prefill, sparse_prefill
 from omnisparse_flex import apply_omnisparse, collect_stats, remove_omnisparse
 from omnisparse_flex.errors import require
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.stats import Stats
 
 #: What a model may see, by the name of the row.
@@ -166,7 +166,7 @@ class Comparison:
 
     def _set_target(self, model: Any, target: float) -> None:
         """The targets are an input of the compiled graph, so it need not be compiled again."""
-        entry = entry_of(model)
+        entry = compiled_decoder_of(model)
         assert entry is not None
         entry.state.recall[self.dense_layers :] = target
 

@@ -11,7 +11,7 @@ from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.types import MaskMod
 
 KERNEL = ("block_lists.lists_in_one", "the kernel for block lists failed, they are made in tensor code")
-Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+BlockLists = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,15 +50,15 @@ def wider(keep: Tensor, full: Tensor, split: int) -> tuple[Tensor, Tensor]:
     return parts[0].amax(-1) > 0, parts[1].amin(-1) > 0
 
 
-def map_of_lists(counts: Tensor, indices: Tensor, least: int = 0) -> Tensor:
+def map_of_lists(counts: Tensor, indices: Tensor, min_width: int = 0) -> Tensor:
     """The inverse of ``block_lists``: bool (B, H, NQ, width), True at the listed blocks.
 
     Args:
         counts: int (B, H, NQ), how many of each row's indices count.
         indices: int (B, H, NQ, W), below ``width``; what lies behind the count may be anything.
-        least: ``width`` is W, or this where it is more.
+        min_width: ``width`` is W, or this where it is more.
     """
-    width = max(indices.shape[-1], least)
+    width = max(indices.shape[-1], min_width)
     used = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
     places = torch.where(used, indices.clamp(min=0, max=width - 1), width).long()
     blank = torch.zeros((*indices.shape[:-1], width + 1), dtype=torch.bool, device=indices.device)
@@ -110,10 +110,10 @@ def block_mask_from_maps(
     )
 
 
-def _map_lists(keep: Tensor, full: Tensor) -> Lists:
+def _map_lists(keep: Tensor, full: Tensor) -> BlockLists:
     full = full.expand_as(keep)
     if keep.is_cuda and (kernel := load(*KERNEL)) is not None:
-        made: Lists | None = kernel(keep, full)
+        made: BlockLists | None = kernel(keep, full)
         if made is not None:
             return made
     lists = (*block_lists(keep & ~full), *block_lists(keep & full))
@@ -122,7 +122,7 @@ def _map_lists(keep: Tensor, full: Tensor) -> Lists:
     return number, indices, full_number, full_indices
 
 
-def _fake_lists(keep: Tensor, full: Tensor) -> Lists:
+def _fake_lists(keep: Tensor, full: Tensor) -> BlockLists:
     numbers = keep.new_empty(keep.shape[:-1], dtype=torch.int32)
     indices = keep.new_empty(keep.shape, dtype=torch.int32)
     return numbers, indices, torch.empty_like(numbers), torch.empty_like(indices)

@@ -59,12 +59,12 @@ def shared_budget(needs: Tensor, active: Tensor, rule: str | int) -> Tensor:
 
     Source: PAPER: k* = max_h need(h), applied uniformly; each head still picks its own keys.
     """
-    asked = needs.masked_fill(~active, 0)
+    budget = needs.masked_fill(~active, 0)
     if rule == "flattest_head":
-        asked = asked.amax(dim=1, keepdim=True).expand_as(asked)
+        budget = budget.amax(dim=1, keepdim=True).expand_as(budget)
     elif not isinstance(rule, str):
-        asked = torch.full_like(asked, rule)
-    return asked.masked_fill(~active, 0)
+        budget = torch.full_like(budget, rule)
+    return budget.masked_fill(~active, 0)
 
 
 def keep_top(order: Tensor, eligible: Tensor, budget: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.masks.blocks.block_lse import block_lse
 from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
 from omnisparse_flex.masks.blocks.row_mass import key_units, normalised, within
-from omnisparse_flex.masks.expr.causal_padding import plain_mask
+from omnisparse_flex.masks.expr.causal_padding import as_causal_padding
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 
 #: Query blocks that the rows are spread over: a question may straddle the edge between two.
 BLOCKS = 2
@@ -30,7 +30,7 @@ def with_last_rows(
     block: int,
     key_block: int,
     adjust: Callable[..., Tensor] | None,
-    mask: MaskProgram | OpaqueMask,
+    mask: IndexMask | OpaqueMask,
 ) -> Tensor:
     """Replace the estimate of the last query blocks by exact softmax rows of some of their queries.
 
@@ -58,12 +58,12 @@ def with_last_rows(
     last = min(BLOCKS, blocks)
     rows, new = _positions(length, blocks - last, last, min(count // BLOCKS, block), block, query.device)
     vectors = query.index_select(2, rows.flatten())
-    plain = plain_mask(mask, query.shape[0], key.shape[2], query.device) if adjust is None else None
+    plain = as_causal_padding(mask, query.shape[0], key.shape[2], query.device) if adjust is None else None
     if plain is None:
         lse = _lse_by_pairs(vectors, key, rows, scale, key_block, adjust, mask.pairs)
     else:
-        everything = torch.full_like(rows, key.shape[2] - 1)
-        seen_to = everything if plain.offset is None else rows + plain.offset
+        last_key = torch.full_like(rows, key.shape[2] - 1)
+        seen_to = last_key if plain.offset is None else rows + plain.offset
         lse = block_lse(vectors, key, seen_to.flatten(), plain.real, scale, key_block).unflatten(2, rows.shape)
 
     below = some[:, :, blocks - last :]

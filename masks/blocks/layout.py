@@ -11,8 +11,8 @@ import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.text_runs import text_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid, any_in_blocks
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 
 
 class Layout(NamedTuple):
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
 @torch.no_grad()
 def block_layout(
-    mask: MaskProgram | OpaqueMask,
+    mask: IndexMask | OpaqueMask,
     grid: Grid,
     config: OmniSparseConfig,
     *,
@@ -72,7 +72,7 @@ def block_layout(
     return Layout(full, some, near, forced, some & ~forced, text.rows)
 
 
-def sink_blocks(mask: MaskProgram | OpaqueMask, config: OmniSparseConfig, grid: Grid) -> int:
+def sink_blocks(mask: IndexMask | OpaqueMask, config: OmniSparseConfig, grid: Grid) -> int:
     """Leading allowed blocks that surely hold the first ``sink_size`` allowed keys of a row.
 
     One block more when the mask reads a captured tensor: padding or packing then may put
@@ -81,7 +81,7 @@ def sink_blocks(mask: MaskProgram | OpaqueMask, config: OmniSparseConfig, grid: 
     if config.sink_size == 0:
         return 0
     blocks = (config.sink_size + grid.kv_block - 1) // grid.kv_block
-    return blocks + 1 if mask.starts_anywhere else blocks
+    return blocks + 1 if mask.first_key_unaligned else blocks
 
 
 def _first_blocks(some: Tensor, count: int) -> Tensor:
@@ -97,13 +97,13 @@ def _window_blocks(grid: Grid, q_offset: Tensor | int, window: int) -> Tensor:
     return reaches_back & (first_k < first_q + grid.block + window - 1)
 
 
-def _rescue(mask: MaskProgram | OpaqueMask, some: Tensor, grid: Grid, q_offset: Tensor | int) -> Tensor:
+def _rescue(mask: IndexMask | OpaqueMask, some: Tensor, grid: Grid, q_offset: Tensor | int) -> Tensor:
     """Blocks that a query needs lest it lose every key: only rows whose own key is masked can.
 
     Rows that may see their own position are covered by the window. For the others (padded
     queries) the first allowed block is enough when the mask is causal and otherwise a
     matter of keys alone: bounds are exact in those (``terms.mask_bounds``). Under any other mask the
-    whole row of blocks stays (``MaskProgram.blind_rows_need``).
+    whole row of blocks stays (``IndexMask.rescue_blocks``).
 
     Args:
         mask: The model's own mask.
@@ -114,13 +114,13 @@ def _rescue(mask: MaskProgram | OpaqueMask, some: Tensor, grid: Grid, q_offset: 
     Returns:
         bool (B or 1, Hq or 1, NQ, NK).
     """
-    if mask.blind_rows_need == "nothing":
+    if mask.rescue_blocks == "none":
         return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=grid.device)
     blind = _blind_rows(mask, grid, q_offset)[..., None]
-    return blind & (_first_blocks(some, 1) if mask.blind_rows_need == "first" else some)
+    return blind & (_first_blocks(some, 1) if mask.rescue_blocks == "first" else some)
 
 
-def _blind_rows(mask: MaskProgram | OpaqueMask, grid: Grid, q_offset: Tensor | int) -> Tensor:
+def _blind_rows(mask: IndexMask | OpaqueMask, grid: Grid, q_offset: Tensor | int) -> Tensor:
     """Query blocks with a query that may not see its own position; (B or 1, Hq or 1, NQ)."""
     b = torch.arange(grid.batch, device=grid.device).view(-1, 1, 1)
     h = torch.arange(grid.heads, device=grid.device).view(1, -1, 1)

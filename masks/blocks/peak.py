@@ -19,8 +19,8 @@ from omnisparse_flex.masks.blocks.peak_rows import (
     row_logits,
     row_of,
 )
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 
 #: A row's threshold is at most so many times the mean share of the key blocks that it sees. Our choice: with a floor
 #: of 0.6, SmolLM2 then loses 0.75, 0.98 and 0.76 % perplexity at 2K, 4K and 8K tokens.
@@ -72,7 +72,7 @@ class PeakSite(NamedTuple):
     scale: float
     first_block: Tensor | int
     score: Callable[..., Tensor] | None
-    mask: MaskProgram | OpaqueMask
+    mask: IndexMask | OpaqueMask
 
 
 class Peaks(NamedTuple):

@@ -23,10 +23,10 @@ from omnisparse_flex.masks.blocks.peak import (
 )
 from omnisparse_flex.masks.blocks.peak_rows import Keys, LiveRows, live_rows
 from omnisparse_flex.masks.expr.block_bounds import Grid
-from omnisparse_flex.masks.expr.causal_padding import plain_mask
+from omnisparse_flex.masks.expr.causal_padding import as_causal_padding
 from omnisparse_flex.masks.expr.expr import KV, TRUE, B, Load, causal, conjunction
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 
 KERNEL = ("find_peaks.find_peaks", "the kernel for sampled rows failed, they are multiplied in tensor code")
 #: Products of one row of some query blocks with all keys that are in memory at once, where tensor code runs eagerly.
@@ -36,7 +36,7 @@ PAIRS = 2**26
 def peaks_of(
     query: Tensor,
     key: Tensor,
-    mask: MaskProgram | OpaqueMask,
+    mask: IndexMask | OpaqueMask,
     layout: Layout,
     grid: Grid,
     *,
@@ -72,7 +72,7 @@ def peaks_of(
     base = base_threshold(layout.some, min_peak, floor)
     plain = None
     if score is None and layout.some.shape[1] == layout.forced.shape[1] == layout.full.shape[1] == 1:
-        plain = plain_mask(mask, grid.batch, grid.kv_len, query.device)
+        plain = as_causal_padding(mask, grid.batch, grid.kv_len, query.device)
     if plain is None:
         keys = Keys(key, block_mean(key, grid.kv_block), grid.kv_block)
         maps = Maps(layout.full, layout.some, layout.forced)
@@ -108,7 +108,7 @@ def _find_peaks(
         parts, buffers = [causal(Load(0, ()))], [offset.reshape(())]
     if real is not None:
         parts, buffers = [*parts, Load(len(buffers), (B, KV))], [*buffers, real]
-    mask = MaskProgram(conjunction(*parts), tuple(buffers))
+    mask = IndexMask(conjunction(*parts), tuple(buffers))
     first = 0 if offset is None else offset.reshape(()) // places.shape[3]
     site = PeakSite(query, keys, Maps(*maps), live, base, floor, scale, first, None, mask)
     chosen, recall, scored = find_peaks(site, last_rows, pairs=PAIRS)

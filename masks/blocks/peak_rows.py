@@ -17,8 +17,8 @@ from torch import Tensor
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.masks.blocks.row_mass import within
 from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 
 #: Rows of a block that are sampled. Our choice: half of them cost 1.6 points of perplexity at an equal kept share of
 #: SmolLM2 at 8K, twice as many gain nothing at an equal kept share (``benchmarks/results/peak_rule.json``).
@@ -55,7 +55,7 @@ class Keys(NamedTuple):
     block: int
 
 
-def live_rows(mask: MaskProgram | OpaqueMask, grid: Grid, own: Tensor) -> LiveRows:
+def live_rows(mask: IndexMask | OpaqueMask, grid: Grid, own: Tensor) -> LiveRows:
     """Which queries of each block may see their own position: padding and what lies past the last query may not.
 
     Args:

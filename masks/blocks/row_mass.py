@@ -13,7 +13,7 @@ import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
 from omnisparse_flex.masks.blocks.mean_pool import for_products, live_counts
 
 
-class Units(NamedTuple):
+class KeyUnits(NamedTuple):
     """What a row looks at: tokens, or tiles of tokens, the same number ``c`` in every key block.
 
     Attributes:
@@ -29,7 +29,7 @@ class Units(NamedTuple):
     centres: Tensor
 
 
-class Rows(NamedTuple):
+class SampledQueries(NamedTuple):
     """One row of every query block.
 
     Attributes:
@@ -45,10 +45,10 @@ class Rows(NamedTuple):
     centres: Tensor
 
 
-def add_rows(
+def accumulate_mass(
     total: Tensor | None,
-    rows: Rows,
-    units: Units,
+    rows: SampledQueries,
+    units: KeyUnits,
     some: Tensor,
     *,
     scale: float,
@@ -97,7 +97,7 @@ def add_rows(
 
 def tile_mass(
     tiles: Tensor,
-    units: Units,
+    units: KeyUnits,
     some: Tensor,
     *,
     length: int,
@@ -128,14 +128,14 @@ def tile_mass(
         last = torch.full_like(starts, (row + 1) * size - 1)
         exist = (starts + row * size < length).unsqueeze(1)
         places = (row_positions(x, length, block) for x in (last, last - size // 2))
-        rows = Rows(tiles[:, :, :, row], next(places), exist, next(places))
-        total = add_rows(total, rows, units, some, scale=scale, adjust=adjust, allowed=allowed)
+        rows = SampledQueries(tiles[:, :, :, row], next(places), exist, next(places))
+        total = accumulate_mass(total, rows, units, some, scale=scale, adjust=adjust, allowed=allowed)
     assert total is not None  # a block holds at least one tile
     return normalised(total, some)
 
 
 def normalised(total: Tensor, some: Tensor) -> Tensor:
-    """Mass whose rows sum to 1 from what ``add_rows`` gave.
+    """Mass whose rows sum to 1 from what ``accumulate_mass`` gave.
 
     Our choice: a block of queries none of whose sampled rows sees a key, though others may,
     spreads its mass evenly over ``some``: nothing is known, so nothing is preferred.
@@ -166,7 +166,7 @@ def row_positions(offsets: Tensor, length: int, block: int) -> Tensor:
     return within(starts + offsets, length).unsqueeze(1)
 
 
-def key_units(key: Tensor, block: int, size: int, live: Tensor | None = None) -> Units:
+def key_units(key: Tensor, block: int, size: int, live: Tensor | None = None) -> KeyUnits:
     """Keys of whole blocks, folded ``size`` consecutive tokens to a unit; the first live token stands for it.
 
     Args:
@@ -183,20 +183,20 @@ def key_units(key: Tensor, block: int, size: int, live: Tensor | None = None) ->
         share = (live_counts(live, size) / size).clamp(min=1 / size).repeat_interleave(size, 1)[:, : key.shape[2]]
         key = torch.where(live[:, None, :, None], key / share[:, None, :, None].to(key.dtype), 0.0)
     vectors = whole_blocks(key, block).unflatten(2, (count * (block // size), size)).flatten(3)
-    return Units(vectors, *unit_places(key, block, size, live))
+    return KeyUnits(vectors, *unit_places(key, block, size, live))
 
 
 def unit_places(key: Tensor, block: int, size: int, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``positions``, ``weights`` and ``centres`` of the ``Units`` of ``size`` consecutive keys (B, Hkv, S, D)."""
+    """``positions``, ``weights`` and ``centres`` of the ``KeyUnits`` of ``size`` consecutive keys (B, Hkv, S, D)."""
     length = key.shape[2]
     count = (length + block - 1) // block
     starts = torch.arange(count * (block // size), device=key.device) * size
     first = starts.view(count, block // size).transpose(0, 1).view(-1, 1, 1, 1, count)
     if live is not None and size > 1:
-        own = F.pad(live.to(torch.uint8), (0, count * block - length)).unflatten(1, (count, block // size, size))
-        own = own.permute(2, 0, 1, 3)[:, :, None, None]  # (c, B, 1, 1, NK, size)
-        place = within(first + own.argmax(-1), length)
-        return place, (own.sum(-1, dtype=torch.float32) / size).log(), place
+        is_live = F.pad(live.to(torch.uint8), (0, count * block - length)).unflatten(1, (count, block // size, size))
+        is_live = is_live.permute(2, 0, 1, 3)[:, :, None, None]  # (c, B, 1, 1, NK, size)
+        place = within(first + is_live.argmax(-1), length)
+        return place, (is_live.sum(-1, dtype=torch.float32) / size).log(), place
     share = (length - first).clamp(min=0, max=size).to(torch.float32) / size
     return within(first, length), share.log(), within(first + size // 2, length)
 

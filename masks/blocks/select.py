@@ -22,9 +22,9 @@ from omnisparse_flex.masks.blocks.peak_rows import ROWS
 from omnisparse_flex.masks.blocks.scorer import Scorer
 from omnisparse_flex.masks.blocks.tile_pool import TILE, tile_pool
 from omnisparse_flex.masks.expr.block_bounds import Grid
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.live_keys import live_keys
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 
 #: Side of a block, in tokens: of queries, and of keys unless ``config.key_block`` is less. FlexAttention's backward
 #: takes no other size on sm90.
@@ -71,7 +71,7 @@ class BlockSelection:
 def select_blocks(
     query: Tensor,
     key: Tensor,
-    mask: MaskProgram | OpaqueMask,
+    mask: IndexMask | OpaqueMask,
     config: OmniSparseConfig,
     *,
     target: Tensor | float,
@@ -144,7 +144,7 @@ def _by_peaks(peaks: Peaks, layout: Layout) -> BlockSelection:
     return BlockSelection(keep, layout, peaks.recall, peaks.scored, blank, number, number, active, ~active, none)
 
 
-def dense_selection(query: Tensor, key: Tensor, mask: MaskProgram | OpaqueMask) -> tuple[Tensor, Tensor]:
+def dense_selection(query: Tensor, key: Tensor, mask: IndexMask | OpaqueMask) -> tuple[Tensor, Tensor]:
     """``(keep, full)`` maps that keep everything the mask allows; (1 or B, 1 or Hq, NQ, NK)."""
     full, some = mask.bounds(grid_of(query, key))
     some, full = torch.broadcast_tensors(some, full)

@@ -88,11 +88,11 @@ def _of_blocks(grid: Grid, own: Tensor, *, end: bool) -> Tensor:
     starts = torch.arange(grid.q_blocks, device=grid.device) * grid.block
     places = own.index_select(0, _inside(starts + grid.block - 1, grid.q_len - 1) if end else starts)
     # Realized: Inductor cannot bound an index into an index.
-    found: Tensor = torch.ops.omnisparse.realize(places)
-    return found
+    result: Tensor = torch.ops.omnisparse.realize(places)
+    return result
 
 
-def _inside(places: Tensor, most: int) -> Tensor:
-    """``places`` in [0, ``most``]; realized: Inductor fails to bound an index that it can follow back to a clamp."""
-    inside: Tensor = torch.ops.omnisparse.realize(places.clamp(min=0, max=most))
+def _inside(places: Tensor, last: int) -> Tensor:
+    """``places`` in [0, ``last``]; realized: Inductor fails to bound an index that it can follow back to a clamp."""
+    inside: Tensor = torch.ops.omnisparse.realize(places.clamp(min=0, max=last))
     return inside

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from omnisparse_flex.masks.blocks.mean_pool import block_mean
-from omnisparse_flex.masks.blocks.row_mass import Units, tile_mass, unit_places, whole_blocks
+from omnisparse_flex.masks.blocks.row_mass import KeyUnits, tile_mass, unit_places, whole_blocks
 
 #: Tokens of a tile. Our choice: tiles of 16 or 8 choose no better (``benchmarks/results/quality_smollm2_blocks.json``).
 TILE = 32
@@ -37,7 +37,7 @@ def tile_pool(
     """
     tile = next(side for side in (TILE, 16, 8, 4, 2, 1) if key_block % side == 0)
     vectors = whole_blocks(block_mean(key, tile, live), key_block // tile)
-    units = Units(vectors, *unit_places(key, key_block, tile, live))
+    units = KeyUnits(vectors, *unit_places(key, key_block, tile, live))
     tiles = whole_blocks(block_mean(query, tile), block // tile).unflatten(2, (some.shape[-2], block // tile))
     length = query.shape[2]
     return tile_mass(tiles, units, some, length=length, block=block, scale=scale, adjust=adjust, allowed=allowed)

@@ -97,10 +97,10 @@ def _bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> Bounds:
             parts = [_bounds(arg, buffers, grid) for arg in args]
             if op == "and" or op == "or":
                 return _logical(op, parts, grid)
-            known = [part for part in parts if part is not None]
-            if rule is None or len(known) < len(parts):
+            operands = [part for part in parts if part is not None]
+            if rule is None or len(operands) < len(parts):
                 return None
-            return rule(*known)
+            return rule(*operands)
 
 
 def _axis_bounds(axis: str, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -160,13 +160,13 @@ def _load_bounds(buffer: Tensor, at: tuple[Expr, ...], buffers: Sequence[Tensor]
 
 
 #: Fewest consecutive positions that share an element of a table for it to be pooled block by block.
-_LEAST_STRIDE = 8
+_MIN_STRIDE = 8
 
 
 def _stride(index: Expr) -> int | None:
     """``n`` of the index ``q // n`` or ``kv // n``."""
     match index:
-        case Apply("floor_divide", (Index("q" | "kv"), Const(n))) if isinstance(n, int) and n >= _LEAST_STRIDE:
+        case Apply("floor_divide", (Index("q" | "kv"), Const(n))) if isinstance(n, int) and n >= _MIN_STRIDE:
             return n
     return None
 
@@ -176,16 +176,15 @@ def _strided_places(axis: Expr, stride: int, grid: Grid) -> list[Tensor]:
     length, count, block = _of_axis("q" if axis == Index("q") else "kv", grid)
     first = torch.arange(count, device=grid.device) * block
     last = (first + block - 1).clamp(max=length - 1) // stride
-    found = [torch.minimum(first // stride + step, last) for step in range((block + stride - 2) // stride + 1)]
+    places = [torch.minimum(first // stride + step, last) for step in range((block + stride - 2) // stride + 1)]
     # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.
-    return [torch.ops.omnisparse.realize(x) for x in found]
+    return [torch.ops.omnisparse.realize(x) for x in places]
 
 
 def _pool_places(x: Tensor, dim: int, places: Sequence[Tensor], *, highest: bool) -> Tensor:
     """Maximum (or minimum) of what each block reads of ``dim``."""
-    found = [x.index_select(dim, place) for place in places]
-    result = found[0]
-    for other in found[1:]:
+    result, *others = [x.index_select(dim, place) for place in places]
+    for other in others:
         if x.dtype == torch.bool:
             result = result | other if highest else result & other
         else:
@@ -265,9 +264,9 @@ def _sub(a: Interval, b: Interval) -> Interval:
 
 
 def _mul(a: Interval, b: Interval) -> Interval:
-    first, *rest = [x * y for x in a for y in b]
+    first, *others = [x * y for x in a for y in b]
     low = high = first
-    for product in rest:
+    for product in others:
         low, high = torch.minimum(low, product), torch.maximum(high, product)
     return low, high
 

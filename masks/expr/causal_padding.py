@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.masks.expr.expr import TRUE, axes, causal_offset, conjuncts, evaluate, plain_load
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 
 
-class PlainMask(NamedTuple):
+class CausalPaddingMask(NamedTuple):
     """A query sees every real key up to its own position.
 
     Attributes:
@@ -24,7 +24,9 @@ class PlainMask(NamedTuple):
     real: Tensor | None
 
 
-def plain_mask(mask: MaskProgram | OpaqueMask, batch: int, kv_len: int, device: torch.device) -> PlainMask | None:
+def as_causal_padding(
+    mask: IndexMask | OpaqueMask, batch: int, kv_len: int, device: torch.device
+) -> CausalPaddingMask | None:
     """``mask`` as an order and a choice of keys; None if it is anything else.
 
     Args:
@@ -33,7 +35,7 @@ def plain_mask(mask: MaskProgram | OpaqueMask, batch: int, kv_len: int, device: 
         kv_len: Number of keys.
         device: Where the result lies.
     """
-    if not isinstance(mask, MaskProgram):
+    if not isinstance(mask, IndexMask):
         return None
     load = plain_load(mask.buffers)
     b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
@@ -41,12 +43,12 @@ def plain_mask(mask: MaskProgram | OpaqueMask, batch: int, kv_len: int, device: 
     kv = torch.arange(kv_len, device=device).view(1, 1, 1, -1)
     offset, real = None, None
     for part in (p for p in conjuncts(mask.expr) if p != TRUE):
-        own = causal_offset(part)
-        if own is not None and offset is None:
-            offset = evaluate(own, load, zero, zero, zero, zero).to(torch.int64).reshape(-1)[:1]
+        position = causal_offset(part)
+        if position is not None and offset is None:
+            offset = evaluate(position, load, zero, zero, zero, zero).to(torch.int64).reshape(-1)[:1]
         elif axes(part) <= {"b", "kv"}:
             seen = evaluate(part, load, b, zero, zero, kv).to(torch.bool).expand(batch, 1, 1, kv_len)[:, 0, 0]
             real = seen if real is None else real & seen
         else:
             return None
-    return PlainMask(offset, real)
+    return CausalPaddingMask(offset, real)

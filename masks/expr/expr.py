@@ -1,7 +1,7 @@
 """A mask or bias as an expression over (batch, head, query, key) indices.
 
 Lifting turns a model's N x N mask tensor into an ``Expr``; this file evaluates one
-element-wise (inside a FlexAttention ``mask_mod``), ``interval.py`` bounds it over blocks.
+element-wise (inside a FlexAttention ``mask_mod``), ``block_bounds.py`` bounds it over blocks.
 Large tensors never appear: a leaf is an index, a constant, or an element of a small
 captured tensor.
 """
@@ -254,7 +254,7 @@ _OPPOSITES = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt"}
 
 
 def shift_slots(expr: Expr, by: int) -> Expr:
-    """``expr`` with every load's slot moved by ``by``, for programs that are joined."""
+    """``expr`` with every load's slot moved by ``by``, for masks that are joined."""
     if isinstance(expr, Load):
         return Load(expr.slot + by, tuple(shift_slots(a, by) for a in expr.at))
     if isinstance(expr, Apply):

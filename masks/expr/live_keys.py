@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.masks.expr.expr import TRUE
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.expr.terms import keys_allowed, split_terms
 
 
-def live_keys(mask: MaskProgram | OpaqueMask, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
+def live_keys(mask: IndexMask | OpaqueMask, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
     """Which keys exist as far as no query is asked: what stands for a block of keys is made of these alone.
 
     Args:
@@ -23,7 +23,7 @@ def live_keys(mask: MaskProgram | OpaqueMask, batch: int, kv_len: int, device: t
     Returns:
         bool (B, S); None: nothing in the mask is a matter of keys (and batch rows) alone.
     """
-    if not isinstance(mask, MaskProgram):
+    if not isinstance(mask, IndexMask):
         return None
     terms, _ = split_terms(mask.expr, ("b", "kv"))
     if terms == TRUE:

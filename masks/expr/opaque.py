@@ -10,37 +10,37 @@ from torch import Tensor
 
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import Loader, evaluate
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.types import MaskMod
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpaqueMask:
-    """A program and a pointwise ``mask_mod`` that nobody traced; the same interface as ``MaskProgram``.
+    """An ``IndexMask`` and a pointwise ``mask_mod`` that nobody traced; the same interface as ``IndexMask``.
 
     Its block bounds are exact, at the price of evaluating every pair (Inductor fuses that
     into one reduction; eagerly it needs memory for every pair).
 
     Attributes:
-        program: The part that is known, e.g. causality.
+        known: The part that is known, e.g. causality.
         mask_mod: The part that is not.
     """
 
-    program: MaskProgram
+    known: IndexMask
     mask_mod: MaskMod
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Captured tensors of the known part."""
-        return self.program.buffers
+        return self.known.buffers
 
     @property
-    def starts_anywhere(self) -> bool:
+    def first_key_unaligned(self) -> bool:
         """Nothing is known about where rows start."""
         return True
 
     @property
-    def blind_rows_need(self) -> Literal["nothing", "first", "all"]:
+    def rescue_blocks(self) -> Literal["none", "first", "all"]:
         """Nothing is known about rows that may not see themselves."""
         return "all"
 
@@ -50,11 +50,11 @@ class OpaqueMask:
 
     def pairs(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """Both parts, element-wise."""
-        return self.program.pairs(b, h, q, kv) & self.mask_mod(b, h, q, kv)
+        return self.known.pairs(b, h, q, kv) & self.mask_mod(b, h, q, kv)
 
     def at(self, load: Loader, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """Both parts, the known one reading its buffers through ``load``."""
-        return evaluate(self.program.expr, load, b, h, q, kv) & self.mask_mod(b, h, q, kv)
+        return evaluate(self.known.expr, load, b, h, q, kv) & self.mask_mod(b, h, q, kv)
 
     def bounds(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Exact ``(full, some)`` per block, (B, Hq, NQ, NK)."""

@@ -13,7 +13,7 @@ from omnisparse_flex.masks.expr.expr import TRUE, Expr, Index, Load, axes, conju
 
 
 def mask_bounds(expr: Expr, buffers: Sequence[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
-    """``interval.block_bounds``, exact in what is a matter of batch, head and key alone.
+    """``block_bounds``, exact in what is a matter of batch, head and key alone.
 
     A block of keys that "may hold" an allowed one then does, so that the first such block keeps a row alive.
 
@@ -39,8 +39,8 @@ def split_terms(expr: Expr, coordinates: tuple[str, ...]) -> tuple[Expr, Expr]:
     inside: list[Expr] = []
     outside: list[Expr] = []
     for part in conjuncts(expr):
-        own = axes(part)
-        (inside if "kv" in own and own <= set(coordinates) else outside).append(part)
+        needed = axes(part)
+        (inside if "kv" in needed and needed <= set(coordinates) else outside).append(part)
     return conjunction(*inside), conjunction(*outside)
 
 

@@ -10,7 +10,7 @@ def layer_bytes(key: Tensor) -> int:
     return 2 * key.numel() * key.element_size()
 
 
-def at_once(count: int, each: int, key: Tensor, share: int) -> int:
+def segments_per_chunk(count: int, each: int, key: Tensor, share: int) -> int:
     """Segments to take at a time: steps alike in size, one segment at least.
 
     Args:
@@ -19,6 +19,6 @@ def at_once(count: int, each: int, key: Tensor, share: int) -> int:
         key: (B, Hkv, S, D).
         share: The part of the keys' and values' bytes that there is room for, as 1 / ``share``.
     """
-    most = max(1, layer_bytes(key) // (share * each))
-    steps = -(-count // most)
+    max_segments = max(1, layer_bytes(key) // (share * each))
+    steps = -(-count // max_segments)
     return -(-count // steps)

@@ -9,7 +9,7 @@ from torch import Tensor
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.tokens.segments import (
     gather_rows,
-    most,
+    max_count,
     row_places,
     segments_of,
     tokens_of_blocks,
@@ -66,33 +66,33 @@ def column_mass(
     kv_heads, kv_len = key.shape[1:3]
     segment, wide = config.segment_size, wide_dtype(query)
     end = first * segment + query.shape[2]
-    # What is not finite has no say in the choice of the others.
+    # Queries that are not finite do not count in the choice of the others.
     whole = query.isfinite().all(-1, keepdim=True) & (near_lse < torch.inf).unsqueeze(-1)
     broken = ~key.isfinite().all(-1)
     queries = segments_of(torch.where(whole, query, 0.0).to(wide) * scale, kv_heads, segment)
     lses = near_lse.unsqueeze(-1) if guess is None else torch.stack([near_lse, guess], -1)
     near = segments_of(torch.where(whole, lses, -torch.inf), kv_heads, segment)
-    says = segments_of(whole, kv_heads, segment)
+    is_finite = segments_of(whole, kv_heads, segment)
     keys = torch.where(broken.unsqueeze(-1), 0.0, key).to(wide)
     tile = max(1, min(segment, CHUNK_LOGITS // max(1, keys.shape[0] * kv_heads * kv_len)))
     masses, kepts = [], []
     for m in range(rows.shape[2]):
-        own = tokens_of_blocks(eligible[:, :, m], block, kv_len)
-        low, high = _range_of(own)
+        is_eligible = tokens_of_blocks(eligible[:, :, m], block, kv_len)
+        low, high = _range_of(is_eligible)
         total = torch.zeros((*rows.shape[:2], high - low + 2), device=key.device)
-        for start in range(0, most(row_count[:, :, m], rows.shape[-1]), tile):
+        for start in range(0, max_count(row_count[:, :, m], rows.shape[-1]), tile):
             part = rows[:, :, m : m + 1, start : start + tile]
             used = torch.arange(start, start + part.shape[-1], device=key.device) < row_count[:, :, m, None]
-            q, lse, says_so = (gather_rows(x[:, :, m : m + 1], part).squeeze(2) for x in (queries, near, says))
+            q, lse, counts = (gather_rows(x[:, :, m : m + 1], part).squeeze(2) for x in (queries, near, is_finite))
             places = row_places(part, first + m, query.shape[1] // kv_heads, segment, end)
             at = _indices(places[0].squeeze(2), places[1].squeeze(2), low, high)
-            logits = _logits(q, keys[:, :, low:high], own[..., None, low:high], at, pairs, score)
-            total += _weigh(logits, lse, used & says_so.squeeze(-1))
+            logits = _logits(q, keys[:, :, low:high], is_eligible[..., None, low:high], at, pairs, score)
+            total += _weigh(logits, lse, used & counts.squeeze(-1))
         # Guessed normalisers do not make the shares of a row sum to 1.
         whole_mass = total[..., -1:] if guess is None else total[..., :-1].sum(-1, keepdim=True)
         mean = total[..., :-1] / whole_mass.clamp(min=torch.finfo(total.dtype).tiny)
         mass = F.pad(mean[..., :-1], (low, kv_len - high))
-        masses.append(torch.where(broken & own, 1.0, mass))
+        masses.append(torch.where(broken & is_eligible, 1.0, mass))
         kepts.append(mean[..., -1])
     return torch.stack(masses, 2), torch.stack(kepts, 2)
 
@@ -141,11 +141,11 @@ def _indices(head: Tensor, place: Tensor, low: int, high: int) -> tuple[Tensor, 
     return b, head.unsqueeze(-1), place.unsqueeze(-1), torch.arange(low, high, device=head.device)
 
 
-def _range_of(own: Tensor) -> tuple[int, int]:
-    """The stretch that holds every eligible key, where reading it is free (the CPU); else everything."""
-    if own.device.type != "cpu":
-        return 0, own.shape[-1]
-    places = own.flatten(0, -2).any(0).nonzero()
+def _range_of(eligible: Tensor) -> tuple[int, int]:
+    """The range of keys that holds every eligible one, where reading it is free (the CPU); else all keys."""
+    if eligible.device.type != "cpu":
+        return 0, eligible.shape[-1]
+    places = eligible.flatten(0, -2).any(0).nonzero()
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
 
 

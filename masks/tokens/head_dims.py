@@ -1,4 +1,4 @@
-"""The coordinates of a head that say most: what narrow scores multiply."""
+"""The dimensions of a head with the largest products, to which scores can be confined (``scoring_dims``)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def top_head_dims(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor
         dims: How many of the D.
 
     Returns:
-        int64 (B, choices, dims), ascending. Tokens that are not finite have no say; of equal coordinates the first
+        int64 (B, choices, dims), ascending. Tokens that are not finite do not count; of equal coordinates the first
         are taken.
 
     Our choice: unlike leading directions, coordinates need no eigenvectors, whose computation waits for the device;
-    measured in ``benchmarks/quality`` (rows "dims32"). All tokens of the call have a say, later ones too.
+    measured in ``benchmarks/quality`` (rows "dims32"). All tokens of the call count, later ones too.
     """
     return top_dims_of(_squares(query), _squares(key), choices, dims)
 
@@ -39,16 +39,16 @@ def top_dims_of(of_query: Tensor, of_key: Tensor, choices: int, dims: int) -> Te
     Returns:
         int64 (B, choices, dims), ascending.
     """
-    said = of_query.unflatten(1, (choices, -1)).sum(2) * of_key.repeat_interleave(choices // of_key.shape[1], 1)
-    best = torch.sort(said, dim=-1, descending=True, stable=True).indices[..., :dims]
+    products = of_query.unflatten(1, (choices, -1)).sum(2) * of_key.repeat_interleave(choices // of_key.shape[1], 1)
+    best = torch.sort(products, dim=-1, descending=True, stable=True).indices[..., :dims]
     columns: Tensor = best.sort(-1).values
     return columns
 
 
 def gather_dims(x: Tensor, columns: Tensor) -> Tensor:
     """The chosen coordinates (B, Hc, dims) of (B, H, N, D), Hc dividing H; tokens that are not finite stay so."""
-    own = columns.repeat_interleave(x.shape[1] // columns.shape[1], 1).unsqueeze(2)
-    narrow = x.gather(3, own.expand(-1, -1, x.shape[2], -1))
+    dims = columns.repeat_interleave(x.shape[1] // columns.shape[1], 1).unsqueeze(2)
+    narrow = x.gather(3, dims.expand(-1, -1, x.shape[2], -1))
     return narrow.masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
 
 

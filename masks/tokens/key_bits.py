@@ -34,8 +34,8 @@ def bits_of_blocks(blocks: Tensor, block: int) -> Tensor:
 
 def blocks_of_bits(bits: Tensor, block: int) -> Tensor:
     """Blocks that hold any of the keys, bool (..., NK)."""
-    some: Tensor = (bits != 0).unflatten(-1, (-1, block // WORD)).any(-1)
-    return some
+    has_key: Tensor = (bits != 0).unflatten(-1, (-1, block // WORD)).any(-1)
+    return has_key
 
 
 def unpack_bits(bits: Tensor, length: int) -> Tensor:

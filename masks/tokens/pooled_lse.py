@@ -45,7 +45,7 @@ def pooled_lse(
     kv_heads = key.shape[1]
     pooled = block_mean(key, pool).to(wide_dtype(query))
     means = pooled.shape[2]
-    own_means = eligible.repeat_interleave(block // pool, -1)[..., :means]
+    eligible_means = eligible.repeat_interleave(block // pool, -1)[..., :means]
     centres = (torch.arange(means, device=key.device) * pool + pool // 2).clamp(max=key.shape[2] - 1)
     result = []
     step = max(1, CHUNK_LOGITS // (batch * heads * segment * means)) * segment
@@ -55,9 +55,9 @@ def pooled_lse(
         places = torch.arange(start, start + part.shape[3], device=key.device)
         if score is not None:
             logits = score(logits, *_axes(batch, heads, places + first * segment, centres))
-        own = own_means.index_select(2, places // segment)
-        own = own if own.shape[1] == 1 else own.repeat_interleave(heads // kv_heads, 1)
-        result.append(logits.masked_fill(~own, -torch.inf).logsumexp(-1))
+        allowed = eligible_means.index_select(2, places // segment)
+        allowed = allowed if allowed.shape[1] == 1 else allowed.repeat_interleave(heads // kv_heads, 1)
+        result.append(logits.masked_fill(~allowed, -torch.inf).logsumexp(-1))
     return torch.cat(result, 2) + torch.log(torch.tensor(float(pool), device=key.device))
 
 

@@ -40,8 +40,8 @@ def segment_layout(layout: Layout, blocks: int, choices: int) -> SegmentLayout:
     rows = pairs.shape[2]
     count = (rows + blocks - 1) // blocks
     some, forced = (any_in_blocks(x, 2, count, blocks) for x in (pairs, kept))
-    own = torch.arange(rows, device=some.device) // blocks
-    return SegmentLayout(pairs, pairs & forced.index_select(2, own), forced, some & ~forced)
+    segment = torch.arange(rows, device=some.device) // blocks
+    return SegmentLayout(pairs, pairs & forced.index_select(2, segment), forced, some & ~forced)
 
 
 def _any_of_group(x: Tensor, choices: int) -> Tensor:
@@ -98,7 +98,7 @@ def tokens_of_blocks(blocks: Tensor, block: int, length: int) -> Tensor:
     return blocks.repeat_interleave(block, -1)[..., :length]
 
 
-def most(count: Tensor, bound: int) -> int:
+def max_count(count: Tensor, bound: int) -> int:
     """Largest count, at least 1, where reading it is free (the CPU); else its bound, to not wait for the device."""
     return bound if count.device.type != "cpu" else max(1, int(count.max()))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.blocks.lazy import LAZY_STRIDE, REDUNDANCY_THRESHOLD
-from omnisparse_flex.masks.tokens.chunks import at_once
+from omnisparse_flex.masks.tokens.chunks import segments_per_chunk
 from omnisparse_flex.masks.tokens.head_dims import top_head_dims
 from omnisparse_flex.masks.tokens.key_bits import pack_bits, unpack_bits
 from omnisparse_flex.masks.tokens.one_pass import one_pass
@@ -95,15 +95,16 @@ def select_tokens(
     Source: PAPER "Query selection", "KV selection" at token granularity.
     """
     segment, count = config.segment_size, segments.eligible.shape[2]
-    each = RANKED_BYTES * key.shape[0] * key.shape[1] * key.shape[2]
-    step, found = at_once(count, each, key, 1), []
+    bytes_per_segment = RANKED_BYTES * key.shape[0] * key.shape[1] * key.shape[2]
+    step, parts = segments_per_chunk(count, bytes_per_segment, key, 1), []
     columns = None if config.scoring_dims is None else top_head_dims(query, key, key.shape[1], config.scoring_dims)
     for first in range(0, count, step):
-        part, own = slice(first, first + step), slice(first * segment, (first + step) * segment)
-        inputs = (query[:, :, own], key, near_lse[:, :, own], segments.eligible[:, :, part], text[:, own], config)
+        part, queries = slice(first, first + step), slice(first * segment, (first + step) * segment)
+        eligible = segments.eligible[:, :, part]
+        inputs = (query[:, :, queries], key, near_lse[:, :, queries], eligible, text[:, queries], config)
         rules: dict[str, Any] = {"block": block, "scale": scale, "score": score, "first": first}
-        found.append(_select(*inputs, target=target, pairs=pairs, columns=columns, **rules))
-    return TokenSelection(segments, *(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
+        parts.append(_select(*inputs, target=target, pairs=pairs, columns=columns, **rules))
+    return TokenSelection(segments, *(torch.cat(fields, 2) for fields in zip(*parts, strict=True)))
 
 
 def _select(
@@ -127,9 +128,9 @@ def _select(
     tokens = tokens_of_blocks(eligible, rules["block"], key.shape[2]).expand_as(mass)
     ranked, order = rank(mass, tokens)
     needs = need(ranked, kept, tokens.sum(-1), target)
-    most = largest_budget(config, key.shape[2])
-    overflow = needs > most
-    budget = shared_budget(needs.clamp(max=most), row_count > 0, config.budget)
+    max_budget = largest_budget(config, key.shape[2])
+    overflow = needs > max_budget
+    budget = shared_budget(needs.clamp(max=max_budget), row_count > 0, config.budget)
     # A head may be asked for more keys than it can see; what is not eligible comes last.
     key_count = torch.minimum(budget, tokens.sum(-1))
     places = torch.arange(ranked.shape[-1], device=key.device)
@@ -143,10 +144,10 @@ def largest_budget(config: OmniSparseConfig, kv_len: int) -> int:
     return kv_len if config.max_kv_budget is None else min(config.max_kv_budget, kv_len)
 
 
-def columns(config: OmniSparseConfig, kv_len: int) -> int:
-    """Columns of the lists of chosen keys: one at least, used or not."""
-    most = largest_budget(config, kv_len)
-    return max(1, min(most, config.budget) if isinstance(config.budget, int) else most)
+def list_width(config: OmniSparseConfig, kv_len: int) -> int:
+    """Width of the lists of chosen keys: one at least, used or not."""
+    max_budget = largest_budget(config, kv_len)
+    return max(1, min(max_budget, config.budget) if isinstance(config.budget, int) else max_budget)
 
 
 def active_tokens(

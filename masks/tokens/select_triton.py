@@ -20,7 +20,7 @@ from omnisparse_flex.masks.blocks.block_lists import block_lists
 from omnisparse_flex.masks.blocks.budget import shared_budget
 from omnisparse_flex.masks.blocks.lazy import LAZY_STRIDE, REDUNDANCY_THRESHOLD
 from omnisparse_flex.masks.blocks.mean_pool import block_mean
-from omnisparse_flex.masks.tokens.chunks import at_once
+from omnisparse_flex.masks.tokens.chunks import segments_per_chunk
 from omnisparse_flex.masks.tokens.key_bits import words
 from omnisparse_flex.masks.tokens.one_pass import GUESS_POOL
 from omnisparse_flex.masks.tokens.segments import SegmentLayout, pack_rows, segments_of
@@ -31,7 +31,7 @@ MASSES, ROWS = 4, 8
 
 
 @torch.no_grad()
-def select_quickly(
+def select_tokens_triton(
     query: Tensor,
     key: Tensor,
     near_lse: Tensor,
@@ -45,7 +45,7 @@ def select_quickly(
     real: Tensor | None,
     columns: Tensor | None = None,
 ) -> TokenSelection:
-    """Choose the active queries and the keys of every segment, under a ``PlainMask``.
+    """Choose the active queries and the keys of every segment, under a ``CausalPaddingMask``.
 
     Args:
         query: (B, Hq, L, D), last dimension contiguous.
@@ -94,8 +94,8 @@ def _steps(key: Tensor, rows: Tensor, size: int) -> tuple[int, int]:
     """Segments whose masses are held at once, and whose rows, of ``size`` bytes, are gathered at once."""
     batch, kv_heads, kv_len, _ = key.shape
     heads, count = batch * kv_heads, rows.shape[2]
-    step = at_once(count, heads * -(-kv_len // KEYS) * KEYS * 4, key, MASSES)
-    return step, at_once(step, heads * rows.shape[3] * (size + 8), key, ROWS)
+    step = segments_per_chunk(count, heads * -(-kv_len // KEYS) * KEYS * 4, key, MASSES)
+    return step, segments_per_chunk(step, heads * rows.shape[3] * (size + 8), key, ROWS)
 
 
 def _choose(
@@ -123,24 +123,25 @@ def _choose(
     ends = (torch.arange(flags.shape[-1], device=device, dtype=torch.int32) + 1) * block
     stops = (ends * flags).amax(-1).clamp(max=kv_len).expand(size)
     flags = flags.expand(*size, -1)
-    most = largest_budget(config, kv_len)
+    max_budget = largest_budget(config, kv_len)
     bits = torch.zeros((*row_count.shape, words(kv_len)), dtype=torch.int32, device=device)
     step, packed = steps
-    found = []
+    parts = []
     for start in range(0, row_count.shape[2], step):
         part = slice(start, min(start + step, row_count.shape[2]))
-        asked, anyway, ends = row_count[:, :, part] > 0, kept[:, :, part].contiguous(), stops[:, :, part].contiguous()
+        is_active = row_count[:, :, part] > 0
+        kept_mass, key_stops = (x[:, :, part].contiguous() for x in (kept, stops))
         mass = column_masses(
             query, ready, guess, flags, rows, row_count, part, packed, config.segment_size, block, scale
         )
-        needs, there, total = masses_needed(mass, ends, anyway, goal)
-        budget = shared_budget(needs.clamp(max=most), asked, config.budget)
+        needs, key_count, total = masses_needed(mass, key_stops, kept_mass, goal)
+        budget = shared_budget(needs.clamp(max=max_budget), is_active, config.budget)
         # A head may be asked for more keys than it can see.
-        count = torch.minimum(budget, there).contiguous()
-        share = (anyway + pick(mass, ends, count, bits, start)) / (anyway + total).clamp(min=1e-30)
-        found.append((count, needs, share, (needs > most) & asked))
+        count = torch.minimum(budget, key_count).contiguous()
+        share = (kept_mass + pick(mass, key_stops, count, bits, start)) / (kept_mass + total).clamp(min=1e-30)
+        parts.append((count, needs, share, (needs > max_budget) & is_active))
         del mass  # before the next ones are made
-    return (bits, *(torch.cat(parts, 2) for parts in zip(*found, strict=True)))
+    return (bits, *(torch.cat(fields, 2) for fields in zip(*parts, strict=True)))
 
 
 def _pooled(
@@ -156,9 +157,9 @@ def _pooled(
 ) -> Tensor:
     """``pooled_lse`` over the means of ``pool`` keys, for the listed rows (None: all); -inf elsewhere."""
     count, listed = block_lists(eligible)
-    own, own_count = (None, None) if rows is None else rows
+    row_list, row_count = (None, None) if rows is None else rows
     size = (means.shape[0], means.shape[1], -1)
-    lists = KeyLists(own, own_count, listed.expand(*size, -1), count.expand(size), block // pool, segment)
+    lists = KeyLists(row_list, row_count, listed.expand(*size, -1), count.expand(size), block // pool, segment)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
     attend_lists(query, means, None, None, lse, lists, scale)
     return lse.add_(math.log(pool))

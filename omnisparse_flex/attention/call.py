@@ -14,9 +14,9 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.select import BlockSelection
 from omnisparse_flex.masks.expr.expr import Expr, Loader, evaluate, plain_load
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.statistics import Measured, measure
+from omnisparse_flex.masks.statistics import SelectionStats, measure_selection
 from omnisparse_flex.masks.tokens.select import TokenSelection
 
 
@@ -40,7 +40,7 @@ class AttentionCall:
         kernel_options: Options for the flex kernel.
     """
 
-    mask: MaskProgram | OpaqueMask
+    mask: IndexMask | OpaqueMask
     score_mod: Callable[..., Tensor] | None = None
     score_buffers: tuple[Tensor, ...] = ()
     softcap: float = 0.0
@@ -100,15 +100,15 @@ class SparseCall(AttentionCall):
     q_offset: Tensor | int = 0
     static: bool = False
     layout: Layout | None = None
-    write: Callable[[Measured], None] | None = None
+    write: Callable[[SelectionStats], None] | None = None
     exact: bool = False
     rules: str = ""
 
-    def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
+    def stats_of(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> SelectionStats:
         """The record of a selection that this site made."""
         scale = self.scale_for(query)
         score = self.plain_score if self.changes_scores else None
-        return measure(
+        return measure_selection(
             selection, query, key, self.mask, self.config,
             scale=scale, score=score, exact=self.exact,
         )  # fmt: skip
@@ -122,15 +122,15 @@ def register(site: SparseCall) -> str:
     """Keep what is constant about a call.
 
     Args:
-        site: Any call with a ``MaskProgram``; its tensors are left out.
+        site: Any call with a ``IndexMask``; its tensors are left out.
 
     Returns:
         Its name: the same in every process, for the same constants, unless the call holds a function of its own.
     """
-    assert isinstance(site.mask, MaskProgram)
+    assert isinstance(site.mask, IndexMask)
     bare = dataclasses.replace(
         site,
-        mask=MaskProgram(site.mask.expr),
+        mask=IndexMask(site.mask.expr),
         target=1.0,
         min_peak=0.0,
         score_buffers=(),

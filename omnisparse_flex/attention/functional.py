@@ -15,7 +15,7 @@ from omnisparse_flex.attention.logit_sinks import check_sinks, discount, with_si
 from omnisparse_flex.attention.scalar_graph import UntraceableError
 from omnisparse_flex.attention.score_captures import with_captures
 from omnisparse_flex.attention.select import choose
-from omnisparse_flex.attention.sink_copies import original, spread
+from omnisparse_flex.attention.sink_copies import original_position, spread_first_blocks
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.attention.tokens.op import call_token_op
 from omnisparse_flex.attention.trace_mask import trace_forbidden, trace_mask_mod
@@ -25,8 +25,8 @@ from omnisparse_flex.masks.blocks.block_lists import wider
 from omnisparse_flex.masks.blocks.select import BLOCK, dense_selection
 from omnisparse_flex.masks.expr.captures import Captures
 from omnisparse_flex.masks.expr.expr import Const, Load, causal, causal_offset, number_in
+from omnisparse_flex.masks.expr.index_mask import NO_MASK, IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 #: head_dim range of the flex kernels.
@@ -80,14 +80,14 @@ def sparse_attention(
     if sinks is not None:
         check_sinks(sinks, query, "sinks")
     q_len, kv_len = query.shape[2], key.shape[2]
-    order = causal_program(kv_len - q_len, query.device) if is_causal else NO_MASK
+    order = causal_index_mask(kv_len - q_len, query.device) if is_causal else NO_MASK
     offset: Tensor | int = kv_len - q_len if is_causal else 0
     mask = order if mask_mod is None else _with_mask_mod(order, mask_mod, query.device)
-    if score_mod is not None and isinstance(mask, MaskProgram) and not torch.compiler.is_dynamo_compiling():
-        mask = mask.joined(trace_forbidden(score_mod, query.dtype, query.device))
-    if mask_mod is not None and not is_causal and isinstance(mask, MaskProgram):
-        own = causal_offset(mask.expr)  # causality that came in the mask_mod says where queries sit
-        offset = offset if own is None else number_in(own, mask.buffers, query.device)
+    if score_mod is not None and isinstance(mask, IndexMask) and not torch.compiler.is_dynamo_compiling():
+        mask = mask.intersect(trace_forbidden(score_mod, query.dtype, query.device))
+    if mask_mod is not None and not is_causal and isinstance(mask, IndexMask):
+        position = causal_offset(mask.expr)  # causality that came in the mask_mod says where queries sit
+        offset = offset if position is None else number_in(position, mask.buffers, query.device)
     learned: tuple[Tensor, ...] = ()
     if score_mod is not None and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
         score_mod, learned = with_captures(score_mod, query.dtype, query.device)
@@ -126,24 +126,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: AttentionCall) -> Te
     scale = site.scale_for(query)
     keep, full = _maps(query.detach(), key.detach(), site)
     needs_grad = _needs_grad(query, key, value, *site.bias_buffers, *site.score_buffers)
-    own_block = BLOCK // site.config.split if isinstance(site, SparseCall) else BLOCK
-    key_block = BLOCK if needs_grad else own_block  # the backward takes no narrow blocks
+    map_block = BLOCK // site.config.split if isinstance(site, SparseCall) else BLOCK
+    key_block = BLOCK if needs_grad else map_block  # the backward takes no narrow blocks
 
     # Where block lists are ignored, or wider than the map, it is one more captured tensor: realized,
     # because the Triton template cannot read through what computes it.
-    has_map = isinstance(site, SparseCall) and (not site.lists or key_block > own_block)
+    has_map = isinstance(site, SparseCall) and (not site.lists or key_block > map_block)
     selection = (torch.ops.omnisparse.realize(keep),) if has_map else ()
     captures = Captures.of((*site.mask.buffers, *selection), query.device)
-    copied = _sinks_to_copy(key, site) if needs_grad else 0
-    mask_mod = _mask_of_call(site, captures, map_block=own_block if has_map else 0, sinks=copied)
+    copied = _first_blocks_to_copy(key, site) if needs_grad else 0
+    mask_mod = _mask_of_call(site, captures, map_block=map_block if has_map else 0, copied=copied)
     score_captures = Captures.of(site.bias_buffers, query.device)
-    score_mod = _score_of_call(site, score_captures, sinks=copied)
+    score_mod = _score_of_call(site, score_captures, copied=copied)
     score_buffers = (*site.score_buffers, *score_captures.tensors)
 
-    if key_block > own_block:
-        keep, full = wider(keep, full, key_block // own_block)
+    if key_block > map_block:
+        keep, full = wider(keep, full, key_block // map_block)
     if copied > 0:
-        key, value, keep, full = spread(key, value, keep, full, sinks=copied, block=BLOCK)
+        key, value, keep, full = spread_first_blocks(key, value, keep, full, count=copied, block=BLOCK)
     needs_lse = site.sinks is not None and _has_lse(query, site)
     if site.sinks is not None and not needs_lse:
         operands = (key, value, keep, full, mask_mod, score_mod)
@@ -186,20 +186,20 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _sinks_to_copy(key: Tensor, site: AttentionCall) -> int:
-    """Sink blocks that ``spread`` shall repeat; 0 where sinks need not be the first blocks, or it does not pay."""
-    if not isinstance(site, SparseCall) or not site.lists or site.mask.starts_anywhere:
+def _first_blocks_to_copy(key: Tensor, site: AttentionCall) -> int:
+    """First blocks that ``spread_first_blocks`` repeats; 0 where they need not hold the sinks, or it does not pay."""
+    if not isinstance(site, SparseCall) or not site.lists or site.mask.first_key_unaligned:
         return 0
     if key.shape[2] < sink_copies.MIN_KEYS:
         return 0
     return (site.config.sink_size + BLOCK - 1) // BLOCK
 
 
-def _mask_of_call(site: AttentionCall, captures: Captures, *, map_block: int, sinks: int) -> Callable[..., Tensor]:
+def _mask_of_call(site: AttentionCall, captures: Captures, *, map_block: int, copied: int) -> Callable[..., Tensor]:
     """The site's mask, and in it the map of kept blocks of ``map_block`` keys, if not 0; captures trailing."""
 
     def omnisparse_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
-        load, kv = captures.loader(arguments), original(kv, sinks=sinks, block=BLOCK)
+        load, kv = captures.loader(arguments), original_position(kv, count=copied, block=BLOCK)
         allowed = site.mask.at(load, b, h, q, kv)
         if map_block > 0:
             allowed = allowed & load(len(site.mask.buffers), (b, h, q // BLOCK, kv // map_block))
@@ -208,23 +208,23 @@ def _mask_of_call(site: AttentionCall, captures: Captures, *, map_block: int, si
     return omnisparse_mask
 
 
-def _score_of_call(site: AttentionCall, captures: Captures, *, sinks: int) -> Callable[..., Tensor]:
+def _score_of_call(site: AttentionCall, captures: Captures, *, copied: int) -> Callable[..., Tensor]:
     """The site's score change; captures trailing."""
-    own = len(site.score_buffers)
+    count = len(site.score_buffers)
 
     def omnisparse_score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *arguments: Tensor) -> Tensor:
-        load = captures.loader(arguments[own:])
-        kv = original(kv, sinks=sinks, block=BLOCK)
-        return site.score(load, score, b, h, q, kv, *arguments[:own])
+        load = captures.loader(arguments[count:])
+        kv = original_position(kv, count=copied, block=BLOCK)
+        return site.score(load, score, b, h, q, kv, *arguments[:count])
 
     return omnisparse_score
 
 
-def causal_program(offset: int | torch.SymInt, device: torch.device) -> MaskProgram:
+def causal_index_mask(offset: int | torch.SymInt, device: torch.device) -> IndexMask:
     """Causality with query 0 at position ``offset``; a symbolic offset becomes a captured tensor."""
     if isinstance(offset, int):
-        return MaskProgram(causal(Const(offset)))
-    return MaskProgram(causal(Load(0, ())), (scalar(offset, device),))
+        return IndexMask(causal(Const(offset)))
+    return IndexMask(causal(Load(0, ())), (scalar(offset, device),))
 
 
 def scalar(value: float | torch.SymInt | torch.SymFloat, device: torch.device) -> Tensor:
@@ -233,13 +233,13 @@ def scalar(value: float | torch.SymInt | torch.SymFloat, device: torch.device) -
     return torch.full((), value, dtype=dtype, device=device)  # type: ignore[arg-type]
 
 
-def _with_mask_mod(order: MaskProgram, mask_mod: MaskMod, device: torch.device) -> MaskProgram | OpaqueMask:
+def _with_mask_mod(order: IndexMask, mask_mod: MaskMod, device: torch.device) -> IndexMask | OpaqueMask:
     if torch.compiler.is_dynamo_compiling():
         return OpaqueMask(order, mask_mod)
     try:
         traced = trace_mask_mod(mask_mod, device)
         # What is allowed has no gradient, and the operator refuses tensors that want one.
-        return order.joined(dataclasses.replace(traced, buffers=tuple(x.detach() for x in traced.buffers)))
+        return order.intersect(dataclasses.replace(traced, buffers=tuple(x.detach() for x in traced.buffers)))
     except UntraceableError:
         return OpaqueMask(order, mask_mod)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from omnisparse_flex.masks.expr.expr import Apply, Const, Expr, Index, Load, simplify
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 #: aten operator name (without overload) -> name in ``expr.OPS``.
 ATEN_OPS: dict[str, str] = {
@@ -33,9 +33,7 @@ class UntraceableError(Exception):
     """A mask function uses operations that have no index-expression form."""
 
 
-def read_scalar_graph(
-    graph: GraphModule, captures: tuple[Tensor, ...] = (), first: tuple[Expr, ...] = ()
-) -> MaskProgram:
+def read_scalar_graph(graph: GraphModule, captures: tuple[Tensor, ...] = (), first: tuple[Expr, ...] = ()) -> IndexMask:
     """Read an aten graph over scalars ``(*first, b, h, q, kv, *captures)``.
 
     Args:
@@ -44,14 +42,14 @@ def read_scalar_graph(
         first: What stands for the placeholders before them.
 
     Returns:
-        The program; tensors the graph owns are appended to ``captures``.
+        The expression; tensors the graph owns are appended to ``captures``.
 
     Raises:
         UntraceableError: On an operation outside the vocabulary.
     """
     reader = _ScalarReader(graph, list(captures), first)
     result = reader.run()
-    return MaskProgram(simplify(result), tuple(reader.buffers))
+    return IndexMask(simplify(result), tuple(reader.buffers))
 
 
 class _ScalarReader:

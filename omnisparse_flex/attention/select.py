@@ -22,7 +22,7 @@ def choose(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
     """
     selection = select_op.call_select_op(query, key, site) if site.rules else _inline(query, key, site)
     if site.write is not None:
-        site.write(site.measured(selection, query, key))
+        site.write(site.stats_of(selection, query, key))
     return selection
 
 

@@ -26,7 +26,7 @@ from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph
 from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of, select_blocks
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 _lib = torch.library.Library("omnisparse", "FRAGMENT")
 # record: all of the selection, for statistics; else the first ``ALWAYS`` parts, and the rest empty.
@@ -73,7 +73,7 @@ def call_select_op(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelecti
     Returns:
         The selection; without ``site.write`` only ``layout`` and the first ``ALWAYS`` of ``PARTS`` hold anything.
     """
-    assert site.layout is not None and isinstance(site.mask, MaskProgram)
+    assert site.layout is not None and isinstance(site.mask, IndexMask)
     parts = torch.ops.omnisparse.select_blocks(
         query,
         key,
@@ -125,7 +125,7 @@ def _run_or_plain(
 def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, ...]]:
     """The selection by its rules' name, a function of tensors alone."""
     site = registered(rules)
-    assert isinstance(site.mask, MaskProgram)
+    assert isinstance(site.mask, IndexMask)
     config, expr, scale = site.config, site.mask.expr, site.scale
     names = [name for name, *_ in PARTS][: len(PARTS) if record else ALWAYS]
 
@@ -133,7 +133,7 @@ def _plain(rules: str, record: bool, maps: int) -> Callable[..., tuple[Tensor, .
         chosen = select_blocks(
             query,
             key,
-            MaskProgram(expr, rest[maps:]),
+            IndexMask(expr, rest[maps:]),
             config,
             target=target,
             min_peak=min_peak,
@@ -161,10 +161,12 @@ def compiled(rules: str, record: bool, maps: int, kind: tuple[Any, ...]) -> Call
         return FUNCTION(*tensors)  # noqa: F821
 
     # By its name Dynamo remembers which sizes of a function changed before: those of other rules say nothing.
-    told = hashlib.sha256(repr((rules, record, kind)).encode()).hexdigest()[:12]
-    name = f"omnisparse_select_{told}"
-    own = types.FunctionType(run.__code__.replace(co_name=name), {"__builtins__": builtins, "FUNCTION": function}, name)
-    return torch.compile(own, backend=_compile, dynamic=False if registered(rules).static else None)
+    digest = hashlib.sha256(repr((rules, record, kind)).encode()).hexdigest()[:12]
+    name = f"omnisparse_select_{digest}"
+    named = types.FunctionType(
+        run.__code__.replace(co_name=name), {"__builtins__": builtins, "FUNCTION": function}, name
+    )
+    return torch.compile(named, backend=_compile, dynamic=False if registered(rules).static else None)
 
 
 def _compile(graph_module: GraphModule, inputs: Sequence[Any]) -> CompiledFn:

@@ -22,7 +22,7 @@ COPIES = 16
 MIN_KEYS = 4096
 
 
-class Spread(NamedTuple):
+class SpreadBlocks(NamedTuple):
     """Keys, values and maps with the copies in front.
 
     Attributes:
@@ -38,39 +38,41 @@ class Spread(NamedTuple):
     full: Tensor
 
 
-def spread(key: Tensor, value: Tensor, keep: Tensor, full: Tensor, *, sinks: int, block: int) -> Spread:
-    """Repeat the first ``sinks`` blocks, and let the query blocks share the copies out.
+def spread_first_blocks(
+    key: Tensor, value: Tensor, keep: Tensor, full: Tensor, *, count: int, block: int
+) -> SpreadBlocks:
+    """Repeat the first ``count`` blocks, and let the query blocks share the copies out.
 
     Args:
-        key: (B, Hkv, S, D), S at least ``sinks * block``.
+        key: (B, Hkv, S, D), S at least ``count * block``.
         value: (B, Hkv, S, Dv).
         keep: bool (B or 1, Hq or 1, NQ, NK).
         full: bool, broadcastable to ``keep``.
-        sinks: Blocks to repeat, at least 1.
+        count: Blocks to repeat, at least 1.
         block: Block side, in tokens.
 
     Returns:
-        The same attention over ``COPIES * sinks * block`` more keys; ``original`` finds what a copy is of.
+        The same attention over ``COPIES * count * block`` more keys; ``original_position`` finds what a copy is of.
     """
     # Realized: Inductor fails to bound what computes the maps once a concatenation has shifted its index.
     keep, full = (torch.ops.omnisparse.realize(x) for x in (keep, full))
     rows = torch.arange(keep.shape[2], device=keep.device)
-    mine = rows[:, None] % COPIES == torch.arange(COPIES, device=keep.device)  # (NQ, COPIES)
-    mine = mine.repeat_interleave(sinks, 1)
-    copied = [x[..., :sinks].repeat(1, 1, 1, COPIES) & mine for x in (keep, full)]
-    later = torch.arange(keep.shape[3], device=keep.device) >= sinks
-    tokens = sinks * block
-    return Spread(
+    keeps_copy = rows[:, None] % COPIES == torch.arange(COPIES, device=keep.device)  # (NQ, COPIES)
+    keeps_copy = keeps_copy.repeat_interleave(count, 1)
+    copied = [x[..., :count].repeat(1, 1, 1, COPIES) & keeps_copy for x in (keep, full)]
+    is_original = torch.arange(keep.shape[3], device=keep.device) >= count
+    tokens = count * block
+    return SpreadBlocks(
         torch.cat([key[:, :, :tokens].repeat(1, 1, COPIES, 1), key], 2),
         torch.cat([value[:, :, :tokens].repeat(1, 1, COPIES, 1), value], 2),
-        torch.cat([copied[0], keep & later], 3),
-        torch.cat([copied[1], full & later], 3),
+        torch.cat([copied[0], keep & is_original], 3),
+        torch.cat([copied[1], full & is_original], 3),
     )
 
 
-def original(kv: Tensor, *, sinks: int, block: int) -> Tensor:
-    """The position that a key had before ``spread``; ``sinks`` = 0: its own."""
-    if sinks == 0:
+def original_position(kv: Tensor, *, count: int, block: int) -> Tensor:
+    """The position that a key had before ``spread_first_blocks``; ``count`` = 0: its own."""
+    if count == 0:
         return kv
-    tokens = sinks * block
+    tokens = count * block
     return torch.where(kv < COPIES * tokens, kv % tokens, kv - COPIES * tokens)

@@ -12,20 +12,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from omnisparse_flex.attention.scalar_graph import UntraceableError, read_scalar_graph
 from omnisparse_flex.masks.expr.expr import axes, simplify
 from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
+from omnisparse_flex.masks.expr.index_mask import NO_MASK, IndexMask
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 
-def trace_mask_mod(mask_mod: MaskMod, device: torch.device) -> MaskProgram:
-    """Read a ``mask_mod`` into a program by tracing it on scalar indices.
+def trace_mask_mod(mask_mod: MaskMod, device: torch.device) -> IndexMask:
+    """Read a ``mask_mod`` into an ``IndexMask`` by tracing it on scalar indices.
 
     Args:
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, pointwise; tensors it closes over
-            become the program's buffers (by reference).
+            become the mask's buffers (by reference).
         device: Where the index scalars live.
 
     Returns:
-        The equivalent program.
+        The equivalent mask.
 
     Raises:
         UntraceableError: If the function does something outside the pointwise vocabulary.
@@ -33,7 +33,7 @@ def trace_mask_mod(mask_mod: MaskMod, device: torch.device) -> MaskProgram:
     return read_scalar_graph(trace_scalars(mask_mod, "mask_mod", indices_on(device)))
 
 
-def trace_forbidden(score_mod: ScoreMod, dtype: torch.dtype, device: torch.device) -> MaskProgram:
+def trace_forbidden(score_mod: ScoreMod, dtype: torch.dtype, device: torch.device) -> IndexMask:
     """The pairs that a ``score_mod`` leaves: where it gives -inf or less than any logit, whatever the logit is.
 
     Args:
@@ -42,7 +42,7 @@ def trace_forbidden(score_mod: ScoreMod, dtype: torch.dtype, device: torch.devic
         device: Where they lie.
 
     Returns:
-        The program; ``NO_MASK`` where nothing is forbidden or the function cannot be read: it is applied anyway.
+        The mask; ``NO_MASK`` where nothing is forbidden or the function cannot be read: it is applied anyway.
     """
     score = torch.zeros((), dtype=dtype, device=device)
     try:
@@ -50,7 +50,7 @@ def trace_forbidden(score_mod: ScoreMod, dtype: torch.dtype, device: torch.devic
     except UntraceableError:
         return NO_MASK
     allowed, _ = split_additive(read.expr, [x.dtype for x in read.buffers])
-    return MaskProgram(simplify(allowed), tuple(x.detach() for x in read.buffers)) if axes(allowed) else NO_MASK
+    return IndexMask(simplify(allowed), tuple(x.detach() for x in read.buffers)) if axes(allowed) else NO_MASK
 
 
 def indices_on(device: torch.device) -> list[Tensor]:

@@ -19,7 +19,7 @@ from omnisparse_flex.cache.memory_report import MemoryReport, memory_report
 from omnisparse_flex.cache.step_replay import Replay
 from omnisparse_flex.cache.store import TURN, SlimStore
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.model.compiled_module import CompiledDecoder, compiled_decoder_of
 
 
 class OmniSparseCache(CacheAnswers):
@@ -73,7 +73,7 @@ class OmniSparseCache(CacheAnswers):
     ) -> None:
         """Check the arguments; nothing is allocated before the first call."""
         require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
-        entry = entry_of(model)
+        entry = compiled_decoder_of(model)
         require(entry is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
         real = isinstance(visual_recall, (int, float)) and not isinstance(visual_recall, bool)
         require(real and 0 < visual_recall <= 1, "visual_recall", "be in (0, 1]", visual_recall)
@@ -86,15 +86,15 @@ class OmniSparseCache(CacheAnswers):
         rule = functools.partial(choose_keys, recall=visual_recall, max_keys=config.max_kv_budget)
         self.store = SlimStore(layers, lambda mass, layer: rule(mass), offload, config.sink_size, config.window_size)
         self.replay = Replay(self.store, CudaGraphs()) if cuda_graphs else None
-        # What a call still has to do after its recorded step was launched; see ``Entry.prepare``.
+        # What a call still has to do after its recorded step was launched; see ``CompiledDecoder.prepare``.
         self.omnisparse_later: list[Callable[[], None]] = []
         self.owner = -1
         self._decoder = weakref.ref(entry.module)
         self.reset()
 
     @contextlib.contextmanager
-    def omnisparse_call(self, entry: Entry, kwargs: dict[str, Any]) -> Iterator[None]:
-        """The context of one call of the decoder; ``Entry`` enters it.
+    def omnisparse_call(self, entry: CompiledDecoder, kwargs: dict[str, Any]) -> Iterator[None]:
+        """The context of one call of the decoder; ``CompiledDecoder`` enters it.
 
         Raises:
             ConfigError: On a call that the cache cannot serve.
@@ -125,7 +125,7 @@ class OmniSparseCache(CacheAnswers):
         tokens = _tokens(kwargs)
         return isinstance(tokens, Tensor) and tokens.shape[1] == 1
 
-    def omnisparse_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def omnisparse_run(self, entry: CompiledDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the decoder within ``omnisparse_call``, or replay a recorded step of it."""
         store = self.store
         if store.is_step and not store.tokens.padded and isinstance(kwargs.get("position_ids"), Tensor):

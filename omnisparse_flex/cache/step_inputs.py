@@ -11,14 +11,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from omnisparse_flex.model.compiled_module import Entry
+    from omnisparse_flex.model.compiled_module import CompiledDecoder
 
 #: Takes the cache's place in a signature: a reference to the cache would keep it alive.
 CACHE = "the cache"
 #: Types of arguments that hold no further arguments.
 FLAT = frozenset((Tensor, bool, int, float, str, type(None), torch.dtype))
 #: Called in place of a compiled graph: with its number, its inputs, and the graph as a function without arguments.
-Around = Callable[[int, list[Any], Callable[[], Any]], Any]
+RunHook = Callable[[int, list[Any], Callable[[], Any]], Any]
 
 
 class DecoderCall:
@@ -30,7 +30,7 @@ class DecoderCall:
         signature: Everything that a replay of this call requires to be equal, all but the tensors' contents.
     """
 
-    def __init__(self, entry: Entry, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, entry: CompiledDecoder, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Flatten the arguments.
 
         Args:
@@ -53,19 +53,19 @@ class DecoderCall:
         modes = entry.owner.number, entry.module.training, torch.is_inference_mode_enabled(), autocast
         self.signature: tuple[Any, ...] = (modes, self.form, *described)
 
-    def run(self, around: Around) -> Any:
-        """Run the decoder on the leaves, with ``around`` called in place of each compiled graph."""
+    def run(self, run_hook: RunHook) -> Any:
+        """Run the decoder on the leaves, with ``run_hook`` called in place of each compiled graph."""
         if isinstance(self.form, tuple):
             count, *names = self.form
             args, kwargs = tuple(self.leaves[:count]), dict(zip(names, self.leaves[count:], strict=True))
         else:
             args, kwargs = pytree.tree_unflatten(self.leaves, self.form)
-        here = self.entry.backend.here
-        here.run_hook = around
+        thread = self.entry.backend.thread
+        thread.run_hook = run_hook
         try:
             return self.entry.run(args, kwargs)
         finally:
-            here.run_hook = None
+            thread.run_hook = None
 
     def read(self, inputs: list[Any]) -> list[Any]:
         """The identity of each of a graph's inputs; see ``identity``."""

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from omnisparse_flex.cache.step_inputs import DecoderCall, same_inputs, weights_of
 
 if TYPE_CHECKING:
-    from omnisparse_flex.model.compiled_module import Entry
+    from omnisparse_flex.model.compiled_module import CompiledDecoder
 
 #: Types of arguments and results that a recorded step may hold as they are.
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
@@ -21,7 +21,7 @@ SEVERAL_GRAPHS = "the decoder does not run as one compiled graph"
 MOVING_INPUTS = "what it reads lies elsewhere with every token (beam search, changing shapes)"
 
 
-def note(entry: Entry, reason: str) -> None:
+def note(entry: CompiledDecoder, reason: str) -> None:
     """Write the reason into the model's report."""
     entry.backend.log.notes[f"decode steps are not recorded as CUDA graphs: {reason}"] = None
 

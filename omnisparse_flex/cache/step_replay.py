@@ -17,7 +17,7 @@ from omnisparse_flex.cache.step_inputs import DecoderCall, same_inputs, storage_
 
 if TYPE_CHECKING:
     from omnisparse_flex.cache.store import SlimStore
-    from omnisparse_flex.model.compiled_module import Entry
+    from omnisparse_flex.model.compiled_module import CompiledDecoder
 
 #: Consecutive steps that could not be recorded, after which the report says why.
 MAX_UNLIKE_STEPS = 8
@@ -71,7 +71,7 @@ class Replay:
         self.forget()
         self.recorder.free()
 
-    def run(self, entry: Entry, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, entry: CompiledDecoder, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the decoder, inside the cache's call.
 
         Args:
@@ -96,15 +96,15 @@ class Replay:
             return entry.run(args, kwargs)
         self._copy_to_static_inputs(call)
         key: tuple[Any, ...] | None = self._key(call)
-        known = self.recorded
-        if known is not None and not (known.key == key and known.is_safe()):
-            known = self.recorded = self._before = None
-        if known is None and not self.recorder.takes(store.layers):
+        recorded = self.recorded
+        if recorded is not None and not (recorded.key == key and recorded.is_safe()):
+            recorded = self.recorded = self._before = None
+        if recorded is None and not self.recorder.takes(store.layers):
             key = None
         if key is None or store.changes:
             return self._run_and_compare(call, key)
-        if known is not None:
-            return self._replay(call, known)
+        if recorded is not None:
+            return self._replay(call, recorded)
         return self._run_and_compare(call, key, record=self._steady)
 
     def _copy_to_static_inputs(self, call: DecoderCall) -> None:
@@ -130,28 +130,32 @@ class Replay:
         marks = None if store.tokens.marks is None else storage_key(store.tokens.marks)
         return (call.signature, marks, *[layer.version for layer in store.layers])
 
-    def _replay(self, call: DecoderCall, known: RecordedStep) -> Any:
+    def _replay(self, call: DecoderCall, recorded: RecordedStep) -> Any:
         """Launch the recorded step, and use its result if the decoder calls the same graph."""
-        known.step.replay()
+        recorded.step.replay()
         self.store.ahead = True
         replayed = False
 
-        def around(number: int, inputs: list[Any], go: Callable[[], Any]) -> Any:
+        def run_hook(number: int, inputs: list[Any], run_graph: Callable[[], Any]) -> Any:
             nonlocal replayed
-            same = number == known.number and known.weights.hold() and same_inputs(known.inputs, call.read(inputs))
+            same = (
+                number == recorded.number
+                and recorded.weights.hold()
+                and same_inputs(recorded.inputs, call.read(inputs))
+            )
             if self.store.ahead and same:
                 replayed = True
-                return self._outputs(known)
-            return go()  # the first layer finds the store ahead and discards the replayed token
+                return self._outputs(recorded)
+            return run_graph()  # the first layer finds the store ahead and discards the replayed token
 
-        result = call.run(around)
+        result = call.run(run_hook)
         if not replayed:
             self.recorded = self._before = None
         return result
 
-    def _outputs(self, known: RecordedStep) -> list[Any]:
-        self.store.replayed(known.queries)
-        return [x.clone() if isinstance(x, Tensor) else x for x in known.outputs]
+    def _outputs(self, recorded: RecordedStep) -> list[Any]:
+        self.store.replayed(recorded.queries)
+        return [x.clone() if isinstance(x, Tensor) else x for x in recorded.outputs]
 
     def _run_and_compare(self, call: DecoderCall, key: tuple[Any, ...] | None, record: bool = False) -> Any:
         """Run the step and compare it with the one before; with ``record``, record and replay it if both are equal."""
@@ -159,17 +163,17 @@ class Replay:
         log, ran = call.entry.backend.log, list[tuple[int, list[Any]]]()
         graphs = log.graphs
 
-        def around(number: int, inputs: list[Any], go: Callable[[], Any]) -> Any:
+        def run_hook(number: int, inputs: list[Any], run_graph: Callable[[], Any]) -> Any:
             read = call.read(inputs)
             ran.append((number, read))
             if record and before is not None and _same(before, (key, number, read)):
-                self.recorded = self._record(call, go, *before)
+                self.recorded = self._record(call, run_graph, *before)
                 if self.recorded is not None:
                     self.recorded.step.replay()
                     return self._outputs(self.recorded)
-            return go()
+            return run_graph()
 
-        result = call.run(around)
+        result = call.run(run_hook)
         one, reason = len(ran) == 1 and log.graphs == graphs, ""
         if one and key is not None and self._key(call) == key:
             self._before = key, *ran[0]
@@ -196,7 +200,7 @@ class Replay:
         return x.clone() if shared else x
 
     def _record(
-        self, call: DecoderCall, go: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
+        self, call: DecoderCall, run_graph: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
     ) -> RecordedStep | None:
         """Record the graph without running it; None, with the layers unchanged, if that fails."""
         store = self.store
@@ -205,7 +209,7 @@ class Replay:
         store.captured_queries = {}
         reason = ""
         try:
-            step, outputs = self.recorder.record(go, store.device)
+            step, outputs = self.recorder.record(run_graph, store.device)
         except Exception as error:  # the step runs without a recording
             reason = f"{type(error).__name__}: {error}"
         finally:

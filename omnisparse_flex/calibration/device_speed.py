@@ -19,7 +19,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import Costs, Shape
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 #: Prefill lengths by device type.
 LENGTHS = {"cuda": (2048, 4096, 8192, 16384, 32768), "cpu": (1024, 2048, 4096)}
@@ -81,7 +81,7 @@ def compiled_attention(
         ``(query, key, value) -> output``, (B, H, N, D) each.
     """
     backend = Backend(config, min_seq_len=0, inner="inductor", kernel=kernel)
-    backend.compile_hook = progress.on_graph("sparse attention") if progress else None
+    backend.compile_hook = progress.compile_hook("sparse attention") if progress else None
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _attention(query, key, value)
@@ -114,6 +114,6 @@ def _dense_times(inputs: tuple[Tensor, Tensor, Tensor]) -> list[float]:
 
 def kept_share(config: OmniSparseConfig, query: Tensor, key: Tensor) -> float:
     """Kept blocks over causal blocks of the selection that ``compiled_attention`` makes, 0-1."""
-    mask, scale = MaskProgram(causal()), query.shape[3] ** -0.5
+    mask, scale = IndexMask(causal()), query.shape[3] ** -0.5
     chosen = select_blocks(query, key, mask, config, target=config.recall_of(0), scale=scale)
     return float(chosen.keep.sum() / chosen.layout.some.expand_as(chosen.keep).sum())

@@ -15,20 +15,20 @@ from omnisparse_flex.api import apply_omnisparse, remove_omnisparse
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import shape_of_config
 from omnisparse_flex.errors import ConfigError
-from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.model.compiled_module import CompiledDecoder, compiled_decoder_of
 from omnisparse_flex.stats import Stats
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, config: OmniSparseConfig | None, target: float) -> Iterator[Entry]:
+def prepared(model: nn.Module, config: OmniSparseConfig | None, target: float) -> Iterator[CompiledDecoder]:
     """Change the model and set it to eval mode; restore it afterwards, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
-    installed = entry_of(model)
+    installed = compiled_decoder_of(model)
     if installed is None:
         apply_omnisparse(model, probed_rules(config or OmniSparseConfig(), target))
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     assert entry is not None
     recall, visual = entry.state.recall, entry.state.visual
     try:
@@ -48,36 +48,38 @@ def probed_rules(rules: OmniSparseConfig, target: float) -> OmniSparseConfig:
     return dataclasses.replace(rules, target_recall=probed if len(probed) > 1 else probed[0])
 
 
-def require_length(entry: Entry, batches: list[Batch]) -> None:
+def require_length(entry: CompiledDecoder, batches: list[Batch]) -> None:
     """Refuse, before anything is compiled, batches that are known to be too short to run sparsely."""
     lengths = [
         max((batch[name].shape[1] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), default=0)
         for batch in batches
         if isinstance(batch, Mapping)
     ]
-    known = len(lengths) == len(batches) and all(lengths)
-    shortest = least_length(entry)
-    if known and max(lengths) < shortest:
+    are_known = len(lengths) == len(batches) and all(lengths)
+    shortest = min_queries(entry)
+    if are_known and (shortest is None or max(lengths) < shortest):
         raise ConfigError(f"batches must {longer(shortest)}, got at most {max(lengths)}")
 
 
-def least_length(entry: Entry) -> int:
-    """Queries below which the module stays dense."""
-    return entry.backend.threshold(device_of(entry), shape_of_config(getattr(entry.module, "config", None)))
+def min_queries(entry: CompiledDecoder) -> int | None:
+    """Queries below which the module stays dense; None: it always does."""
+    return entry.backend.min_queries(device_of(entry), shape_of_config(getattr(entry.module, "config", None)))
 
 
-def longer(shortest: int) -> str:
+def longer(shortest: int | None) -> str:
     """The rule that too short batches break."""
+    if shortest is None:
+        return "run with min_seq_len = 0 (an option of apply_omnisparse), because these rules pay at no length"
     return f"hold at least min_seq_len = {shortest} tokens (an option of apply_omnisparse)"
 
 
-def device_of(entry: Entry) -> torch.device:
+def device_of(entry: CompiledDecoder) -> torch.device:
     """Where the module's parameters are."""
     parameter = next(entry.module.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def run_batch(model: nn.Module, entry: Entry, batch: Batch) -> None:
+def run_batch(model: nn.Module, entry: CompiledDecoder, batch: Batch) -> None:
     """One forward on the model's device."""
     device = device_of(entry)
 
@@ -107,7 +109,7 @@ class Probe:
     def __init__(
         self,
         model: nn.Module,
-        entry: Entry,
+        entry: CompiledDecoder,
         stats: Stats,
         batches: list[Batch],
         progress: Callable[[str], None] | None,

@@ -61,7 +61,7 @@ class Progress:
             self.open.pop()
         self(f"{text}: {time.perf_counter() - begun:.1f} s")
 
-    def on_graph(self, what: str) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    def compile_hook(self, what: str) -> Callable[[int], contextlib.AbstractContextManager[None]]:
         """A hook for ``Backend.compile_hook``: one step around each compile.
 
         Args:

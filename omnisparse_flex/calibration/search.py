@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnisparse_flex.calibration.probe import Batch, Probe, least_length, longer, prepared, require_length, run_batch
+from omnisparse_flex.calibration.probe import Batch, Probe, longer, min_queries, prepared, require_length, run_batch
 from omnisparse_flex.calibration.result import Calibration, LayerTarget
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, Entry, entry_of, is_disabled
+from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, CompiledDecoder, compiled_decoder_of, is_disabled
 from omnisparse_flex.stats import collect_stats
 
 #: Share of the allowed loss that is kept in reserve: for 0.9, every head must reach 0.915 on the batches. Heads attend
@@ -81,7 +81,7 @@ def run_calibration(
 ) -> Calibration:
     """``calibrate``, with what was measured on the way; same arguments, same errors."""
     listed = _checked(model, batches, target_recall, config)
-    changed = entry_of(model) is not None
+    changed = compiled_decoder_of(model) is not None
     with prepared(model, config, target_recall) as entry:
         require_length(entry, listed)
         if not hasattr(getattr(entry.module, "config", None), "num_attention_heads"):
@@ -103,7 +103,7 @@ def _checked(model: Any, batches: Any, target: Any, config: Any) -> list[Batch]:
     require(config is None or isinstance(config, OmniSparseConfig), "config", "be an OmniSparseConfig or None", config)
     single = isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable)
     require(not single, "batches", "be an iterable of batches", type(batches).__name__)
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     rule = "be left out for a model that apply_omnisparse changed: its own rules are calibrated"
     require(entry is None or config is None, "config", rule, config)
     rules = config or (OmniSparseConfig() if entry is None else entry.backend.config)
@@ -129,7 +129,7 @@ def _search(probe: Probe, target_recall: float) -> Calibration:
     best, _ = probe(_target(torch.full((probe.layers,), HIGHEST, dtype=torch.float64)))
     if not probe.sparse.any():
         reasons = {site.reason for site in probe.entry.backend.log.sites if site.reason}
-        rule = longer(least_length(probe.entry))
+        rule = longer(min_queries(probe.entry))
         raise ConfigError(f"batches must {rule}, got no layer that ran sparsely: {'; '.join(sorted(reasons))}")
     # Layers whose recall is NaN stay dense.
     able = probe.sparse & (best >= reserve)
@@ -187,6 +187,6 @@ def _result(probe: Probe, target_recall: float, reserve: float, outcome: _Found)
     return Calibration(rules, target_recall, reserve, tuple(layers))
 
 
-def _skip_reason(entry: Entry, layer: int) -> str:
+def _skip_reason(entry: CompiledDecoder, layer: int) -> str:
     reasons = [site.reason for site in entry.backend.log.sites if site.layer == layer and site.reason]
     return reasons[-1] if reasons else "no attention site of it was found"

@@ -21,7 +21,7 @@ from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_o
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import LAST, Costs, costs_of, shape_of_config, user_file, write
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 
 #: The question about a video if the user gives none: a few tokens beside thousands of visual ones.
 PROMPT = "Describe the video."
@@ -78,9 +78,9 @@ def run_calibrate(
     batches = build_batches(model_dir, model_config, material, progress)
     model, _ = load_for_inputs(auto, model_dir, batches, progress)
     apply_omnisparse(model, probed_rules(rules, target_recall), min_seq_len=min_seq_len)
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     assert entry is not None
-    entry.backend.compile_hook = progress.on_graph("sparse")
+    entry.backend.compile_hook = progress.compile_hook("sparse")
     result = run_calibration(model, batches, target_recall, progress=progress)
     out.write_text(json.dumps(result.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(f"\n{result}\n\nrules: {out}")

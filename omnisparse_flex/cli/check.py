@@ -17,7 +17,7 @@ from omnisparse_flex.cli import compare, plot, video
 from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_of
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.model.hf import find_decoder
 from omnisparse_flex.report import table
 from omnisparse_flex.stats import Stats, collect_stats
@@ -135,9 +135,9 @@ def _both_runs(
     with progress.step(f"dense prefill of {tokens} tokens, plain SDPA"):
         dense = compare.measure(model, decoder, inputs, positions)
     apply_omnisparse(model, config, min_seq_len=min_seq_len)
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     if entry is not None:
-        entry.backend.compile_hook = progress.on_graph("sparse")
+        entry.backend.compile_hook = progress.compile_hook("sparse")
     with progress.step("sparse prefill"):
         sparse = compare.measure(model, decoder, inputs, positions)
     with progress.step("sparse prefill with statistics"), collect_stats(model, exact=True) as stats:

@@ -61,8 +61,8 @@ def with_cache_renamed(forward: Callable[..., Any], arguments: dict[str, Any]) -
     """
     if OLD_NAME not in arguments or cache_name(forward) == OLD_NAME:
         return arguments
-    rest = {key: value for key, value in arguments.items() if key != OLD_NAME}
-    return {NEW_NAME: arguments[OLD_NAME], **rest}
+    others = {key: value for key, value in arguments.items() if key != OLD_NAME}
+    return {NEW_NAME: arguments[OLD_NAME], **others}
 
 
 def cache_of(output: Any) -> Any:

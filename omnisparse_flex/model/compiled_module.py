@@ -20,7 +20,7 @@ from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.errors import require
 from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_ops import Owner
-from omnisparse_flex.model.run_state import RunState, State
+from omnisparse_flex.model.run_state import ModelState, RunState
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.
 DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
@@ -35,35 +35,37 @@ VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 
 if TYPE_CHECKING:
-    CALL: Callable[..., Any]
+    module_call: Callable[..., Any]
 
 
-class Entry:
+class CompiledDecoder:
     """What ``module._compiled_call_impl`` becomes.
 
-    A call of the module runs ``call``, which prepares the model's ``State`` and the cache, and then ``run``: the
+    A call of the module runs ``call``, which prepares the model's ``ModelState`` and the cache, and then ``run``: the
     compiled code, which gets a ``RunState`` of its own, as an argument.
     Every instance compiles a code object of its own with a backend object of its own:
     Dynamo's limits and guards are then this model's alone.
     """
 
-    def __init__(self, module: nn.Module, backend: Backend, dynamic: bool | None, *, hands_on: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, backend: Backend, dynamic: bool | None, *, forwards_kwargs: bool = False
+    ) -> None:
         """Wrap ``module``; nothing is compiled before the first call.
 
         Args:
             module: The decoder.
             backend: Its backend.
             dynamic: As in ``torch.compile``.
-            hands_on: The module takes keyword arguments for its attention functions, as transformers' decoders do.
+            forwards_kwargs: The module hands keyword arguments on to its attention, as transformers' decoders do.
         """
         backend.stateful = True
-        self.hands_on = hands_on
+        self.forwards_kwargs = forwards_kwargs
         self.module = module
         self.backend = backend
         self.dynamic = dynamic
         recalls = backend.config.recalls
         rows = recalls if len(recalls) > 1 else recalls * _layers_of(module)
-        self.state = State(torch.tensor(rows, dtype=torch.float32))
+        self.state = ModelState(torch.tensor(rows, dtype=torch.float32))
         self.owner = Owner()
         self.visual_mask: VisualMask | None = None
         self.undo: Callable[[], None] = lambda: None
@@ -122,13 +124,13 @@ class Entry:
             later.pop(0)()
         if is_disabled():
             return self.module._call_impl(*args, **kwargs)
-        here = self.backend.here
-        state, before = self.state.of_call(), here.runs
+        thread = self.backend.thread
+        state, before = self.state.of_call(), thread.runs
         # Threads that start together would each compile the same.
         with contextlib.nullcontext() if self._warm else self._first, dynamo_settings(**self._settings()):
             result = self.compiled(state, *args, **kwargs)
         self._warm = True
-        self._look_back(here.runs - before, state)
+        self._look_back(thread.runs - before, state)
         return result
 
     def _call_apart(self, *args: Any, **kwargs: Any) -> Any:
@@ -177,18 +179,18 @@ class Entry:
 
     def _compile(self) -> Callable[..., Any]:
         def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
-            # CALL is a global of the function made below, one for each module.
+            # module_call is a global of the function made below, one for each module.
             torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
-            return CALL(*args, **kwargs)  # noqa: F821
+            return module_call(*args, **kwargs)  # noqa: F821
 
         def template_with_keyword(state: RunState, *args: Any, **kwargs: Any) -> Any:
             # Layers hand it to their attention, in whatever graph that is. A layer that does not finds the operator's.
             torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
-            return CALL(*args, omnisparse_state=state, **kwargs)  # noqa: F821
+            return module_call(*args, omnisparse_state=state, **kwargs)  # noqa: F821
 
         name = "omnisparse_entry"
-        scope = {"__builtins__": builtins, "torch": torch, "CALL": self.module._call_impl}
-        code = (template_with_keyword if self.hands_on else template).__code__
+        scope = {"__builtins__": builtins, "torch": torch, "module_call": self.module._call_impl}
+        code = (template_with_keyword if self.forwards_kwargs else template).__code__
         function = types.FunctionType(code.replace(co_name=name), scope, name)
         compiled: Callable[..., Any] = torch.compile(function, backend=self.backend, dynamic=self.dynamic)
         return compiled
@@ -214,10 +216,10 @@ def is_disabled() -> bool:
     return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
-def entry_of(model: nn.Module) -> Entry | None:
+def compiled_decoder_of(model: nn.Module) -> CompiledDecoder | None:
     """The entry that ``apply_omnisparse`` installed in ``model``, if any."""
     for module in model.modules():
-        if isinstance(module._compiled_call_impl, Entry):
+        if isinstance(module._compiled_call_impl, CompiledDecoder):
             return module._compiled_call_impl
     return None
 

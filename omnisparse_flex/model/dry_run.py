@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from omnisparse_flex.backend import Backend, site_report
-from omnisparse_flex.model.compiled_module import Entry
+from omnisparse_flex.model.compiled_module import CompiledDecoder
 from omnisparse_flex.passes import Settings, run_pipeline
 from omnisparse_flex.report import RewriteReport
 
@@ -18,7 +18,7 @@ from omnisparse_flex.report import RewriteReport
 TRACE_TOKENS = 512
 
 
-def explain(entry: Entry) -> RewriteReport:
+def explain(entry: CompiledDecoder) -> RewriteReport:
     """List the sites that a prefill above the threshold would rewrite.
 
     Args:
@@ -27,30 +27,30 @@ def explain(entry: Entry) -> RewriteReport:
     Returns:
         A report with ``compiled=False``; empty for modules whose inputs only their user knows.
     """
-    told = tuple(entry.backend.log.notes)
+    notes = tuple(entry.backend.log.notes)
     config = getattr(entry.module, "config", None)
     if config is None or not hasattr(config, "hidden_size"):
-        return RewriteReport(notes=(*told, "the sites of a plain module are known after its first run"))
-    twin = _twin(entry.module)
-    tracer = _Tracer(entry.backend)
-    traced = Entry(twin, tracer, dynamic=True, hands_on=entry.hands_on)
+        return RewriteReport(notes=(*notes, "the sites of a plain module are known after its first run"))
+    copy = _meta_copy(entry.module)
+    tracer = _DryRunBackend(entry.backend)
+    traced = CompiledDecoder(copy, tracer, dynamic=True, forwards_kwargs=entry.forwards_kwargs)
     dtype = next(entry.module.parameters()).dtype
     embeddings = torch.empty((1, TRACE_TOKENS, config.hidden_size), device="meta", dtype=dtype)
     traced.state.recall = traced.state.recall.to("meta")
     with torch.no_grad():
         traced(inputs_embeds=embeddings, use_cache=False)
-    return RewriteReport(tuple(tracer.log.sites), False, 0, told)
+    return RewriteReport(tuple(tracer.log.sites), False, 0, notes)
 
 
-def _twin(decoder: nn.Module) -> nn.Module:
-    """The same decoder without storage."""
+def _meta_copy(decoder: nn.Module) -> nn.Module:
+    """A decoder of the same config on the meta device: shapes without storage."""
     with torch.device("meta"):
-        twin: nn.Module = type(decoder)(decoder.config)
-    return twin.to(next(decoder.parameters()).dtype).train(decoder.training)
+        copy: nn.Module = type(decoder)(decoder.config)
+    return copy.to(next(decoder.parameters()).dtype).train(decoder.training)
 
 
-class _Tracer(Backend):
-    """A backend that runs the passes and returns without compiling anything."""
+class _DryRunBackend(Backend):
+    """Runs the passes on each captured graph for their report, and compiles nothing; results are empty meta tensors."""
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend.config, min_seq_len=0, kernel=backend.kernel, inner=backend.inner)
@@ -58,7 +58,7 @@ class _Tracer(Backend):
     def __call__(self, graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         rewrite = run_pipeline(graph_module, Settings(config=self.config, lists=True, stateful=True))
         self.log.sites += [site_report(site, -1) for site in rewrite.sites]
-        self.here.runs += 1
+        self.thread.runs += 1
         output = graph_module.graph.find_nodes(op="output")[0]
         # Shapes are all that is asked for: hand back what the capture recorded.
         fakes = tuple(_meta(node) for node in output.args[0])

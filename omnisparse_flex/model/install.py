@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from omnisparse_flex.model.compiled_module import Entry
+from omnisparse_flex.model.compiled_module import CompiledDecoder
 from omnisparse_flex.model.hf import NAME, attention_configs, register
 from omnisparse_flex.model.user_compile import own_call
 from omnisparse_flex.model.visual_mask import VisualMaskHook, as_entry_mask, receiver_of
@@ -32,7 +32,7 @@ class Undo:
 
 
 def install_in_transformers(
-    model: Any, decoder: nn.Module, entry: Entry, undo: Undo, visual_mask: VisualMaskArgument
+    model: Any, decoder: nn.Module, entry: CompiledDecoder, undo: Undo, visual_mask: VisualMaskArgument
 ) -> None:
     """Let a transformers model's decoder attend through us, and tell it which tokens are visual.
 

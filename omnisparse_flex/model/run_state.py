@@ -36,7 +36,7 @@ class RunState:
         self.eager: set[int] = set()
 
 
-class State:
+class ModelState:
     """What one changed model keeps between calls.
 
     Targets and the tensors to be written are the model's: a ``collect_stats`` in one thread sees the ``generate`` that

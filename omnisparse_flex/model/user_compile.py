@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from omnisparse_flex.errors import ConfigError
-from omnisparse_flex.model.compiled_module import Entry
+from omnisparse_flex.model.compiled_module import CompiledDecoder
 
 #: Said once to who compiles the changed module itself.
 REPLACED = "module.compile() took the place of OmniSparse: attention is dense (remove, compile the whole model instead)"
@@ -24,7 +24,7 @@ def refuse_compiled(model: nn.Module) -> None:
         raise ConfigError(f"model must not be compiled yet, got {type(model).__name__}: apply before torch.compile")
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl
-        if (compiled is not None and not isinstance(compiled, Entry)) or hasattr(module, "_orig_mod"):
+        if (compiled is not None and not isinstance(compiled, CompiledDecoder)) or hasattr(module, "_orig_mod"):
             raise ConfigError(f"model must not be compiled yet, got a compiled part {name or 'model'!r}")
 
 
@@ -46,7 +46,7 @@ def was_replaced(model: nn.Module) -> bool:
 def _is_replaced(module: nn.Module) -> bool:
     compiled = module._compiled_call_impl
     compiled = getattr(compiled, "__wrapped__", compiled)  # what only watches the call stands in front of it
-    return compiled is not None and not isinstance(compiled, Entry)
+    return compiled is not None and not isinstance(compiled, CompiledDecoder)
 
 
 def _warn_replaced() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.cache_argument import cache_in
-from omnisparse_flex.model.compiled_module import APART, Entry, VisualMask, check_visual
+from omnisparse_flex.model.compiled_module import APART, CompiledDecoder, VisualMask, check_visual
 
 #: Where model configs keep the ids of visual placeholder tokens.
 VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
@@ -26,7 +26,7 @@ class VisualMaskHook:
     on the cache, so that decoding and later turns see the whole conversation.
     """
 
-    def __init__(self, model: Any, receiver: nn.Module, entry: Entry, given: Any) -> None:
+    def __init__(self, model: Any, receiver: nn.Module, entry: CompiledDecoder, given: Any) -> None:
         """Prepare the hook.
 
         Args:
@@ -39,7 +39,7 @@ class VisualMaskHook:
         self.token_ids = sorted({token for token in ids if isinstance(token, int)})
         self.forward = type(receiver).forward
         self.signature = inspect.signature(receiver.forward)
-        self.entry: Entry | None = entry
+        self.entry: CompiledDecoder | None = entry
         self.given = given
         self.apart = torch._dynamo.disable(self.note, reason=APART)
 
@@ -66,7 +66,7 @@ class VisualMaskHook:
         getattr(cache_in(module.forward, kwargs), "omnisparse_later", []).clear()
         self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
 
-    def tell(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def tell(self, entry: CompiledDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give the entry the mask of a call with these arguments."""
         entry.state.visual = self.of_call(args, kwargs)
 

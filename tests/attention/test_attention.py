@@ -18,7 +18,7 @@ from omnisparse_flex.masks.blocks.select import BLOCK, change_of_logits, select_
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, Apply, Const, H, Load, Q, causal_offset
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, dense_oracle, mask_mods
 from omnisparse_flex.testing.oracle import expand_block_map, materialize_mask
 
@@ -124,7 +124,7 @@ def test_output_is_dense_attention_under_the_selection(shape, target, device):
     tensors = inputs(shape, device)
     visual = (torch.arange(shape.kv_len, device=device) < shape.kv_len - 9).expand(shape.batch, -1)
     offset = Const(shape.kv_len - shape.q_len)
-    mask = selected(shape, *tensors[:2], MaskProgram(causal_expr(offset)), config, visual=visual)
+    mask = selected(shape, *tensors[:2], IndexMask(causal_expr(offset)), config, visual=visual)
     assert mask.sum() < causal_mask(shape, device).expand_as(mask).sum(), "nothing was left out: a test of nothing"
     out = sparse_attention(*tensors, config=config, visual_mask=visual, enable_gqa=True)
     check(out, tensors, mask)
@@ -146,7 +146,7 @@ def test_any_mask_forward_backward_and_dead_rows(data, shape, is_causal, target,
     config = OmniSparseConfig(target_recall=target, sink_size=0, window_size=max(window, 1), max_kv_budget=0)
     tensors = inputs(shape, "cpu")
     order = causal_expr(Const(shape.kv_len - shape.q_len)) if is_causal else Const(True)
-    program = MaskProgram(order).joined(trace_mask_mod(case.mask_mod, torch.device("cpu")))
+    program = IndexMask(order).intersect(trace_mask_mod(case.mask_mod, torch.device("cpu")))
     # Without is_causal, causality in the mask itself says where the queries sit.
     own = None if is_causal else causal_offset(program.expr)
     offset = shape.kv_len - shape.q_len if is_causal else int(own.value) if isinstance(own, Const) else 0
@@ -198,7 +198,7 @@ def test_changed_logits(name, device):
     shape = AttentionShape(1, 2, 1, 300, 300, 16)
     sites, slopes = score_sites(device)
     fields, oracle = sites[name]
-    program = MaskProgram(causal_expr())
+    program = IndexMask(causal_expr())
     site = SparseCall(config=SPARSE, target=0.6, mask=program, **fields)
     tensors = inputs(shape, device)
     adjust = change_of_logits(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
@@ -236,7 +236,7 @@ def test_under_inductor(device):
     shape = AttentionShape(1, 2, 2, 300, 300, 32)
     tensors = inputs(shape, device, grad=False)
     compiled = torch.compile(sparse_attention, fullgraph=True)
-    mask = selected(shape, *tensors[:2], MaskProgram(causal_expr()), SPARSE)
+    mask = selected(shape, *tensors[:2], IndexMask(causal_expr()), SPARSE)
     check(compiled(*tensors, config=SPARSE, enable_gqa=True), tensors, mask)
 
 

@@ -14,7 +14,7 @@ from omnisparse_flex.attention.flex_options import FLASH, has_flash, kernel_opti
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from tests.helpers.tiny import llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_flash(), reason="needs flash-attn-4")]
@@ -41,7 +41,7 @@ def attend(query, key, value):
 def reference(query, key, value, config, target):
     """Dense float32 attention under the blocks that are selected."""
     with torch.no_grad():
-        mask = MaskProgram(causal())
+        mask = IndexMask(causal())
         chosen = select_blocks(query, key, mask, config, target=target, scale=query.shape[3] ** -0.5).keep
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     pairs = chosen.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :length, :length].tril()

@@ -13,8 +13,8 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import KV, Apply, Const, H, Q, causal
-from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.statistics import measure
+from omnisparse_flex.masks.expr.index_mask import IndexMask
+from omnisparse_flex.masks.statistics import measure_selection
 from omnisparse_flex.masks.tokens.segments import segment_layout
 from omnisparse_flex.testing import AttentionShape
 from tests.attention.test_attention import SPARSE, check, inputs, selected
@@ -29,7 +29,7 @@ def by_head(shape):
     here = Apply("add", (Q, Const(shape.kv_len - shape.q_len)))
     reach = Apply("mul", (Apply("add", (H, Const(1))), Const(150)))
     near = Apply("lt", (Apply("sub", (here, KV)), reach))
-    return MaskProgram(Apply("and", (causal(Const(shape.kv_len - shape.q_len)), near)))
+    return IndexMask(Apply("and", (causal(Const(shape.kv_len - shape.q_len)), near)))
 
 
 def choose(query, key, mask, config=PER_HEAD, **how):
@@ -40,7 +40,7 @@ def choose(query, key, mask, config=PER_HEAD, **how):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_query_head_chooses_as_if_it_were_alone(shape):
     query, key, _ = inputs(shape, "cpu", grad=False)
-    mask = MaskProgram(causal(Const(shape.kv_len - shape.q_len)))
+    mask = IndexMask(causal(Const(shape.kv_len - shape.q_len)))
     chosen = choose(query, key, mask)
     assert chosen.keep.shape[1] == chosen.needs.shape[1] == shape.heads
     for head in range(shape.heads):
@@ -52,7 +52,7 @@ def test_each_query_head_chooses_as_if_it_were_alone(shape):
 
 def test_heads_of_a_group_differ_where_they_look_elsewhere():
     query, key, _ = inputs(SHAPES[0], "cpu", grad=False)
-    chosen = choose(query * torch.tensor([1.0, -1.0, 1.0, -1.0]).view(-1, 1, 1), key, MaskProgram(causal()))
+    chosen = choose(query * torch.tensor([1.0, -1.0, 1.0, -1.0]).view(-1, 1, 1), key, IndexMask(causal()))
     assert not torch.equal(chosen.keep[:, 0], chosen.keep[:, 1])
 
 
@@ -69,7 +69,7 @@ def test_a_dense_site_under_such_a_mask(dense):
     """Without rules the maps are the mask's own: one for all heads, or one for each."""
     shape = SHAPES[0]
     tensors = inputs(shape, "cpu")
-    mask = MaskProgram(causal()) if dense else by_head(shape)
+    mask = IndexMask(causal()) if dense else by_head(shape)
     everything = OmniSparseConfig(lazy_threshold=None)
     site = AttentionCall(mask=mask)
     check(attend(*tensors, site), tensors, selected(shape, *tensors[:2], mask, everything, target=1.0))
@@ -103,10 +103,10 @@ def test_a_token_segment_keeps_what_any_head_of_its_group_does():
 def test_statistics_and_pictures_are_of_query_heads():
     shape = SHAPES[0]
     query, key, _ = inputs(shape, "cpu", grad=False)
-    mask = MaskProgram(causal())
+    mask = IndexMask(causal())
     chosen = choose(query, key, mask)
-    found = measure(chosen, query, key, mask, PER_HEAD, scale=0.25, score=None, exact=True)
-    assert torch.equal(found.cells > 0, chosen.keep[0]) and found.recalls.shape == (2, shape.heads)
+    found = measure_selection(chosen, query, key, mask, PER_HEAD, scale=0.25, score=None, exact=True)
+    assert torch.equal(found.block_map > 0, chosen.keep[0]) and found.recalls.shape == (2, shape.heads)
     assert found.stats[0] == chosen.keep.sum() / (shape.batch * shape.heads)
 
 

@@ -18,8 +18,8 @@ from omnisparse_flex.attention.functional import attend, sparse_attention
 from omnisparse_flex.masks.blocks.block_lists import wider
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
-from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.statistics import measure
+from omnisparse_flex.masks.expr.index_mask import IndexMask
+from omnisparse_flex.masks.statistics import measure_selection
 from omnisparse_flex.testing import AttentionShape
 from tests.attention.test_attention import SPARSE, check, inputs, selected
 
@@ -32,7 +32,7 @@ SHAPES = [
 
 
 def causal_mask(shape):
-    return MaskProgram(causal(Const(shape.kv_len - shape.q_len)))
+    return IndexMask(causal(Const(shape.kv_len - shape.q_len)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -49,7 +49,7 @@ def test_padding_and_windows():
     real = torch.arange(500) >= torch.tensor([[0], [170]])
     near = Apply("lt", (Apply("sub", (Load(1, ()), KV)), Const(1000)))
     keys = Apply("and", (Load(0, (B, KV)), near))
-    mask = MaskProgram(Apply("and", (causal(Const(0)), keys)), (real, torch.tensor(499)))
+    mask = IndexMask(Apply("and", (causal(Const(0)), keys)), (real, torch.tensor(499)))
     tensors = inputs(shape, "cpu")
     out = attend(*tensors, SparseCall(config=RULES, target=0.6, mask=mask))
     check(out, tensors, selected(shape, *tensors[:2], mask, RULES, target=0.6))
@@ -104,10 +104,10 @@ def test_statistics_and_pictures():
     query, key, _ = inputs(SHAPES[0], "cpu", grad=False)
     mask = causal_mask(SHAPES[0])
     chosen = select_blocks(query, key, mask, RULES, target=0.6, scale=0.25)
-    found = measure(chosen, query, key, mask, RULES, scale=0.25, score=None, exact=True)
-    assert torch.equal(found.cells > 0, wider(chosen.keep, chosen.layout.full, 2)[0][0])
+    found = measure_selection(chosen, query, key, mask, RULES, scale=0.25, score=None, exact=True)
+    assert torch.equal(found.block_map > 0, wider(chosen.keep, chosen.layout.full, 2)[0][0])
     everything = select_blocks(query, key, mask, RULES, target=1.0, scale=0.25)
-    best = measure(everything, query, key, mask, RULES, scale=0.25, score=None, exact=True)
+    best = measure_selection(everything, query, key, mask, RULES, scale=0.25, score=None, exact=True)
     assert (best.recalls > 0.9999).all() and (found.recalls[0] < 0.9999).all()
 
 
@@ -116,7 +116,7 @@ def test_budgets_are_tokens():
     rules = dataclasses.replace(RULES, budget=130, lazy_threshold=None, last_rows=0)
     chosen = select_blocks(query, key, causal_mask(SHAPES[0]), rules, target=0.6, scale=0.25)
     assert chosen.budget.unique().tolist() == [3]
-    found = measure(chosen, query, key, causal_mask(SHAPES[0]), rules, scale=0.25, score=None, exact=False)
+    found = measure_selection(chosen, query, key, causal_mask(SHAPES[0]), rules, scale=0.25, score=None, exact=False)
     assert found.stats[2] * 128 == 192
 
 

@@ -19,7 +19,7 @@ from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks import causal, padding, sliding_window
 from omnisparse_flex.masks.expr.expr import Const
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, dense_oracle, tolerance
 from omnisparse_flex.testing.oracle import materialize_mask
 from tests.attention import test_attention
@@ -152,9 +152,9 @@ MASKS = {
 
 def masked(case, device):
     shape, make = MASKS[case]
-    mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
+    mask = IndexMask(causal_expr(Const(shape.kv_len - shape.q_len)))
     own = make(device)
-    return shape, mask if own is None else mask.joined(trace_mask_mod(own, torch.device(device)))
+    return shape, mask if own is None else mask.intersect(trace_mask_mod(own, torch.device(device)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

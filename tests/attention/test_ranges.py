@@ -9,7 +9,7 @@ from omnisparse_flex.config import SCORINGS
 from omnisparse_flex.masks.blocks.block_lse import block_lse
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import KV, Apply, Const, causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 #: Estimators of mass. ``sampled_rows`` chooses by peaks instead: ``tests/masks/test_peaks.py``.
 COUNTING = tuple(name for name in SCORINGS["block"] if name != "sampled_rows")
@@ -52,7 +52,7 @@ def test_the_choice_in_half_precision_is_that_in_float32(scoring, last_rows, pad
     expr = Apply("and", (causal(), Apply("ge", (KV, Const(200))))) if padded else causal()
     config = OmniSparseConfig(scoring=scoring, last_rows=last_rows, lazy_threshold=None)
     found = [
-        select_blocks(x, y, MaskProgram(expr), config, target=0.9, scale=D**-0.5)
+        select_blocks(x, y, IndexMask(expr), config, target=0.9, scale=D**-0.5)
         for x, y in ((q, k), (q.float(), k.float()))
     ]
     assert found[0].mass.isfinite().all()

@@ -14,7 +14,7 @@ from omnisparse_flex.attention.select_op import call_select_op
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import grid_of, select_blocks
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from tests.helpers.tiny import build
 
 CONFIGS = [
@@ -36,11 +36,11 @@ def site_of(config, lengths, *, padded=False, seed=0, write=None):
     query = 2 * torch.randn(2, 4, lengths[0], 16, generator=generator)
     key = 2 * torch.randn(2, 2, lengths[1], 16, generator=generator)
     offset = lengths[1] - lengths[0]
-    mask = MaskProgram(causal(Const(offset)))
+    mask = IndexMask(causal(Const(offset)))
     if padded:
         real = torch.ones(2, lengths[1], dtype=torch.bool)
         real[1, :200] = False
-        mask = MaskProgram(Apply("and", (causal(Const(offset)), Load(0, (B, KV)))), (real,))
+        mask = IndexMask(Apply("and", (causal(Const(offset)), Load(0, (B, KV)))), (real,))
     layout = block_layout(mask, grid_of(query, key), config, q_offset=offset)
     site = SparseCall(
         config=config, mask=mask, target=torch.tensor(0.7), q_offset=offset, lists=True, layout=layout, write=write

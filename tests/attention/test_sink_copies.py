@@ -12,9 +12,9 @@ from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.attention import sink_copies as module
 from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.functional import attend
-from omnisparse_flex.attention.sink_copies import COPIES, original, spread
+from omnisparse_flex.attention.sink_copies import COPIES, original_position, spread_first_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 BLOCK = 4
 
@@ -36,7 +36,7 @@ def test_output_and_gradients_stay(rows, sinks, ragged, seed):
     query = torch.randn(2, 1, rows * BLOCK, 8, dtype=torch.float64, generator=generator)
     tensors = [torch.randn(2, 1, length, 8, dtype=torch.float64, generator=generator) for _ in range(2)]
     key, value = (x.requires_grad_() for x in tensors)
-    wide = spread(key, value, keep, full, sinks=sinks, block=BLOCK)
+    wide = spread_first_blocks(key, value, keep, full, count=sinks, block=BLOCK)
     added = COPIES * sinks * BLOCK
     assert wide.keep.shape[3] == COPIES * sinks + blocks and wide.key.shape[2] == added + length
     assert torch.equal(wide.keep.sum(-1), keep.sum(-1))
@@ -59,16 +59,16 @@ def test_a_copy_knows_what_it_is_of(sinks, more):
     length = sinks * BLOCK + more
     tokens = torch.arange(length, dtype=torch.float64).view(1, 1, -1, 1)
     keep = torch.ones(1, 1, 2, -(-length // BLOCK), dtype=torch.bool)
-    wide = spread(tokens, tokens, keep, keep, sinks=sinks, block=BLOCK)
+    wide = spread_first_blocks(tokens, tokens, keep, keep, count=sinks, block=BLOCK)
     places = torch.arange(wide.key.shape[2])
-    assert torch.equal(original(places, sinks=sinks, block=BLOCK), wide.key.flatten().long())
-    assert torch.equal(original(places, sinks=0, block=BLOCK), places)
+    assert torch.equal(original_position(places, count=sinks, block=BLOCK), wide.key.flatten().long())
+    assert torch.equal(original_position(places, count=0, block=BLOCK), places)
 
 
 def test_no_query_block_shares_a_copy_with_more_than_its_part():
     keep = torch.ones(1, 1, 64, 64, dtype=torch.bool)
     tokens = torch.zeros(1, 1, 64 * BLOCK, 1)
-    wide = spread(tokens, tokens, keep, keep, sinks=1, block=BLOCK)
+    wide = spread_first_blocks(tokens, tokens, keep, keep, count=1, block=BLOCK)
     assert wide.keep[..., :COPIES].sum(2).unique().tolist() == [64 // COPIES]
 
 
@@ -77,7 +77,8 @@ def test_compiled_gradients_equal_dense_with_copies(device, monkeypatch):
     """All keys kept: whatever path the sinks take, the gradients are those of dense attention."""
     spreads = []
     monkeypatch.setattr(
-        "omnisparse_flex.attention.functional.spread", lambda *a, **k: spreads.append(1) or spread(*a, **k)
+        "omnisparse_flex.attention.functional.spread_first_blocks",
+        lambda *a, **k: spreads.append(1) or spread_first_blocks(*a, **k),
     )
     config = OmniSparseConfig(target_recall=0.9999, budget=1 << 20, lazy_threshold=None, sink_size=64)
     from omnisparse_flex.backend import Backend
@@ -104,8 +105,9 @@ def test_copies_are_made_for_the_backward_of_many_keys_only(grad, least, expecte
     made = []
     monkeypatch.setattr(module, "MIN_KEYS", least)
     monkeypatch.setattr(
-        "omnisparse_flex.attention.functional.spread", lambda *a, **k: made.append(1) or spread(*a, **k)
+        "omnisparse_flex.attention.functional.spread_first_blocks",
+        lambda *a, **k: made.append(1) or spread_first_blocks(*a, **k),
     )
     tensors = [torch.randn(1, 1, 256, 16, requires_grad=grad) for _ in range(3)]
-    attend(*tensors, SparseCall(config=OmniSparseConfig(), mask=MaskProgram(causal()), target=0.5, lists=True))
+    attend(*tensors, SparseCall(config=OmniSparseConfig(), mask=IndexMask(causal()), target=0.5, lists=True))
     assert len(made) == expected

@@ -8,7 +8,7 @@ import torch
 from benchmarks.smollm2.calibration_smollm2 import held_out, measure, windows_of
 from benchmarks.smollm2.calibration_transfer import LADDER, RESERVES, capture, carried, ladder, transfer
 from omnisparse_flex.calibration.progress import Progress
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.calibration.test_calibration import RULES, repetitive, sharpened
 from tests.helpers.tiny import build
 
@@ -29,7 +29,7 @@ def test_dense_layers_count_as_met_and_sparse_ones_by_head(device):
     assert (high["met_share"], high["met_share_sparse"]) == (0.5, 0.0)
     assert 0.5 < high["density"] < 1 and list(high["recalls"]) == ["1"] and len(high["recalls"]["1"]) == 4
     assert high["recall_mean"] == pytest.approx((4 + sum(high["recalls"]["1"])) / 8, abs=1e-4)
-    assert entry_of(model) is None
+    assert compiled_decoder_of(model) is None
 
 
 def test_each_text_is_measured_under_the_other_ones_rules(device, capsys, monkeypatch):
@@ -41,7 +41,7 @@ def test_each_text_is_measured_under_the_other_ones_rules(device, capsys, monkey
     assert "a > b: " in capsys.readouterr().out
     for row in found.values():
         assert row["calibration"]["target_recall"] == 0.2 and 0 <= row["met_share"] <= 1
-    assert entry_of(model) is None
+    assert compiled_decoder_of(model) is None
 
 
 def test_recall_carried_over_is_interpolated():

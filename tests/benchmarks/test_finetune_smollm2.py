@@ -15,7 +15,7 @@ from benchmarks.smollm2 import finetune_smollm2 as bench
 from benchmarks.smollm2.finetune_parts import FineTuning, batch_of, loss_of, split
 from omnisparse_flex import apply_omnisparse, collect_stats
 from omnisparse_flex.errors import ConfigError
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 
 NEVER = float("inf")
 
@@ -91,7 +91,7 @@ def test_the_target_falls_while_training_and_goes_on_falling(tmp_path):
     made = bench.Experiment(tiny(), texts(), plan, tmp_path / "rows.json", tmp_path, NEVER)
     assert made._warmup(0)() is None, "dense: nothing falls"
     apply_omnisparse(made.model, plan.config("mean_pool", 2), min_seq_len=0)
-    recall = entry_of(made.model).state.recall
+    recall = compiled_decoder_of(made.model).state.recall
     seen, step = [float(recall[1])], made._warmup(0)
     for _ in range(2):
         step()

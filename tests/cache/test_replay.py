@@ -18,7 +18,7 @@ from omnisparse_flex import ConfigError, OmniSparseCache, collect_stats
 from omnisparse_flex.cache.step_reasons import reason_of_call
 from omnisparse_flex.cache.step_replay import Replay
 from omnisparse_flex.model.cache_argument import cache_of
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.cache.test_cache_use import close, everything
 from tests.helpers.slim import changed, generate, half_lazy, longer, prompt, steps
 from tests.helpers.stand_in import SPAN, StandIn, equal, feed, filled, notes, plain, recording
@@ -39,7 +39,7 @@ def test_a_long_answer_is_replayed_token_for_token(name, device):
     assert len(recorder.made) == 3 and 149 - 5 * 3 <= recorder.runs < 149
     assert notes(model) == []
     # Neither the compiler nor the graph runs while a step is replayed: prefill, and one decode graph.
-    assert entry_of(model).backend.log.graphs == 2
+    assert compiled_decoder_of(model).backend.log.graphs == 2
 
 
 def test_logits_are_equal_to_the_last_bit(device):
@@ -275,7 +275,7 @@ def test_an_argument_on_another_device_is_not_recorded(device):
     cache, _ = recording(model := changed("llama", device))
     with torch.no_grad():
         model(**prompt(device, (90,), spans=SPAN), **cached(cache))
-    call = SimpleNamespace(entry=entry_of(model), cache=cache, leaves=[torch.zeros(1, device="meta")])
+    call = SimpleNamespace(entry=compiled_decoder_of(model), cache=cache, leaves=[torch.zeros(1, device="meta")])
     assert reason_of_call(call, {}, cache.store.device) == "an argument lies on another device"
 
 
@@ -369,7 +369,7 @@ def test_arguments_may_be_slices_and_expanded(device):
         for i in range(30):
             at = positions[:, i : i + 1] if i % 2 else positions[0, i].expand(1, 1)
             model(input_ids=ids[:, i : i + 1], position_ids=at, **cached(cache))
-    assert entry_of(model).backend.log.graphs == 2 and (len(recorder.made), recorder.runs) == (1, 27)
+    assert compiled_decoder_of(model).backend.log.graphs == 2 and (len(recorder.made), recorder.runs) == (1, 27)
 
 
 def test_the_switch(device):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, entry_of
+from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, compiled_decoder_of
 from tests.helpers.slim import changed, generate, half_lazy, prompt
 from tests.helpers.stand_in import SPAN, feed, notes, plain, recording
 from tests.helpers.tiny import cached
@@ -50,7 +50,7 @@ def loaded_weights(model):
 def applied_anew(model):
     visual = lambda args, kwargs: None if kwargs.get("input_ids") is None else kwargs["input_ids"] < 0  # noqa: E731
     apply_omnisparse(model, OmniSparseConfig(), min_seq_len=1 << 20, inner="eager", visual_mask=visual)
-    entry_of(model).checked = True  # the next graph decodes, and has nothing to rewrite
+    compiled_decoder_of(model).checked = True  # the next graph decodes, and has nothing to rewrite
 
 
 def trained(model):
@@ -268,4 +268,4 @@ def test_recording_is_the_default_and_says_nothing_without_a_gpu(device):
     found = act(model, cache, device)
     assert torch.equal(found, act(model, plain(model), device))
     assert cache.replay.count == cache.memory_report().recorded == 0 and notes(model) == []
-    assert entry_of(model).records
+    assert compiled_decoder_of(model).records

@@ -10,7 +10,7 @@ import torch
 
 import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import OmniSparseCache
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.helpers.slim import changed, generate, half_lazy, longer, prompt
 from tests.helpers.stand_in import feed, notes
 from tests.helpers.tiny import cached
@@ -34,12 +34,12 @@ def test_a_hundred_tokens_with_and_without(name, lengths):
     inputs = prompt(CUDA, lengths, spans=SPAN)
     model = changed(name, CUDA, "inductor")
     expected = generate(model, inputs, cache_of(model, cuda_graphs=False), new=101, do_sample=False)
-    graphs = entry_of(model).backend.log.graphs
+    graphs = compiled_decoder_of(model).backend.log.graphs
     cache = cache_of(model)
     tokens = generate(model, inputs, cache, new=101, do_sample=False)
     assert torch.equal(tokens, expected)
     assert cache.replay.count == 2 and cache.replay.recorded is not None and notes(model) == []
-    assert entry_of(model).backend.log.graphs == graphs == 2
+    assert compiled_decoder_of(model).backend.log.graphs == graphs == 2
     # The device counted the replayed tokens as Python did.
     assert {int(layer.counter) for layer in cache.layers} == {layer.tail for layer in cache.layers} == {100}
     report = cache.memory_report()

@@ -201,7 +201,7 @@ def test_a_mask_function_that_fails_breaks_the_cache(device):
 
 def test_a_call_that_ends_before_the_decoder_leaves_nothing_to_the_next(device):
     """Its mask is of other lengths: whoever ran next would select by it."""
-    from omnisparse_flex.model.compiled_module import entry_of
+    from omnisparse_flex.model.compiled_module import compiled_decoder_of
 
     model, cache, _ = started(device)
 
@@ -215,7 +215,7 @@ def test_a_call_that_ends_before_the_decoder_leaves_nothing_to_the_next(device):
     other = prompt(device, (150,), spans=((10, 100),))
     with torch.no_grad():
         model(**other)
-    assert entry_of(model).state.visual.shape == (1, 150)
+    assert compiled_decoder_of(model).state.visual.shape == (1, 150)
     feed(model, cache, torch.full((1, 1), 20), 96)
     assert cache.omnisparse_later == [] and cache._omnisparse_visual.shape == (1, 97)
 
@@ -251,9 +251,9 @@ def test_a_thread_with_a_cache_of_its_own_disturbs_no_call_in_progress(device):
 def test_arguments_with_and_without_structure(nested, device):
     """Flat ones need no pytree; a call is given exactly what it was called with."""
     model, cache, _ = started(device)
-    from omnisparse_flex.model.compiled_module import entry_of
+    from omnisparse_flex.model.compiled_module import compiled_decoder_of
 
-    entry, x = entry_of(model), torch.ones(2)
+    entry, x = compiled_decoder_of(model), torch.ones(2)
     args, kwargs = (x, None), {"a": 1, "cache": cache, "b": (x, {"c": 2.0}) if nested else torch.float16}
     call, twin = (DecoderCall(entry, cache, args, kwargs) for _ in range(2))
     assert call.signature == twin.signature and isinstance(call.form, tuple) != nested

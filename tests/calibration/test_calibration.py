@@ -19,7 +19,7 @@ from omnisparse_flex import (
 )
 from omnisparse_flex.calibration import search as calibration_module
 from omnisparse_flex.calibration.search import HALVINGS, MAX_DENSITY, RESERVE, _search, run_calibration
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.helpers.tiny import Paying, batch, build
 from tests.test_api import GPT
 
@@ -88,7 +88,7 @@ def test_a_smaller_target_would_not_do(calibrated):
         lower[layer.layer] = 1 - (1 - layer.target) * 2 ** (4 * calibration_module.HIGHEST / 2**HALVINGS)
         if lower[layer.layer] <= 0:
             continue
-        entry_of(model).state.recall = torch.tensor(lower)
+        compiled_decoder_of(model).state.recall = torch.tensor(lower)
         heads = torch.tensor([true_recalls(model, inputs)[layer.layer] for inputs in batches]).mean(0)
         assert heads.min() < layer.recall
 
@@ -96,7 +96,7 @@ def test_a_smaller_target_would_not_do(calibrated):
 def test_a_changed_model_is_left_as_it_was_and_its_report_names_dense_layers(calibrated, device):
     model, batches, *_ = calibrated
     apply_omnisparse(model, RULES, min_seq_len=0, inner="eager")
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     recall, before = entry.state.recall.clone(), {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     model.model.layers[0].eval()  # a user's own mixture
@@ -104,7 +104,7 @@ def test_a_changed_model_is_left_as_it_was_and_its_report_names_dense_layers(cal
         config = calibrate(model, batches[:1], 0.9999)
     assert config.target_recall == (1.0, 1.0)
     assert rewrite_report(model).notes[-1] == "calibrated for a recall of 0.9999: 2 of 2 layers stay dense: 0, 1"
-    assert entry_of(model) is entry and torch.equal(entry.state.recall, recall) and entry.state.stats is None
+    assert compiled_decoder_of(model) is entry and torch.equal(entry.state.recall, recall) and entry.state.stats is None
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert entry.backend.log.graphs == 1, "probes must not compile"
@@ -136,7 +136,7 @@ def test_an_unchanged_model_is_unchanged_afterwards(device, monkeypatch):
         expected = model(**inputs).logits
     rules = dataclasses.replace(RULES, target_recall=(1.0, 0.5))
     config = calibrate(model, [inputs], 0.3, config=rules)
-    assert entry_of(model) is None and model.config._attn_implementation == "sdpa"
+    assert compiled_decoder_of(model) is None and model.config._attn_implementation == "sdpa"
     assert not any(module._forward_pre_hooks for module in model.modules())
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, expected)
@@ -152,7 +152,7 @@ def test_a_failure_restores_everything(device, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         calibrate(model, [batch((140,), device)], 0.9)
     hook.remove()
-    assert entry_of(model) is None and model.training and model.config._attn_implementation == "sdpa"
+    assert compiled_decoder_of(model) is None and model.training and model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("form", ["tensor", "tuple", "mapping"])
@@ -185,7 +185,11 @@ class Scripted:
     """A probe whose layers answer by formula: recall = target ** power, never above its ceiling."""
 
     def __init__(self, model, powers, ceilings, densities):
-        self.entry, self.layers, self.sparse = entry_of(model), len(powers), torch.ones(len(powers), dtype=torch.bool)
+        self.entry, self.layers, self.sparse = (
+            compiled_decoder_of(model),
+            len(powers),
+            torch.ones(len(powers), dtype=torch.bool),
+        )
         self.powers, self.ceilings, self.densities = map(torch.tensor, (powers, ceilings, densities))
         self.asked = []
 
@@ -265,13 +269,13 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "options", "message"), BAD, ids=[message for *_, message in BAD])
 def test_bad_input(arguments, options, message, monkeypatch):
     monkeypatch.setattr(
-        "omnisparse_flex.model.compiled_module.Entry.__call__", lambda *a, **k: pytest.fail("the model ran")
+        "omnisparse_flex.model.compiled_module.CompiledDecoder.__call__", lambda *a, **k: pytest.fail("the model ran")
     )
     model = build("llama") if arguments[0] is None else arguments[0]
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         calibrate(model, *arguments[1:], **options)
     if arguments[0] is None:
-        assert entry_of(model) is None and model.config._attn_implementation == "sdpa"
+        assert compiled_decoder_of(model) is None and model.config._attn_implementation == "sdpa"
 
 
 def test_rules_of_a_changed_model_are_its_own(device):
@@ -288,7 +292,7 @@ def test_modules_that_run_nothing_sparsely(device):
     message = r"got no layer that ran sparsely: fewer than min_seq_len = 5000 queries$"
     with pytest.raises(ConfigError, match=message):
         calibrate(model, [torch.randn(1, 200, 32)], 0.9)
-    assert entry_of(model).state.stats is None
+    assert compiled_decoder_of(model).state.stats is None
 
 
 def test_disabled(device, monkeypatch):

@@ -41,10 +41,10 @@ def captured() -> GraphModule:
     return graphs[0]
 
 
-def run_before(name: str, least: int = 0) -> Rewrite:
+def run_before(name: str, min_queries: int = 0) -> Rewrite:
     """The pipeline's run up to the pass ``name``, which has not run yet; shorter sites than ``least`` stay dense."""
     rules = OmniSparseConfig(scoring="mean_pool", budget="per_head")
-    rewrite = Rewrite(Scope(captured()), Settings(rules, least=lambda shape: least))
+    rewrite = Rewrite(Scope(captured()), Settings(rules, min_queries=lambda shape: min_queries))
     for run_pass in PIPELINE:
         if run_pass.__name__ == name:
             break

@@ -11,9 +11,9 @@ from omnisparse_flex.masks.blocks.layout import block_layout, own_positions
 from omnisparse_flex.masks.blocks.mean_pool import block_mean
 from omnisparse_flex.masks.blocks.peak_rows import Keys, live_rows
 from omnisparse_flex.masks.blocks.select import grid_of
-from omnisparse_flex.masks.expr.causal_padding import plain_mask
+from omnisparse_flex.masks.expr.causal_padding import as_causal_padding
 from omnisparse_flex.masks.expr.expr import KV, B, Const, Load, causal, conjunction
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from tests.helpers.interpreter import needs_scalars, run_interpreted
 
 #: batch, query heads, KV heads, queries, keys, head_dim, padded keys, key block, floor.
@@ -38,11 +38,11 @@ def both(kernel, case, device="cpu", dtype=torch.float32, last_rows=64):
     generator = torch.Generator().manual_seed(q_len + kv_len)
     query = tokens(batch, heads, q_len, dim, 128, generator).to(device, dtype)
     key = tokens(batch, kv_heads, kv_len, dim, 64, generator).to(device, dtype)
-    offset, mask = kv_len - q_len, MaskProgram(causal(Const(kv_len - q_len)))
+    offset, mask = kv_len - q_len, IndexMask(causal(Const(kv_len - q_len)))
     if pad:
         real = (torch.arange(kv_len) >= pad).expand(batch, -1).clone().to(device)
         real[-1] = torch.arange(kv_len, device=device) < kv_len - pad // 2
-        mask = MaskProgram(conjunction(mask.expr, Load(0, (B, KV))), (real,))
+        mask = IndexMask(conjunction(mask.expr, Load(0, (B, KV))), (real,))
     config = OmniSparseConfig(budget="peak", key_block=width, window_size=32)
     grid = grid_of(query, key, config.split)
     layout = block_layout(mask, grid, config, q_offset=offset)
@@ -50,7 +50,7 @@ def both(kernel, case, device="cpu", dtype=torch.float32, last_rows=64):
     base = peak.base_threshold(layout.some, 0.3, floor)
     maps, scale, means = peak.Maps(layout.full, layout.some, layout.forced), 3 * dim**-0.5, block_mean(key, width)
     site = peak.PeakSite(query, Keys(key, means, width), maps, live, base, floor, scale, offset // 128, None, mask)
-    plain = plain_mask(mask, batch, kv_len, query.device)
+    plain = as_causal_padding(mask, batch, kv_len, query.device)
     made = kernel(
         query, key, means, *maps, live.places.int(), live.count.int(), base, torch.tensor(floor, device=device),
         plain.real, plain.offset, scale, width, peak.extra_phases(last_rows), (peak.CANDIDATE, peak.LOWEST),
@@ -92,7 +92,7 @@ def test_the_kernel_chooses_what_tensor_code_does_on_a_gpu(case, dtype):
 
 
 def test_the_operator_is_what_the_compiler_was_told():
-    mask, query, key = MaskProgram(causal()), torch.randn(1, 2, 300, 16), torch.randn(1, 1, 300, 16)
+    mask, query, key = IndexMask(causal()), torch.randn(1, 2, 300, 16), torch.randn(1, 1, 300, 16)
     grid = grid_of(query, key)
     layout = block_layout(mask, grid, OmniSparseConfig(budget="peak"))
     live = live_rows(mask, grid, own_positions(grid, 0))
@@ -107,7 +107,7 @@ def test_the_operator_is_what_the_compiler_was_told():
 def test_tensor_code_in_chunks_gives_the_same(monkeypatch):
     query, key = torch.randn(1, 4, 700, 16), torch.randn(1, 2, 700, 16)
     config = OmniSparseConfig(budget="peak", key_block=64, window_size=32)
-    grid, mask = grid_of(query, key, 2), MaskProgram(causal())
+    grid, mask = grid_of(query, key, 2), IndexMask(causal())
     layout, own = block_layout(mask, grid, config), own_positions(grid, 0)
     rule = {"own": own, "q_offset": 0, "min_peak": 0.3, "floor": 0.5, "scale": 1.0, "last_rows": 64, "score": None}
     whole = peak_op.peaks_of(query, key, mask, layout, grid, **rule)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omnisparse_flex.masks.blocks.block_lists import block_lists, block_mask_from_maps
 from omnisparse_flex.masks.blocks.budget import keep_top, need, rank, shared_budget
 from omnisparse_flex.masks.blocks.lazy import LAZY_STRIDE, REDUNDANCY_THRESHOLD, active_rows
-from omnisparse_flex.masks.expr.program import NO_MASK
+from omnisparse_flex.masks.expr.index_mask import NO_MASK
 
 
 @st.composite

@@ -11,8 +11,8 @@ from omnisparse_flex.masks import causal, document, document_ids, intersect, pad
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Index, Load, Q
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
+from omnisparse_flex.masks.expr.index_mask import NO_MASK, IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
 from omnisparse_flex.testing import assert_mask_mod_equals, mask_mods
 from omnisparse_flex.testing.oracle import materialize_mask
 
@@ -138,7 +138,7 @@ def bool_exprs(depth):
 
 @given(grids(), bool_exprs(3), st.integers(0, 2**16))
 def test_bounds_contain_the_truth(grid, expr, seed):
-    assert_contains_truth(MaskProgram(expr, buffers_of(grid, seed)), grid)
+    assert_contains_truth(IndexMask(expr, buffers_of(grid, seed)), grid)
 
 
 @settings(max_examples=60)  # tracing takes its time; the expressions above are the property's 200
@@ -153,7 +153,7 @@ def test_bounds_of_the_zoo_contain_the_truth(data, grid):
 @given(st.data(), grids(heads=1))
 def test_bounds_of_an_opaque_mask_are_exact(data, grid):
     case = data.draw(mask_mods(grid.batch, grid.q_len, grid.kv_len))
-    assert_exact(OpaqueMask(MaskProgram(causal_expr(Const(grid.kv_len - grid.q_len))), case.mask_mod), grid)
+    assert_exact(OpaqueMask(IndexMask(causal_expr(Const(grid.kv_len - grid.q_len))), case.mask_mod), grid)
 
 
 # --- exactness ---------------------------------------------------------------
@@ -161,19 +161,19 @@ def test_bounds_of_an_opaque_mask_are_exact(data, grid):
 
 @given(grids(), st.integers(-80, 80))
 def test_causal_is_exact(grid, offset):
-    assert_exact(MaskProgram(causal_expr(Const(offset))), grid)
+    assert_exact(IndexMask(causal_expr(Const(offset))), grid)
 
 
 @given(grids(), st.integers(-80, 80), st.integers(1, 80))
 def test_causal_window_is_exact(grid, offset, size):
     near = Apply("lt", (Apply("sub", (Apply("add", (Q, Const(offset))), KV)), Const(size)))
-    assert_exact(MaskProgram(Apply("and", (causal_expr(Const(offset)), near))), grid)
+    assert_exact(IndexMask(Apply("and", (causal_expr(Const(offset)), near))), grid)
 
 
 @given(grids(), st.integers(0, 2**16))
 def test_padding_is_exact(grid, seed):
     valid = torch.rand(grid.batch, grid.kv_len, generator=torch.Generator().manual_seed(seed)) < 0.7
-    assert_exact(MaskProgram(Load(0, (B, KV)), (valid,)), grid)
+    assert_exact(IndexMask(Load(0, (B, KV)), (valid,)), grid)
 
 
 @given(grids(), st.integers(0, 2**16), st.booleans())
@@ -183,7 +183,7 @@ def test_documents_are_exact(grid, seed, is_causal):
     expr = Apply("and", (causal_expr(), same)) if is_causal else same
     # Ids that rise by at most one, as packing makes them: a gap would be an interval without a member.
     steps = torch.rand(grid.batch, longest, generator=torch.Generator().manual_seed(seed)) < 0.1
-    assert_exact(MaskProgram(expr, (steps.int().cumsum(-1),)), grid)
+    assert_exact(IndexMask(expr, (steps.int().cumsum(-1),)), grid)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (40, 40), (17, 40)])
@@ -203,11 +203,11 @@ def test_traced_factories_are_exact(q_len, kv_len):
 
 
 HALF_OF_THE_KEYS = {
-    "a term of keys": MaskProgram(Apply("lt", (Apply("remainder", (KV, Const(16))), Const(8)))),
-    "a table by position": MaskProgram(
+    "a term of keys": IndexMask(Apply("lt", (Apply("remainder", (KV, Const(16))), Const(8)))),
+    "a table by position": IndexMask(
         Load(0, (Apply("floor_divide", (KV, Const(8))),)), (torch.tensor([True, False, True, True, False]),)
     ),
-    "padding": MaskProgram(Load(0, (KV,)), (torch.arange(40) % 16 < 8,)),
+    "padding": IndexMask(Load(0, (KV,)), (torch.arange(40) % 16 < 8,)),
 }
 
 
@@ -216,7 +216,7 @@ HALF_OF_THE_KEYS = {
 def test_narrow_key_blocks_have_bounds_of_their_own(name, split):
     grid = Grid(2, 1, 33, 40, 16, CPU, split)
     assert_exact(HALF_OF_THE_KEYS[name], grid)
-    assert_exact(HALF_OF_THE_KEYS[name].joined(MaskProgram(causal_expr())), grid)
+    assert_exact(HALF_OF_THE_KEYS[name].intersect(IndexMask(causal_expr())), grid)
 
 
 # --- what is known and what is not -------------------------------------------
@@ -224,14 +224,14 @@ def test_narrow_key_blocks_have_bounds_of_their_own(name, split):
 
 def test_an_operation_without_a_rule_bounds_nothing():
     grid = Grid(1, 1, 20, 20, 8, CPU)
-    full, some = MaskProgram(Apply("gt", (Apply("div", (Q, Const(3))), Const(100.0)))).bounds(grid)
+    full, some = IndexMask(Apply("gt", (Apply("div", (Q, Const(3))), Const(100.0)))).bounds(grid)
     assert not full.any() and some.all()
 
 
 def test_an_unknown_part_leaves_the_known_part_of_a_conjunction():
     grid = Grid(1, 1, 20, 20, 8, CPU)
     unknown = Apply("gt", (Apply("div", (Q, Const(3))), Const(100.0)))
-    full, some = MaskProgram(Apply("and", (unknown, Apply("le", (KV, Q))))).bounds(grid)
+    full, some = IndexMask(Apply("and", (unknown, Apply("le", (KV, Q))))).bounds(grid)
     assert not full.any() and torch.equal(some[0, 0], torch.ones(3, 3, dtype=torch.bool).tril())
 
 
@@ -239,13 +239,13 @@ def test_an_unknown_part_leaves_the_known_part_of_a_conjunction():
 def test_a_matrix_read_at_token_pairs_is_bounded(slot_axes):
     grid = Grid(1, 1, 20, 20, 8, CPU)
     buffer = torch.rand(20, 20, generator=torch.Generator().manual_seed(0)) < 0.5
-    assert_contains_truth(MaskProgram(Load(0, tuple(Index(axis) for axis in slot_axes)), (buffer,)), grid)
+    assert_contains_truth(IndexMask(Load(0, tuple(Index(axis) for axis in slot_axes)), (buffer,)), grid)
 
 
 def test_a_buffer_shorter_than_the_sequence_bounds_nothing():
     # Reading past its end is the kernel's own affair (it yields 0); the bounds must not invent an answer.
     grid = Grid(1, 1, 20, 20, 8, CPU)
-    full, some = MaskProgram(Load(0, (KV,)), (torch.ones(10, dtype=torch.bool),)).bounds(grid)
+    full, some = IndexMask(Load(0, (KV,)), (torch.ones(10, dtype=torch.bool),)).bounds(grid)
     assert not full.any() and some.all()
 
 

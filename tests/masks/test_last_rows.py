@@ -10,8 +10,8 @@ from omnisparse_flex.masks.blocks.last_rows import BLOCKS, with_last_rows
 from omnisparse_flex.masks.blocks.select import SCORERS, change_of_logits, select_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
-from omnisparse_flex.masks.statistics import STATS, measure
+from omnisparse_flex.masks.expr.index_mask import NO_MASK, IndexMask
+from omnisparse_flex.masks.statistics import STATS, measure_selection
 from omnisparse_flex.testing.oracle import materialize_mask
 from tests.masks.test_scorers import ROUNDING, score, sites
 
@@ -104,7 +104,7 @@ def test_unlike_questions_in_one_block_each_find_their_key():
     for axis, (row, block) in zip(axes, wanted.items(), strict=False):
         query[0, 0, row], key[0, 0, block * 128 + 40] = 40 * axis, 8 * axis
         query[0, 0, row - 1] = -40 * axis
-    mask = MaskProgram(causal())
+    mask = IndexMask(causal())
     kept = {}
     for rows in (0, 64, 256):
         config = OmniSparseConfig(last_rows=rows, budget=3 * 128, lazy_threshold=None, window_size=128, sink_size=0)
@@ -115,12 +115,12 @@ def test_unlike_questions_in_one_block_each_find_their_key():
 
 def test_the_cost_of_the_rows_is_counted():
     query = torch.randn(1, 2, 1000, 16, generator=torch.Generator().manual_seed(0))
-    mask = MaskProgram(causal())
+    mask = IndexMask(causal())
     cost = {}
     for rows in (0, 64):
         config = OmniSparseConfig(last_rows=rows)
         chosen = select_blocks(query, query, mask, config, target=0.9, scale=0.25)
-        found = measure(chosen, query, query, mask, config, scale=0.25, score=None, exact=False)
+        found = measure_selection(chosen, query, query, mask, config, scale=0.25, score=None, exact=False)
         cost[rows] = found.stats[STATS.index("selection_blocks")].item()
     # The last two rows of blocks allow 7 + 8 blocks; 32 of 128 queries, and half of a pair's products.
     assert cost[64] - cost[0] == pytest.approx(15 * 0.5 * 32 / 128)
@@ -134,7 +134,7 @@ def test_a_wrong_number_of_rows_is_refused(wrong):
 
 def test_zero_rows_change_nothing():
     query = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(0))
-    mask = MaskProgram(causal())
+    mask = IndexMask(causal())
     chosen = select_blocks(query, query, mask, OmniSparseConfig(last_rows=0), target=0.9, scale=0.25)
     some = chosen.layout.some
     mass = SCORERS["mean_pool"](

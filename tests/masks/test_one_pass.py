@@ -9,7 +9,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import BLOCK, grid_of
 from omnisparse_flex.masks.expr.expr import Const, causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.tokens.column_mass import column_mass
 from omnisparse_flex.masks.tokens.one_pass import GUESS_POOL, one_pass
 from omnisparse_flex.masks.tokens.segments import pack_rows, segment_layout, tokens_of_blocks
@@ -23,7 +23,7 @@ SHAPES = [AttentionShape(1, 2, g, 700, 700, 16) for g in (1, 2, 7)] + [Attention
 def situation(query, key, seed=0):
     """Arguments of an estimator under plain causality, a random half of the queries active."""
     offset = key.shape[2] - query.shape[2]
-    mask = MaskProgram(causal(Const(offset)))
+    mask = IndexMask(causal(Const(offset)))
     layout = block_layout(mask, grid_of(query, key), CONFIG, q_offset=offset)
     segments = segment_layout(layout, CONFIG.segment_size // BLOCK, key.shape[1])
     active = torch.rand(query.shape[:3], generator=torch.Generator().manual_seed(seed)) < 0.5

@@ -19,7 +19,7 @@ from omnisparse_flex.masks.blocks.peak import CANDIDATE, KAPPA, LOWEST
 from omnisparse_flex.masks.blocks.peak_rows import PHASES, ROWS, live_rows, row_of
 from omnisparse_flex.masks.blocks.select import BLOCK, BlockSelection, grid_of, select_blocks
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, H, Load, Q, causal, conjunction
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 RULES = OmniSparseConfig(budget="peak", target_recall=0.3, window_size=64, last_rows=0)
 DIM = 16
@@ -39,7 +39,7 @@ def tokens(batch, heads, kv_heads, q_len, kv_len, seed=0):
 
 
 def select(query, key, config=RULES, mask=None, offset=0, min_peak=0.35, floor=None, score=None) -> BlockSelection:
-    mask = MaskProgram(causal(Const(offset))) if mask is None else mask
+    mask = IndexMask(causal(Const(offset))) if mask is None else mask
     target = config.recall_of(0) if floor is None else floor
     return select_blocks(
         query, key, mask, config, target=target, scale=SCALE, q_offset=offset, min_peak=min_peak, score=score
@@ -49,7 +49,7 @@ def select(query, key, config=RULES, mask=None, offset=0, min_peak=0.35, floor=N
 def padded(batch, kv_len, starts, offset=0):
     """Causality over keys from ``starts`` on."""
     real = torch.arange(kv_len) >= torch.tensor(starts)[:, None]
-    return MaskProgram(conjunction(causal(Const(offset)), Load(0, (B, KV))), (real.expand(batch, -1).contiguous(),))
+    return IndexMask(conjunction(causal(Const(offset)), Load(0, (B, KV))), (real.expand(batch, -1).contiguous(),))
 
 
 def by_definition(query, key, selection, mask, config, *, offset, min_peak, floor, score=None):
@@ -100,7 +100,7 @@ def by_definition(query, key, selection, mask, config, *, offset, min_peak, floo
 def test_it_chooses_what_its_definition_says(batch, kv_heads, group, q_len, cached, width, min_peak, floor, seed):
     query, key = tokens(batch, kv_heads * group, kv_heads, q_len, q_len + cached, seed)
     config = dataclasses.replace(RULES, key_block=width)
-    mask, rule = MaskProgram(causal(Const(cached))), {"offset": cached, "min_peak": min_peak, "floor": floor}
+    mask, rule = IndexMask(causal(Const(cached))), {"offset": cached, "min_peak": min_peak, "floor": floor}
     made = select(query, key, config, mask, **rule)
     chosen, recall = by_definition(query, key, made, mask, config, **rule)
     # Shares that rounding may put on either side of a threshold are too rare in so few blocks to be drawn.
@@ -118,10 +118,10 @@ def masks(kv_len):
     by_head = Apply("ge", (KV, Apply("mul", (H, Const(40)))))
     return {
         "padded": padded(1, kv_len, [150]),
-        "packed": MaskProgram(conjunction(causal(), document), (packed_ids(kv_len),)),
-        "window": MaskProgram(conjunction(causal(), banded)),
-        "by head": MaskProgram(conjunction(causal(), by_head)),
-        "no order": MaskProgram(Const(True)),
+        "packed": IndexMask(conjunction(causal(), document), (packed_ids(kv_len),)),
+        "window": IndexMask(conjunction(causal(), banded)),
+        "by head": IndexMask(conjunction(causal(), by_head)),
+        "no order": IndexMask(Const(True)),
     }
 
 
@@ -186,7 +186,7 @@ def test_a_chunk_of_a_prompt_selects_what_the_whole_prompt_does(chunks, width, s
 def test_rows_at_the_end_of_a_chunk_only_add_blocks():
     query, key = tokens(1, 4, 2, 768, 768)
     grid = grid_of(query, key)
-    live = live_rows(MaskProgram(causal()), grid, own_positions(grid, 0))
+    live = live_rows(IndexMask(causal()), grid, own_positions(grid, 0))
     left_out = select(query, key).keep[0, :, 3, 1].logical_not().nonzero()
     head = int(left_out[0])
     query[0, head, int(row_of(live, 7, PHASES[1], 4, 0)[0, head, 3])] = 9.0  # no row of the first phase
@@ -214,7 +214,7 @@ def test_a_peak_of_one_sampled_row_is_kept_and_its_heads_neighbours_fetch_nothin
     query, key = 0.1 * torch.ones(1, 2, 1280, DIM), torch.zeros(1, 2, 1280, DIM)
     key[0, 0, 300, 0] = 30.0
     grid = grid_of(query, key)
-    live = live_rows(MaskProgram(causal()), grid, own_positions(grid, 0))
+    live = live_rows(IndexMask(causal()), grid, own_positions(grid, 0))
     row = int(row_of(live, 7, 0, 2, 0)[0, 0, 8])
     query[0, 0, row, 0] = 1.0  # logit 11: nearly all of the row
     made = select(query, key, min_peak=0.3, floor=0.01)

@@ -16,7 +16,7 @@ from omnisparse_flex.masks.blocks import tile_pool
 from omnisparse_flex.masks.blocks.select import SCORERS, change_of_logits, select_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
-from omnisparse_flex.masks.expr.program import NO_MASK, MaskProgram
+from omnisparse_flex.masks.expr.index_mask import NO_MASK, IndexMask
 from omnisparse_flex.testing import AttentionShape, mask_mods
 from omnisparse_flex.testing.oracle import materialize_mask
 from tests.masks.test_selection import CPU, plain_masks
@@ -161,7 +161,7 @@ def test_a_tile_that_looks_far_is_not_hidden_by_its_block():
 
 def test_padded_keys_inside_a_block_get_no_mass():
     valid = (torch.arange(128) >= 64)[None]
-    mask = MaskProgram(Apply("and", (causal(Const(0)), Load(0, (B, KV)))), (valid,))
+    mask = IndexMask(Apply("and", (causal(Const(0)), Load(0, (B, KV)))), (valid,))
     query, key, _ = AttentionShape(1, 1, 1, 128, 128, 8).inputs()
     loud = key.masked_fill(~valid[:, None, :, None], 50.0)
     assert torch.equal(score("tile_pool", query, key, mask)[0], score("tile_pool", query, loud, mask)[0])
@@ -170,7 +170,7 @@ def test_padded_keys_inside_a_block_get_no_mass():
 def test_activations_that_are_not_finite_leave_a_legal_estimate():
     query, key, _ = AttentionShape(1, 1, 1, 96, 96, 8).inputs()
     query[:, :, 39] = float("nan")
-    mass, some = score("tile_pool", query, key, MaskProgram(causal(Const(0))))
+    mass, some = score("tile_pool", query, key, IndexMask(causal(Const(0))))
     assert torch.isfinite(mass).all() and not (mass * ~some).any()
     assert torch.allclose(mass.sum(-1), torch.ones(3), atol=ROUNDING)
 
@@ -180,7 +180,7 @@ def test_no_tensor_over_all_pairs(name):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     tokens = 1024
-    run = functools.partial(score, name, mask=MaskProgram(causal(Const(0))), block=128)
+    run = functools.partial(score, name, mask=IndexMask(causal(Const(0))), block=128)
     graph = make_fx(lambda q, k: run(q, k)[0])(torch.randn(1, 2, tokens, 8), torch.randn(1, 1, tokens, 8))
     sizes = [n.meta["val"].numel() for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     # Two heads: all pairs would be 2 * N^2; a row of every block is 1 / 128 of that.
@@ -192,7 +192,7 @@ def test_under_compile_at_several_lengths():
     config = OmniSparseConfig(scoring="tile_pool", lazy_threshold=None, sink_size=1, window_size=1)
 
     def select(query, key):
-        chosen = select_blocks(query, key, MaskProgram(causal()), config, target=0.6, scale=0.3)
+        chosen = select_blocks(query, key, IndexMask(causal()), config, target=0.6, scale=0.3)
         return chosen.keep, chosen.mass
 
     compiled = torch.compile(select, backend="aot_eager", fullgraph=True, dynamic=True)

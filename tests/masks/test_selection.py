@@ -18,8 +18,8 @@ from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps, wider
 from omnisparse_flex.masks.blocks.select import BlockSelection, dense_selection, select_blocks
 from omnisparse_flex.masks.blocks.text_runs import LONG_RUN
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Load, Q, causal
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.testing import AttentionShape, assert_block_mask_equals, configs, mask_mods
 from omnisparse_flex.testing.oracle import expand_block_map, materialize_mask
 from tests.masks.test_text_runs import kept_text
@@ -34,7 +34,7 @@ class Case:
     shape: AttentionShape
     block: int
     config: OmniSparseConfig
-    mask: MaskProgram | OpaqueMask
+    mask: IndexMask | OpaqueMask
     offset: int
     visual: Tensor | None
     query: Tensor
@@ -102,11 +102,11 @@ def plain_masks(draw, shape):
         cuts = sorted({0, shape.kv_len, *draw(st.lists(st.integers(1, shape.kv_len), max_size=3))})
         ids = document_ids([[b - a for a, b in itertools.pairwise(cuts)]] * shape.batch)
         same = Apply("eq", (Load(0, (B, Q)), Load(0, (B, KV))))
-        return MaskProgram(Apply("and", (order, same)), (ids,)), True
+        return IndexMask(Apply("and", (order, same)), (ids,)), True
     keys = Load(0, (B, KV))
     if kind in ("none", "keys"):
-        return MaskProgram(TRUE) if kind == "none" else MaskProgram(keys, (valid,)), False
-    return MaskProgram(order) if kind != "padded" else MaskProgram(Apply("and", (order, keys)), (valid,)), True
+        return IndexMask(TRUE) if kind == "none" else IndexMask(keys, (valid,)), False
+    return IndexMask(order) if kind != "padded" else IndexMask(Apply("and", (order, keys)), (valid,)), True
 
 
 @st.composite
@@ -116,13 +116,13 @@ def any_masks(draw, shape):
         past = Const(shape.kv_len - shape.q_len)
         reach = Apply("mul", (Apply("add", (H, Const(1))), Const(draw(st.integers(1, 100)))))
         near = Apply("lt", (Apply("sub", (Apply("add", (Q, past)), KV)), reach))
-        return MaskProgram(Apply("and", (causal(past), near))), True
+        return IndexMask(Apply("and", (causal(past), near))), True
     case = draw(mask_mods(shape.batch, shape.q_len, shape.kv_len))
     is_causal = draw(st.booleans())
-    order = MaskProgram(causal(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
+    order = IndexMask(causal(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
     if draw(st.integers(0, 3)):
         return OpaqueMask(order, case.mask_mod), is_causal
-    return order.joined(trace_mask_mod(case.mask_mod, CPU)), is_causal
+    return order.intersect(trace_mask_mod(case.mask_mod, CPU)), is_causal
 
 
 @st.composite

@@ -16,7 +16,7 @@ from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.text_runs import LONG_RUN, text_blocks
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 
 CPU = torch.device("cpu")
 BLOCK = 8
@@ -52,7 +52,7 @@ def layout(visual, config=BARE, *, queries=None, block=BLOCK, long=LONG_RUN):
     length = visual.shape[1]
     queries = length if queries is None else queries
     offset = length - queries
-    mask = MaskProgram(causal(Const(offset)))
+    mask = IndexMask(causal(Const(offset)))
     grid = Grid(visual.shape[0], 2, queries, length, block, CPU)
     with mock.patch.object(text_runs, "LONG_RUN", long):
         return block_layout(mask, grid, config, visual=visual, q_offset=offset)
@@ -108,7 +108,7 @@ def test_padding_on_the_left_is_part_of_the_head():
     real = torch.arange(96) >= torch.tensor([[0], [37]])
     visual = torch.zeros(2, 96, dtype=torch.bool)
     visual[:, 48:80] = True
-    mask = MaskProgram(Apply("and", (causal(Const(0)), Load(0, (B, KV)))), (real,))
+    mask = IndexMask(Apply("and", (causal(Const(0)), Load(0, (B, KV)))), (real,))
     found = block_layout(mask, Grid(2, 1, 96, 96, BLOCK, CPU), BARE, visual=visual)
     last = found.forced[:, 0, -1]
     assert last[0, :6].all() and not last[1, :4].any() and last[1, 4:6].all()
@@ -138,7 +138,7 @@ def test_room_in_a_cache_changes_nothing(row, room):
     alone, length = layout(visual, long=8), len(row)
     grid = Grid(1, 2, length, length + room, BLOCK, CPU)
     with mock.patch.object(text_runs, "LONG_RUN", 8):
-        found = block_layout(MaskProgram(causal()), grid, BARE, visual=visual)
+        found = block_layout(IndexMask(causal()), grid, BARE, visual=visual)
     blocks = alone.some.shape[-1]
     for name in ("some", "forced", "eligible"):
         wide = getattr(found, name)
@@ -150,7 +150,7 @@ def test_room_in_a_cache_changes_nothing(row, room):
 def test_in_a_compiled_graph_at_several_lengths():
     def run(visual):
         grid = Grid(visual.shape[0], 2, visual.shape[1], visual.shape[1], 128, CPU)
-        found = block_layout(MaskProgram(causal()), grid, OmniSparseConfig(), visual=visual)
+        found = block_layout(IndexMask(causal()), grid, OmniSparseConfig(), visual=visual)
         return found.forced, found.text_rows
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)

@@ -7,7 +7,7 @@ import torch
 
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.model.cache_argument import NEW_NAME, OLD_NAME, cache_in, cache_name, cache_of, with_cache_renamed
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.helpers.tiny import build, cached
 
 
@@ -70,12 +70,14 @@ def test_either_name_gives_one_graph_and_the_same_logits(applied):
     outputs = []
     for name in both_names(applied):
         for module in (applied, applied.model):
-            entry_of(applied).backend.log.graphs = 0
+            compiled_decoder_of(applied).backend.log.graphs = 0
             with torch.no_grad():
                 out = module(input_ids=ids, **{name: DynamicCache(config=applied.config)}, use_cache=True)
                 last = module(input_ids=ids[:, :3], **{name: cache_of(out)}, use_cache=True)
-            assert entry_of(applied).backend.log.graphs <= 2  # a prefill and a second turn
-            assert not [note for note in entry_of(applied).backend.log.notes if "broke" in note or "eagerly" in note]
+            assert compiled_decoder_of(applied).backend.log.graphs <= 2  # a prefill and a second turn
+            assert not [
+                note for note in compiled_decoder_of(applied).backend.log.notes if "broke" in note or "eagerly" in note
+            ]
             outputs.append(last[0])
     assert torch.equal(outputs[0], outputs[-2]) and torch.equal(outputs[1], outputs[-1])
 
@@ -88,7 +90,7 @@ def test_generate_takes_either_name(applied):
         for name in both_names(applied)
     ]
     assert all(torch.equal(answer, answers[0]) for answer in answers)
-    assert not [note for note in entry_of(applied).backend.log.notes if "broke" in note or "eagerly" in note]
+    assert not [note for note in compiled_decoder_of(applied).backend.log.notes if "broke" in note or "eagerly" in note]
 
 
 def test_both_names_at_once_are_treated_as_transformers_does():

@@ -16,7 +16,7 @@ from omnisparse_flex import (
     rewrite_report,
 )
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.model.hf import attention_forward
 from tests.helpers.slim import changed, half_lazy, prompt, steps
 from tests.helpers.slim_oracle import masked_like
@@ -58,7 +58,7 @@ def test_full_budget_equals_dense(granularity, device):
     apply_omnisparse(model, CONFIGS[granularity], min_seq_len=0, inner="eager")
     with torch.no_grad():
         sparse = model(**inputs).logits[real]
-        assert entry_of(model).backend.log.graphs == 1
+        assert compiled_decoder_of(model).backend.log.graphs == 1
     assert (sparse.double() - expected).abs().max() <= bracket(expected, dense)
     for key, grad in gradients(model, inputs, enabled=False).items():
         error = (grad.double() - expected_grads[key]).abs().max()
@@ -87,7 +87,7 @@ def test_a_sparse_step_trains_its_sinks_alike_with_checkpointing(granularity, de
     assert all(grad.any() for name, grad in plain.items() if is_sink(name))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert worst(gradients(model, inputs, enabled=False), plain) < 1e-4
-    assert entry_of(model).backend.log.graphs == 2 and len(rewrite_report(model).rewritten) == 2
+    assert compiled_decoder_of(model).backend.log.graphs == 2 and len(rewrite_report(model).rewritten) == 2
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_uncompiled_and_disabled_are_the_models_own(device, monkeypatch):
         apply_omnisparse(model, SPARSE["block"], min_seq_len=0)
         monkeypatch.setenv("OMNISPARSE_DISABLE", "1")
         torch.testing.assert_close(model(**inputs).logits[real], expected[real], atol=1e-5, rtol=1e-5)
-        assert entry_of(model).backend.log.graphs == 0
+        assert compiled_decoder_of(model).backend.log.graphs == 0
         tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         remove_omnisparse(model)
         assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), tokens)
@@ -135,7 +135,7 @@ def test_the_experts_that_transformers_prefers_stay_in_one_graph(device):
         expected = model(**inputs).logits
         apply_omnisparse(model, EVERYTHING, min_seq_len=0, inner="eager")
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
-    log = entry_of(model).backend.log
+    log = compiled_decoder_of(model).backend.log
     assert (log.graphs, log.runs) == (1, 1) and len(rewrite_report(model).rewritten) == 2
 
 

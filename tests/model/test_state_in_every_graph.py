@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
-from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.model.compiled_module import CompiledDecoder, compiled_decoder_of
 from omnisparse_flex.passes.find_sites import STATE_LOST
 from omnisparse_flex.testing import dense_oracle
 from tests.helpers.tiny import IMAGE, build, with_images
@@ -70,12 +70,12 @@ def error(actual, expected):
 
 def broken(monkeypatch):
     """Let Dynamo break at data-dependent shapes, as it does by itself: before and in each deepstack layer."""
-    whole = Entry._settings
+    whole = CompiledDecoder._settings
 
     def settings(self):
         return whole(self) | {"capture_dynamic_output_shape_ops": False}
 
-    monkeypatch.setattr(Entry, "_settings", settings)
+    monkeypatch.setattr(CompiledDecoder, "_settings", settings)
 
 
 CASES = {
@@ -138,7 +138,7 @@ def test_lengths_share_one_graph(device):
     for tail in (30, 44, 61, 100):
         inputs = with_images((20, 130, tail), (32, 32), device=device)
         outcome(model, inputs, False)
-    assert entry_of(model).backend.log.graphs <= 2
+    assert compiled_decoder_of(model).backend.log.graphs <= 2
 
 
 def test_a_plain_module_in_pieces_is_dense_where_its_state_is_lost(device):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.helpers.tiny import IMAGE, build, cached
 
 THREADS, CALLS = 4, 80
@@ -76,7 +76,7 @@ def test_each_call_has_its_own_visual_mask(model_with_images, device):
                 wrong.append(number)
 
     in_threads(work)
-    assert wrong == [] and entry_of(model).backend.log.graphs == 1
+    assert wrong == [] and compiled_decoder_of(model).backend.log.graphs == 1
 
 
 def test_compiling_threads_wait_for_one_another(model, device):
@@ -89,8 +89,8 @@ def test_compiling_threads_wait_for_one_another(model, device):
     in_threads(work)
     with torch.no_grad():
         assert all(torch.allclose(results[i], model(input_ids=ids[i]).logits, atol=1e-5) for i in range(THREADS))
-    assert entry_of(model).backend.log.graphs == 1
-    assert not any("eagerly" in note for note in entry_of(model).backend.log.notes)
+    assert compiled_decoder_of(model).backend.log.graphs == 1
+    assert not any("eagerly" in note for note in compiled_decoder_of(model).backend.log.notes)
 
 
 def test_each_thread_may_use_a_slim_cache_of_its_own(device):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
 from omnisparse_flex.backend import Backend
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.testing import assert_no_square
 from tests.helpers.tiny import MODELS, batch, build
 from tests.model.test_training import gradients, worst
@@ -25,7 +25,7 @@ SPARSE = OmniSparseConfig(target_recall=0.6, lazy_threshold=0.05, **TOKENS)
 
 def operators(model):
     """How often the rewritten graph calls our token operator, sub-graphs included."""
-    graphs = entry_of(model).backend.last.root.graph_module.modules()
+    graphs = compiled_decoder_of(model).backend.last.root.graph_module.modules()
     return sum("omnisparse_layer" in str(n.target) for g in graphs if hasattr(g, "graph") for n in g.graph.nodes)
 
 
@@ -73,7 +73,7 @@ def test_a_sparse_step_trains_alike_with_checkpointing_and_in_one_graph(device):
     plain = gradients(model, inputs, enabled=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert worst(gradients(model, inputs, enabled=False), plain) < 1e-4
-    assert entry_of(model).backend.log.graphs == 2
+    assert compiled_decoder_of(model).backend.log.graphs == 2
 
 
 def test_statistics_of_tokens(device):
@@ -102,8 +102,8 @@ def test_no_square_tensor_and_one_graph_for_many_lengths(device):
     with torch.no_grad():
         for length in (300, 131, 257, 517, 640):
             model(**batch((length, length - 1), device))
-            assert_no_square(entry_of(model).backend.last.root.graph_module, length)
-    assert entry_of(model).backend.log.graphs == 1
+            assert_no_square(compiled_decoder_of(model).backend.last.root.graph_module, length)
+    assert compiled_decoder_of(model).backend.log.graphs == 1
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.helpers.tiny import batch, build
 
 EVERYTHING = OmniSparseConfig(target_recall=0.999, budget=1 << 20, lazy_threshold=None)
@@ -38,7 +38,7 @@ def test_checkpointing_changes_no_gradient(config, device):
     plain = gradients(model, inputs, enabled=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     checkpointed = gradients(model, inputs, enabled=False)
-    log = entry_of(model).backend.log
+    log = compiled_decoder_of(model).backend.log
     assert log.graphs == 2 and not any("eagerly" in note for note in log.notes)
     assert all(not site.reason for site in log.sites)
     assert worst(checkpointed, plain) < 1e-4
@@ -90,7 +90,7 @@ def test_a_step_trains(device):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert any(not torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert entry_of(model).backend.log.graphs == 1
+    assert compiled_decoder_of(model).backend.log.graphs == 1
 
 
 def test_symbolic_sizes_are_traced_once(device):
@@ -108,14 +108,14 @@ def test_symbolic_sizes_are_traced_once(device):
     model = apply_omnisparse(model, SPARSE, min_seq_len=1 << 20, inner=inner, dynamic=True)  # dense is enough
     for length in (30, 43):
         loss_of(model, batch((length,), device)).backward()
-    assert len(calls) == 1 == entry_of(model).backend.log.graphs
+    assert len(calls) == 1 == compiled_decoder_of(model).backend.log.graphs
 
 
 def test_recall_schedule_needs_no_recompile(device):
     inputs = batch((700,), device)
     config = dataclasses.replace(SPARSE, last_rows=0)  # whose scores would count beside the kept pairs
     model = apply_omnisparse(build("llama", device), config, min_seq_len=0, inner="eager")
-    entry = entry_of(model)
+    entry = compiled_decoder_of(model)
     densities = []
     for recall in (1.0, 0.9, 0.3):
         entry.state.recall.fill_(recall)

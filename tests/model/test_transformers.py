@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse, remove_omnisparse, rewrite_report
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.testing import assert_no_square, count_hops
 from tests.helpers.tiny import MODELS, Spy, batch, build, cached
 
@@ -79,14 +79,14 @@ def test_no_square_tensor_in_a_rewritten_graph(device):
         apply_omnisparse(model, min_seq_len=0, inner=spy)
         with torch.no_grad():
             model(**batch(lengths, device))
-        assert_no_square(entry_of(model).backend.last.root.graph_module, max(lengths))
+        assert_no_square(compiled_decoder_of(model).backend.last.root.graph_module, max(lengths))
         assert_no_square(spy.graphs[0], max(lengths))
 
 
 def test_many_lengths_compile_once(device):
     model = build("qwen2_5_vl", device)
     apply_omnisparse(model, min_seq_len=0, inner="eager", dynamic=True)
-    backend = entry_of(model).backend
+    backend = compiled_decoder_of(model).backend
     with torch.no_grad():
         model(**batch((300, 299), device))
         warm = backend.log.graphs
@@ -106,7 +106,7 @@ def test_twelve_live_models_all_stay_compiled(device):
             for model in models:
                 model(**inputs)
     for model in models:
-        log = entry_of(model).backend.log
+        log = compiled_decoder_of(model).backend.log
         assert (log.graphs, log.runs) == (1, 2)
         assert not log.report().notes or all("eagerly" not in note for note in log.report().notes)
 
@@ -140,14 +140,14 @@ def test_report_before_the_first_run(device):
     assert [site.layer for site in report.rewritten] == [0, 1]
     assert [site.path for site in report.rewritten] == ["layers.0.self_attn", "layers.1.self_attn"]
     assert str(report).startswith("not compiled yet; 2 sites would be rewritten")
-    assert entry_of(model).backend.log.graphs == 0
+    assert compiled_decoder_of(model).backend.log.graphs == 0
 
 
 def test_vision_tower_is_left_alone(device):
     model = build("qwen2_5_vl", device)
     apply_omnisparse(model, min_seq_len=0, inner="eager")
     assert model.model.visual.config._attn_implementation != "omnisparse"
-    assert entry_of(model).module is model.model.language_model
+    assert compiled_decoder_of(model).module is model.model.language_model
 
 
 def test_save_and_load_round_trip(tmp_path, device):
@@ -159,7 +159,7 @@ def test_save_and_load_round_trip(tmp_path, device):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).to(device).eval()
     assert loaded.config.text_config._attn_implementation == "sdpa"
-    assert entry_of(loaded) is None
+    assert compiled_decoder_of(loaded) is None
     with torch.no_grad():
         assert torch.allclose(loaded(**inputs).logits, model(**inputs).logits, atol=1e-4)
 
@@ -185,8 +185,8 @@ def test_new_config_replaces_the_old(device):
     model = build("llama", device)
     apply_omnisparse(model, OmniSparseConfig(target_recall=0.5), min_seq_len=0, inner="eager")
     apply_omnisparse(model, OmniSparseConfig(target_recall=0.9), min_seq_len=0, inner="eager")
-    assert entry_of(model).backend.config.target_recall == 0.9
-    assert entry_of(model).state.recall.tolist() == pytest.approx([0.9, 0.9])
+    assert compiled_decoder_of(model).backend.config.target_recall == 0.9
+    assert compiled_decoder_of(model).state.recall.tolist() == pytest.approx([0.9, 0.9])
 
 
 def test_environment_variable_disables(device, monkeypatch):
@@ -197,10 +197,10 @@ def test_environment_variable_disables(device, monkeypatch):
         apply_omnisparse(model, OmniSparseConfig(target_recall=0.1), min_seq_len=0, inner="eager")
         monkeypatch.setenv("OMNISPARSE_DISABLE", "1")
         assert torch.allclose(model(**inputs).logits, before, atol=1e-5)
-        assert entry_of(model).backend.log.graphs == 0
+        assert compiled_decoder_of(model).backend.log.graphs == 0
         monkeypatch.setenv("OMNISPARSE_DISABLE", "0")
         model(**inputs)
-    assert entry_of(model).backend.log.graphs == 1
+    assert compiled_decoder_of(model).backend.log.graphs == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
@@ -216,7 +216,7 @@ def test_deep_copy_reports_its_lost_compile(name, device):
     apply_omnisparse(twin, min_seq_len=0, inner="eager")
     with torch.no_grad():
         twin(**batch((140,), device))
-    assert entry_of(twin).backend.log.graphs == 1 and entry_of(model).backend.log.runs == 1
+    assert compiled_decoder_of(twin).backend.log.graphs == 1 and compiled_decoder_of(model).backend.log.runs == 1
 
 
 def test_static_cache_is_lifted(device):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from omnisparse_flex import ConfigError, apply_omnisparse, remove_omnisparse, rewrite_report
-from omnisparse_flex.model.compiled_module import APART, entry_of
+from omnisparse_flex.model.compiled_module import APART, compiled_decoder_of
 from omnisparse_flex.model.user_compile import REPLACED
 from tests.helpers.tiny import build
 from tests.model.test_state_in_every_graph import PLANTED, error, oracle, outcome, prompt
@@ -51,7 +51,7 @@ def test_a_plain_module_is_ours_inside_a_compile(device):
         expected = module(x)
         torch.testing.assert_close(torch.compile(module, backend="eager")(x), expected)
         torch.testing.assert_close(torch.compile(torch.nn.Sequential(module), backend="eager")(x), expected)
-    assert APART in rewrite_report(module).notes and entry_of(module).backend.log.runs == 3
+    assert APART in rewrite_report(module).notes and compiled_decoder_of(module).backend.log.runs == 3
 
 
 def test_layers_that_the_user_compiled_are_in_our_graph(device):

@@ -7,7 +7,7 @@ import torch
 
 from omnisparse_flex import OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.model.cache_argument import cache_of
-from omnisparse_flex.model.compiled_module import entry_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from tests.helpers.tiny import IMAGE, VIDEO, build, cached, video_inputs
 
 
@@ -21,35 +21,35 @@ def test_forward_sees_the_video_tokens(model, device):
     inputs = video_inputs(device)
     with torch.no_grad():
         model(**inputs)
-    assert torch.equal(entry_of(model).state.visual, inputs["input_ids"] == VIDEO)
-    assert entry_of(model).backend.log.graphs == 1
+    assert torch.equal(compiled_decoder_of(model).state.visual, inputs["input_ids"] == VIDEO)
+    assert compiled_decoder_of(model).backend.log.graphs == 1
 
 
 def test_generate_keeps_the_history(model, device):
     inputs = video_inputs(device)
     out = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    visual = entry_of(model).state.visual
+    visual = compiled_decoder_of(model).state.visual
     length = inputs["input_ids"].shape[1]
     assert visual.shape == (2, length + 3)
     assert torch.equal(visual[:, :length], inputs["input_ids"] == VIDEO) and not visual[:, length:].any()
-    assert not any("eagerly" in note for note in entry_of(model).backend.log.notes)
+    assert not any("eagerly" in note for note in compiled_decoder_of(model).backend.log.notes)
 
     cache = cache_of(out)
     turn = torch.randint(10, 180, (2, 9), device=device)
     with torch.no_grad():
         model(input_ids=turn, **cached(cache))
-    assert entry_of(model).state.visual.shape == (2, length + 3 + 9)
+    assert compiled_decoder_of(model).state.visual.shape == (2, length + 3 + 9)
     cache.crop(-(3 + 9))
     with torch.no_grad():
         model(input_ids=turn, **cached(cache))
-    assert torch.equal(entry_of(model).state.visual[:, :length], inputs["input_ids"] == VIDEO)
-    assert entry_of(model).state.visual.shape == (2, length + 9)
+    assert torch.equal(compiled_decoder_of(model).state.visual[:, :length], inputs["input_ids"] == VIDEO)
+    assert compiled_decoder_of(model).state.visual.shape == (2, length + 9)
 
 
 def test_beams_repeat_the_mask(model, device):
     inputs = video_inputs(device, rows=1)
     model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, num_beams=3, do_sample=False)
-    visual = entry_of(model).state.visual
+    visual = compiled_decoder_of(model).state.visual
     assert visual.shape[0] == 3 and (visual.sum(1) == 16).all()
 
 
@@ -78,7 +78,7 @@ def test_user_masks(device):
         apply_omnisparse(model, min_seq_len=0, inner="eager", visual_mask=mask)
         with torch.no_grad():
             model(input_ids=ids)
-        assert torch.equal(entry_of(model).state.visual, given)
+        assert torch.equal(compiled_decoder_of(model).state.visual, given)
 
 
 def test_user_mask_of_a_plain_module(device):
@@ -94,4 +94,4 @@ def test_user_mask_of_a_plain_module(device):
 
     apply_omnisparse(module, min_seq_len=0, inner="eager", visual_mask=mask)
     module(torch.randn(1, 200, 32, device=device))
-    assert seen == [(1, 200, 32)] and entry_of(module).state.visual is given
+    assert seen == [(1, 200, 32)] and compiled_decoder_of(module).state.visual is given

@@ -15,7 +15,7 @@ from omnisparse_flex.errors import BUG, PassError
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import grid_of, select_blocks
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.testing import assert_close_to_oracle
 
 EVERYTHING = OmniSparseConfig(target_recall=0.9999999, lazy_threshold=None)
@@ -161,14 +161,14 @@ def test_a_selection_that_fails_to_compile_runs_in_tensor_code(lenient, monkeypa
     select_op.compiled.cache_clear()
     tensors = qkv()
     config = OmniSparseConfig(target_recall=0.9, window_size=1, sink_size=0)
-    bare = register(SparseCall(config=config, mask=MaskProgram(causal()), lists=True))
-    layout = block_layout(MaskProgram(causal()), grid_of(*tensors[:2]), config)
+    bare = register(SparseCall(config=config, mask=IndexMask(causal()), lists=True))
+    layout = block_layout(IndexMask(causal()), grid_of(*tensors[:2]), config)
     inputs = (*tensors[:2], list(layout), torch.tensor(0.9), torch.tensor(0.1), [], bare, True)
     for _ in range(2):
         with pytest.warns(UserWarning, match=f"{BUG}: the compiled selection failed"):
             made = torch.ops.omnisparse.select_blocks(*inputs)
         select_op.failed.clear()
-    wanted = select_blocks(*tensors[:2], MaskProgram(causal()), config, target=0.9, scale=0.25, layout=layout)
+    wanted = select_blocks(*tensors[:2], IndexMask(causal()), config, target=0.9, scale=0.25, layout=layout)
     made = dict(zip([name for name, *_ in select_op.PARTS], made, strict=True))
     assert torch.equal(made["keep"], wanted.keep) and torch.equal(made["mass"], wanted.mass)
     select_op.compiled.cache_clear()

@@ -8,7 +8,7 @@ from omnisparse_flex.backend import Backend
 from omnisparse_flex.masks.blocks.block_lists import block_lists, map_of_lists
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.testing import assert_close_to_oracle, expand_block_mask
 from tests.helpers.rewriting import keep_all, qkv
 
@@ -77,8 +77,8 @@ def test_lists_of_the_function_keep_its_bounds():
         )
     ]
     (site,) = backend.last.sites
-    full, some = MaskProgram(site.expr, tuple(maps)).bounds(Grid(2, 4, N, N, 128, torch.device("cpu")))
-    plain = MaskProgram(causal_expr()).bounds(Grid(2, 4, N, N, 128, torch.device("cpu")))
+    full, some = IndexMask(site.expr, tuple(maps)).bounds(Grid(2, 4, N, N, 128, torch.device("cpu")))
+    plain = IndexMask(causal_expr()).bounds(Grid(2, 4, N, N, 128, torch.device("cpu")))
     assert torch.equal(full, plain[0]) and torch.equal(some, plain[1])
 
 

@@ -6,7 +6,7 @@ import torch
 from omnisparse_flex import OmniSparseConfig, sparse_attention
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.masks.expr.block_bounds import Grid
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.testing.oracle import materialize_mask
 
 N, P, HEADS = 700, 50, 4
@@ -83,7 +83,7 @@ def test_bounds_hold_the_mask_and_are_exact_in_keys(name):
         assert torch.equal(some, any_pair), "exact where only keys matter"
 
 
-def _indices(program: MaskProgram):
+def _indices(program: IndexMask):
     from omnisparse_flex.masks.expr.expr import Index, walk
 
     return [x for x in walk(program.expr) if isinstance(x, Index)]

@@ -10,7 +10,7 @@ from omnisparse_flex.attention.tokens.tensor_code import select_and_attend
 from omnisparse_flex.kernels.fallback import has_triton
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import BLOCK, grid_of
-from omnisparse_flex.masks.expr.causal_padding import PlainMask, plain_mask
+from omnisparse_flex.masks.expr.causal_padding import CausalPaddingMask, as_causal_padding
 from omnisparse_flex.masks.tokens.segments import SegmentLayout, segment_layout
 from omnisparse_flex.masks.tokens.select import TokenSelection
 
@@ -31,12 +31,12 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -
     text; part 2 the active queries over the gathered keys; the two are merged by their
     log-sum-exps and share no key. Our choice: part 1 takes whole blocks of 128 keys and
     is the same for all queries of a segment (``segment_layout``). Where statistics are
-    recorded the selection of all queries is kept, as bits; else no more than a stretch's is.
+    recorded the selection of all queries is kept, as bits; else no more than a chunk's is.
     """
     out, selection = attend_and_select(query, key, value, site, site.write is not None)
     if site.write is not None:
         assert selection is not None
-        site.write(site.measured(selection, query.detach(), key.detach()))
+        site.write(site.stats_of(selection, query.detach(), key.detach()))
     return out
 
 
@@ -45,21 +45,21 @@ def attend_and_select(
 ) -> tuple[Tensor, TokenSelection | None]:
     """The output and, to ``keep``, the selection: in kernels where there are some, else in tensor code."""
     segments, text = segments_of_site(query, key, site), text_queries(query, key, site)
-    plain = plain_for_kernels(query, key, value, site)
-    if plain is not None:
-        from omnisparse_flex.attention.tokens.triton import attend_quickly
+    mask = mask_for_kernels(query, key, value, site)
+    if mask is not None:
+        from omnisparse_flex.attention.tokens.triton import attend_tokens_triton
 
-        found = attend_quickly(query, key, value, site, plain, segments, text, keep)
-        if found is not None:
-            return found
+        result = attend_tokens_triton(query, key, value, site, mask, segments, text, keep)
+        if result is not None:
+            return result
     return select_and_attend(query, key, value, segments, text, site)
 
 
-def plain_for_kernels(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> PlainMask | None:
+def mask_for_kernels(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> CausalPaddingMask | None:
     """The site's mask where the kernels can run, else None; shapes as in ``attend_tokens``."""
     if not takes_kernels(query, value, site) or not has_triton():
         return None
-    return plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
+    return as_causal_padding(site.mask, query.shape[0], key.shape[2], query.device)
 
 
 def takes_kernels(query: Tensor, value: Tensor, site: SparseCall) -> bool:
@@ -85,5 +85,5 @@ def text_queries(query: Tensor, key: Tensor, site: SparseCall) -> Tensor:
     if site.visual is None:
         return torch.zeros((1, q_len), dtype=torch.bool, device=device)
     text = ~site.visual & site.visual.any(-1, keepdim=True)
-    own = (torch.arange(q_len, device=device) + site.q_offset).clamp(min=0, max=key.shape[2] - 1)
-    return text.index_select(1, own)
+    positions = (torch.arange(q_len, device=device) + site.q_offset).clamp(min=0, max=key.shape[2] - 1)
+    return text.index_select(1, positions)

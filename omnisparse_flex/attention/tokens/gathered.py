@@ -1,4 +1,4 @@
-"""Attention of packed query rows over gathered keys: one rectangle a segment, walked a few segments at a time."""
+"""Attention of packed query rows over gathered keys: of a few segments at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omnisparse_flex.masks.tokens.column_mass import CHUNK_LOGITS
 from omnisparse_flex.masks.tokens.key_bits import keys_of_bits
 from omnisparse_flex.masks.tokens.segments import (
     gather_rows,
-    most,
+    max_count,
     row_places,
     segments_of,
     tokens_of_segments,
@@ -30,7 +30,7 @@ def attend_gathered(
     row_count: Tensor,
     chosen: Tensor,
     key_count: Tensor,
-    most_keys: int,
+    max_keys: int,
     site: SparseCall,
 ) -> tuple[Tensor, Tensor]:
     """Attend with the first ``row_count`` rows of each segment over its keys.
@@ -43,21 +43,21 @@ def attend_gathered(
         row_count: int64 (B, Hkv, M).
         chosen: int32 (B or 1, Hkv or 1, M, words), the keys as bits, see ``pack_bits``.
         key_count: int64 (B or 1, Hkv or 1, M), their number.
-        most_keys: A bound of it.
+        max_keys: A bound of it.
         site: Mask, score changes, scale and segment size.
 
     Returns:
         ``(out, lse)``: (B, Hq, L, Dv) in value's dtype and float32 (float64) (B, Hq, L). A
         query that is not among the rows, or sees none of the keys, gives 0 and -inf.
         Differentiable in query, key and value; the backward computes each step again, so that
-        no more than one step's rectangle, and its list of keys, exist at a time.
+        no more than one step's logits, and its list of keys, exist at a time.
 
     Source: PAPER "token: top-k* tokens, gathered".
     """
     segment, q_len, kv_heads = site.config.segment_size, query.shape[2], key.shape[1]
     queries = segments_of(query, kv_heads, segment)
     chosen, key_count = chosen.expand(*rows.shape[:2], -1, -1), key_count.expand(*rows.shape[:2], -1)
-    width, height = most(key_count, most_keys), most(row_count, rows.shape[-1])
+    width, height = max_count(key_count, max_keys), max_count(row_count, rows.shape[-1])
     each = max(width * height, LIST_COST * key.shape[2])
     step = max(1, CHUNK_LOGITS // max(1, rows.shape[0] * rows.shape[1] * each))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
@@ -66,14 +66,14 @@ def attend_gathered(
         part = slice(m, m + step)
         chunk = (rows[:, :, part, :height], row_count[:, :, part], chosen[:, :, part], key_count[:, :, part])
         inputs = (queries[:, :, part], key, value, *chunk, width, m, q_len, site)
-        out, lse = checkpoint(_rectangles, *inputs, use_reentrant=False) if learns else _rectangles(*inputs)
+        out, lse = checkpoint(_attend_chunk, *inputs, use_reentrant=False) if learns else _attend_chunk(*inputs)
         outs.append(out)
         lses.append(lse)
     out, lse = torch.cat(outs, 2), torch.cat(lses, 2).unsqueeze(-1)
     return tokens_of_segments(out, q_len, segment), tokens_of_segments(lse, q_len, segment).squeeze(-1)
 
 
-def _rectangles(
+def _attend_chunk(
     queries: Tensor,
     key: Tensor,
     value: Tensor,
@@ -101,10 +101,10 @@ def _rectangles(
     key_used = torch.arange(keys.shape[-1], device=rows.device) < key_count.unsqueeze(-1)
     used = row_used.unsqueeze(-1) & key_used.unsqueeze(-2) & site.mask.pairs(*at).to(torch.bool)
     out, lse = _softmax(logits, used, v)
-    everything = (batch, kv_heads, count, queries.shape[3])
+    rows_shape = (batch, kv_heads, count, queries.shape[3])
     where = rows.unsqueeze(-1).expand(-1, -1, -1, -1, out.shape[-1])
-    full = out.new_zeros((*everything, out.shape[-1])).scatter(3, where, out)
-    full_lse = lse.new_full(everything, -torch.inf).scatter(3, rows, lse)
+    full = out.new_zeros((*rows_shape, out.shape[-1])).scatter(3, where, out)
+    full_lse = lse.new_full(rows_shape, -torch.inf).scatter(3, rows, lse)
     return full.to(value.dtype), full_lse
 
 
@@ -115,9 +115,9 @@ def _softmax(logits: Tensor, used: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = torch.exp(logits - top)
     total = weights.sum(-1, keepdim=True)
-    some = total > 0
-    safe = torch.where(some, total, 1.0)
-    lse = torch.where(some, top + torch.log(safe), -torch.inf).squeeze(-1)
+    has_pair = total > 0
+    safe = torch.where(has_pair, total, 1.0)
+    lse = torch.where(has_pair, top + torch.log(safe), -torch.inf).squeeze(-1)
     return weights @ value / safe, lse
 
 

@@ -15,17 +15,17 @@ from omnisparse_flex.kernels.attend_lists import KeyLists
 from omnisparse_flex.kernels.key_lists import list_keys
 from omnisparse_flex.masks.blocks.block_lists import block_lists
 from omnisparse_flex.masks.blocks.select import BLOCK
-from omnisparse_flex.masks.expr.causal_padding import PlainMask
-from omnisparse_flex.masks.tokens.chunks import at_once
+from omnisparse_flex.masks.expr.causal_padding import CausalPaddingMask
+from omnisparse_flex.masks.tokens.chunks import segments_per_chunk
 from omnisparse_flex.masks.tokens.segments import SegmentLayout
-from omnisparse_flex.masks.tokens.select import TokenSelection, columns
+from omnisparse_flex.masks.tokens.select import TokenSelection, list_width
 
 
-def near_lists(segments: SegmentLayout, shape: torch.Size, segment: int, plain: PlainMask) -> KeyLists:
-    """All rows over their segments' always-kept blocks; ``shape`` is key's, ``real`` of ``plain`` is uint8."""
+def near_lists(segments: SegmentLayout, shape: torch.Size, segment: int, mask: CausalPaddingMask) -> KeyLists:
+    """All rows over their segments' always-kept blocks; ``shape`` is key's, ``real`` of ``mask`` is uint8."""
     count, blocks = block_lists(segments.forced)
     size = (shape[0], shape[1], -1)
-    return KeyLists(None, None, blocks.expand(*size, -1), count.expand(*size), BLOCK, segment, plain.offset, plain.real)
+    return KeyLists(None, None, blocks.expand(*size, -1), count.expand(*size), BLOCK, segment, mask.offset, mask.real)
 
 
 def far_lists(
@@ -43,8 +43,8 @@ def far_lists(
     Yields:
         Some segments' lists. The next ones are written over them.
     """
-    (*heads, count, _), width = selection.rows.shape, columns(config, key.shape[2])
-    step = at_once(count, 4 * heads[0] * heads[1] * width, key, share)
+    (*heads, count, _), width = selection.rows.shape, list_width(config, key.shape[2])
+    step = segments_per_chunk(count, 4 * heads[0] * heads[1] * width, key, share)
     keys = torch.empty((*heads, step, width), dtype=torch.int32, device=key.device)
     for first in range(0, count, step):
         part = slice(first, min(first + step, count))

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from omnisparse_flex.attention.call import SparseCall, registered
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
-from omnisparse_flex.attention.tokens.gradients import token_gradients
+from omnisparse_flex.attention.tokens.gradients import token_backward
 from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.select import grid_of
-from omnisparse_flex.masks.expr.program import MaskProgram
-from omnisparse_flex.masks.statistics import STATS, Measured
+from omnisparse_flex.masks.expr.index_mask import IndexMask
+from omnisparse_flex.masks.statistics import STATS, SelectionStats
 
 _lib = torch.library.Library("omnisparse", "FRAGMENT")
 _TENSORS = (
@@ -43,14 +43,14 @@ def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -
         site.visual,
         torch.as_tensor(site.target, dtype=torch.float32, device=device),
         torch.as_tensor(site.q_offset, dtype=torch.int64, device=device),
-        list(site.mask.buffers) if isinstance(site.mask, MaskProgram) else [],
+        list(site.mask.buffers) if isinstance(site.mask, IndexMask) else [],
         list(site.score_buffers),
         list(site.bias_buffers),
         site.rules,
         record,
     )
     if site.write is not None:
-        site.write(Measured(*measured))
+        site.write(SelectionStats(*measured))
     result: Tensor = out
     return result
 
@@ -67,10 +67,10 @@ def _site(
     rules: str,
 ) -> SparseCall:
     bare = registered(rules)
-    assert isinstance(bare.mask, MaskProgram)
+    assert isinstance(bare.mask, IndexMask)
     return dataclasses.replace(
         bare,
-        mask=MaskProgram(bare.mask.expr, tuple(mask_buffers)),
+        mask=IndexMask(bare.mask.expr, tuple(mask_buffers)),
         target=target,
         score_buffers=tuple(score_buffers),
         bias_buffers=tuple(bias_buffers),
@@ -82,45 +82,45 @@ def _site(
     )
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *constants, record = rest
-    found: list[Measured] = []
+def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *constants, record = arguments
+    stats: list[SelectionStats] = []
     site = _site(*constants)  # type: ignore[arg-type]
     if record:
-        site = dataclasses.replace(site, write=found.append, exact=record == 2)
-    with torch.no_grad(), _as_given(query):
+        site = dataclasses.replace(site, write=stats.append, exact=record == 2)
+    with torch.no_grad(), _without_autocast(query):
         out = attend_tokens(query, key, value, site)
-    return (out.contiguous(), *(found[0] if found else _blank(query, key, site, 0)))
+    return (out.contiguous(), *(stats[0] if stats else _blank(query, key, site, 0)))
 
 
-def _as_given(query: Tensor) -> torch.autocast:
-    """No autocast in the operator: its inputs have followed it; the backward, which has none, must select the same."""
+def _without_autocast(query: Tensor) -> torch.autocast:
+    """Autocast off: the inputs have followed it already, and the backward, which has none, must select the same."""
     return torch.autocast(query.device.type, enabled=False)
 
 
-def _blank(query: Tensor, key: Tensor, site: SparseCall, record: int) -> Measured:
+def _blank(query: Tensor, key: Tensor, site: SparseCall, record: int) -> SelectionStats:
     """An empty record of the right sizes."""
     grid, choices = grid_of(query, key), site.config.choices(query.shape[1], key.shape[1])
     shape = (choices, grid.q_blocks, grid.kv_blocks) if record else (0, 0, 0)
-    return Measured(
+    return SelectionStats(
         query.new_zeros(len(STATS) if record else 0, dtype=torch.float32),
         query.new_zeros(shape, dtype=torch.uint8),
         query.new_zeros((2, query.shape[1] if record == 2 else 0), dtype=torch.float32),
     )
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, (*_, rules, record) = value.new_empty((*query.shape[:3], value.shape[3])), rest
+def _fake(query: Tensor, key: Tensor, value: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, (*_, rules, record) = value.new_empty((*query.shape[:3], value.shape[3])), arguments
     return (out, *_blank(query, key, registered(rules), record))  # type: ignore[arg-type]
 
 
 def _backward_impl(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *constants: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.no_grad(), _as_given(query):
+    with torch.no_grad(), _without_autocast(query):
         site = _site(sinks, *constants)  # type: ignore[arg-type]
-        *found, of_sinks = token_gradients(grad, query, key, value, site)
-    dq, dk, dv = (x.contiguous() for x in found)
+        *of_inputs, of_sinks = token_backward(grad, query, key, value, site)
+    dq, dk, dv = (x.contiguous() for x in of_inputs)
     return dq, dk, dv, query.new_empty(0) if of_sinks is None else of_sinks
 
 
@@ -133,25 +133,27 @@ def _backward_fake(
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
     """Save every tensor; lists are remembered by their lengths."""
-    *given, _ = inputs
-    tensors = [x for item in given for x in (item if isinstance(item, (list, tuple)) else [item])]
+    *arguments, _ = inputs
+    tensors = [x for item in arguments for x in (item if isinstance(item, (list, tuple)) else [item])]
     ctx.save_for_backward(*(x for x in tensors if isinstance(x, Tensor)))
-    ctx.form = [len(x) if isinstance(x, (list, tuple)) else x if isinstance(x, str) else x is not None for x in given]  # type: ignore[attr-defined]
+    ctx.form = [
+        len(x) if isinstance(x, (list, tuple)) else x if isinstance(x, str) else x is not None for x in arguments
+    ]  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[object, ...]:
     saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
-    given: list[object] = []
+    arguments: list[object] = []
     for form in ctx.form:  # type: ignore[attr-defined]
         if isinstance(form, str):
-            given.append(form)
+            arguments.append(form)
         elif isinstance(form, bool):
-            given.append(saved.pop(0) if form else None)
+            arguments.append(saved.pop(0) if form else None)
         else:
-            given.append([saved.pop(0) for _ in range(form)])
-    *grads, of_sinks = torch.ops.omnisparse.attend_tokens_backward(grad, *given)
-    others = [[None] * len(x) if isinstance(x, list) else None for x in given[4:]]
-    return (*grads, None if given[3] is None else of_sinks, *others, None)
+            arguments.append([saved.pop(0) for _ in range(form)])
+    *grads, of_sinks = torch.ops.omnisparse.attend_tokens_backward(grad, *arguments)
+    others = [[None] * len(x) if isinstance(x, list) else None for x in arguments[4:]]
+    return (*grads, None if arguments[3] is None else of_sinks, *others, None)
 
 
 _lib.impl("attend_tokens", _forward, "CompositeExplicitAutograd")

@@ -13,7 +13,7 @@ from omnisparse_flex.attention.tokens.gathered import attend_gathered
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.tokens.key_bits import bits_of_blocks
 from omnisparse_flex.masks.tokens.segments import SegmentLayout, per_member, tokens_of_blocks
-from omnisparse_flex.masks.tokens.select import TokenSelection, columns, select_tokens
+from omnisparse_flex.masks.tokens.select import TokenSelection, list_width, select_tokens
 
 
 def select_and_attend(
@@ -53,7 +53,7 @@ def choose(
         block=BLOCK,
         target=site.target,
         scale=site.scale_for(query),
-        pairs=None if site.mask.blind_rows_need == "nothing" else site.mask.pairs,
+        pairs=None if site.mask.rescue_blocks == "none" else site.mask.pairs,
         score=site.plain_score if site.changes_scores else None,
     )
 
@@ -66,9 +66,9 @@ def attend_near(
     size = (query.shape[0], key.shape[1], count.shape[2])
     height = query.shape[1] // key.shape[1] * site.config.segment_size
     rows = torch.arange(height, device=query.device).expand(*size, height)
-    every = torch.full(size, height, device=query.device)
+    row_count = torch.full(size, height, device=query.device)
     bits = bits_of_blocks(segments.forced, BLOCK)
-    return attend_gathered(query, key, value, rows, every, bits, count, key.shape[2], site)
+    return attend_gathered(query, key, value, rows, row_count, bits, count, key.shape[2], site)
 
 
 def attend_selected(
@@ -82,7 +82,7 @@ def attend_selected(
 ) -> Tensor:
     """The output, from that over the always-kept keys (``attend_near``) and what was selected beyond them."""
     chosen = (selection.rows.long(), selection.row_count, selection.chosen, selection.key_count)
-    far, far_lse = attend_gathered(query, key, value, *chosen, columns(site.config, key.shape[2]), site)
+    far, far_lse = attend_gathered(query, key, value, *chosen, list_width(site.config, key.shape[2]), site)
     return merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
 
 
@@ -111,7 +111,7 @@ def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | No
     return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
 
 
-def listed_gradients(
+def recompute_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: TokenSelection, site: SparseCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Attention once more under a selection that was made, and its gradients.
@@ -130,9 +130,9 @@ def listed_gradients(
     # As many heads as chose: KV heads, or copies of them for all query heads.
     group = selection.rows.shape[1] // key.shape[1]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, own: SparseCall) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, call: SparseCall) -> Tensor:
         k, v = per_member(k, group), per_member(v, group)
-        return attend_selected(q, k, v, *attend_near(q, k, v, selection.segments, own), selection, own)
+        return attend_selected(q, k, v, *attend_near(q, k, v, selection.segments, call), selection, call)
 
     return gradients_through(attend, grad, query, key, value, site)
 
@@ -145,10 +145,10 @@ def gradients_through(
     value: Tensor,
     site: SparseCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What ``attend``, called once more, gives by autograd; the rest as in ``listed_gradients``."""
+    """What ``attend``, called once more, gives by autograd; the rest as in ``recompute_backward``."""
     with torch.enable_grad():
-        given = [x.detach().requires_grad_() for x in (query, key, value, site.sinks) if x is not None]
-        q, k, v, *sinks = given
+        inputs = [x.detach().requires_grad_() for x in (query, key, value, site.sinks) if x is not None]
+        q, k, v, *sinks = inputs
         out = attend(q, k, v, dataclasses.replace(site, sinks=sinks[0] if sinks else None))
-    of_query, of_key, of_value, *own = torch.autograd.grad(out, given, grad.to(out.dtype))
-    return of_query, of_key, of_value, own[0] if own else None
+    of_query, of_key, of_value, *of_sinks = torch.autograd.grad(out, inputs, grad.to(out.dtype))
+    return of_query, of_key, of_value, of_sinks[0] if of_sinks else None

@@ -1,7 +1,7 @@
 """Token attention on CUDA: the same three steps as ``tensor_code``, in Triton kernels.
 
-Beside its results it holds no more than the layer's keys and values take: queries attend a stretch after the other, a
-stretch's selection is made and attended to a few segments at a time, and is kept as bits.
+Beside its results it holds no more than the layer's keys and values take: queries attend a chunk after the other, a
+chunk's selection is made and attended to a few segments at a time, and is kept as bits.
 
 Importing this module needs Triton.
 """
@@ -19,18 +19,18 @@ from torch.autograd.function import once_differentiable
 from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.logit_sinks import keys_share
 from omnisparse_flex.attention.tokens.key_lists import far_lists, near_lists
-from omnisparse_flex.attention.tokens.query_chunks import Span, joined, spans
-from omnisparse_flex.attention.tokens.tensor_code import listed_gradients
-from omnisparse_flex.attention.tokens.triton_backward import gradients_by_heads
+from omnisparse_flex.attention.tokens.query_chunks import QueryChunk, concat_selections, query_chunks
+from omnisparse_flex.attention.tokens.tensor_code import recompute_backward
+from omnisparse_flex.attention.tokens.triton_backward import backward_in_head_chunks
 from omnisparse_flex.kernels.attend_lists import KeyLists, attend_lists
 from omnisparse_flex.kernels.fallback import guarded
 from omnisparse_flex.kernels.head_dims import sums_of_squares
 from omnisparse_flex.masks.blocks.select import BLOCK
-from omnisparse_flex.masks.expr.causal_padding import PlainMask
+from omnisparse_flex.masks.expr.causal_padding import CausalPaddingMask
 from omnisparse_flex.masks.tokens.head_dims import top_dims_of, top_head_dims
 from omnisparse_flex.masks.tokens.segments import SegmentLayout
 from omnisparse_flex.masks.tokens.select import TokenSelection
-from omnisparse_flex.masks.tokens.select_triton import select_quickly
+from omnisparse_flex.masks.tokens.select_triton import select_tokens_triton
 
 #: The lists of keys take the keys' and values' bytes divided by this.
 LISTS = 2
@@ -40,26 +40,26 @@ SAVED = object()
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-class Attended(NamedTuple):
-    """What the forward pass of a span leaves behind beside its output.
+class AttendedChunk(NamedTuple):
+    """What the forward pass of a chunk leaves behind beside its output.
 
     Attributes:
         heads: Its query heads.
-        own: Its queries.
-        lse: float32 (B, heads, own queries) contiguous, sinks included; -inf where the output is 0 whatever values are.
+        queries: Its queries.
+        lse: float32 (B, heads, queries) contiguous, sinks included; -inf where the output is 0 whatever values are.
         near: All rows over their always-kept keys.
         selection: The rest.
     """
 
     heads: slice
-    own: slice
+    queries: slice
     lse: Tensor
     near: KeyLists
     selection: TokenSelection
 
 
-def attend_quickly(
-    query: Tensor, key: Tensor, value: Tensor, site: SparseCall, plain: PlainMask, segments: SegmentLayout,
+def attend_tokens_triton(
+    query: Tensor, key: Tensor, value: Tensor, site: SparseCall, mask: CausalPaddingMask, segments: SegmentLayout,
     text: Tensor, keep: bool,
 ) -> tuple[Tensor, TokenSelection | None] | None:  # fmt: skip
     """One attention site at token granularity.
@@ -69,7 +69,7 @@ def attend_quickly(
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, D).
         site: Rules, scale and logit sinks; nothing of it changes scores.
-        plain: Its mask.
+        mask: Its mask.
         segments: Its always-kept blocks.
         text: bool (B or 1, L), queries that are always active.
         keep: Whether the selection is wanted.
@@ -83,9 +83,9 @@ def attend_quickly(
     learning = [x for x in (query, key, value, site.sinks) if x is not None and x.requires_grad]
     learns = torch.is_grad_enabled() and len(learning) > 0
     out, parts = torch.empty(query.shape, dtype=query.dtype, device=query.device), []
-    for span in _spans(query, key, site, plain, segments, text):
-        mine = (slice(None), span.heads, span.own)
-        done = _attended(query[mine], key, value, site, span, out[mine])
+    for chunk in _query_chunks(query, key, site, mask, segments, text):
+        at = (slice(None), chunk.heads, chunk.queries)
+        done = _attend_guarded(query[at], key, value, site, chunk, out[at])
         if done is None:
             return None
         if keep or learns:
@@ -93,24 +93,24 @@ def attend_quickly(
         del done  # before the next one is made
     if learns:
         done_parts = (out, segments, parts)
-        out = _Attend.apply(query, key, value, site.sinks, site, done_parts)  # type: ignore[no-untyped-call]
-    return out, joined(segments, [(x.heads, x.selection) for x in parts]) if keep else None
+        out = _AttendWithGradients.apply(query, key, value, site.sinks, site, done_parts)  # type: ignore[no-untyped-call]
+    return out, concat_selections(segments, [(x.heads, x.selection) for x in parts]) if keep else None
 
 
 @torch.no_grad()
-def gradients_quickly(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: SparseCall, plain: PlainMask,
+def token_backward_triton(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: SparseCall, mask: CausalPaddingMask,
     segments: SegmentLayout, text: Tensor,
 ) -> Gradients | None:  # fmt: skip
-    """Gradients where nothing but the inputs was kept: each span attends again.
+    """Gradients where nothing but the inputs was kept: each chunk attends again.
 
     Args:
         grad: (B, Hq, L, D), of the output.
-        query: As the rest, see ``attend_quickly``.
+        query: As the rest, see ``attend_tokens_triton``.
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, D).
         site: Rules, scale and logit sinks.
-        plain: Its mask.
+        mask: Its mask.
         segments: Its always-kept blocks.
         text: bool (B or 1, L).
 
@@ -119,54 +119,60 @@ def gradients_quickly(
         inputs, so it is the same as forward.
     """
     grad, query, key, value = (_rowwise(x) for x in (grad, query, key, value))
-    found = _nothing(query, key, value, site.sinks)
-    for span in _spans(query, key, site, plain, segments, text):
+    grads = _empty_gradients(query, key, value, site.sinks)
+    for chunk in _query_chunks(query, key, site, mask, segments, text):
         # The output lies where query's gradient will.
-        out = found[0][:, span.heads, span.own]
-        done = _attended(query[:, span.heads, span.own], key, value, site, span, out)
-        if done is None or not _add(found, grad, query, key, value, site, done, out):
+        out = grads[0][:, chunk.heads, chunk.queries]
+        done = _attend_guarded(query[:, chunk.heads, chunk.queries], key, value, site, chunk, out)
+        if done is None or not _add_gradients(grads, grad, query, key, value, site, done, out):
             return None
         del done  # before the next one is made
-    return found
+    return grads
 
 
 @torch.no_grad()
-def _attend(query: Tensor, key: Tensor, value: Tensor, site: SparseCall, span: Span, out: Tensor) -> Attended:
+def _attend_chunk(
+    query: Tensor, key: Tensor, value: Tensor, site: SparseCall, chunk: QueryChunk, out: Tensor
+) -> AttendedChunk:
     """Both parts, the second from where the first ends; then the sinks, which have no value.
 
-    Query and ``out``, which is written, are those of the span.
+    Query and ``out``, which is written, are those of the chunk.
     """
-    config, scale, plain = site.config, site.scale_for(query), span.plain
-    sinks = None if site.sinks is None else site.sinks[span.heads]
-    real = None if plain.real is None else plain.real.contiguous().view(torch.uint8)
+    config, scale, mask = site.config, site.scale_for(query), chunk.mask
+    sinks = None if site.sinks is None else site.sinks[chunk.heads]
+    real = None if mask.real is None else mask.real.contiguous().view(torch.uint8)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    near = near_lists(span.segments, key.shape, config.segment_size, PlainMask(plain.offset, real))
+    near = near_lists(chunk.segments, key.shape, config.segment_size, CausalPaddingMask(mask.offset, real))
     attend_lists(query, key, value, out, lse, near, scale)
-    selection = select_quickly(
-        query, key, lse, span.segments, span.text, config, block=BLOCK, target=site.target, scale=scale, real=real,
-        columns=span.columns,
+    selection = select_tokens_triton(
+        query, key, lse, chunk.segments, chunk.text, config, block=BLOCK, target=site.target, scale=scale, real=real,
+        columns=chunk.columns,
     )  # fmt: skip
     for far in far_lists(selection, near, config, key, LISTS):
         attend_lists(query, key, value, out, lse, far, scale, goes_on=True)
     if sinks is not None:
         out.mul_(keys_share(lse, sinks).unsqueeze(-1))
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    return Attended(span.heads, span.own, lse, near, selection)
+    return AttendedChunk(chunk.heads, chunk.queries, lse, near, selection)
 
 
-#: ``_gradients`` takes more shared memory than the forward kernels: it may be the one that a device cannot run.
-_attended = guarded(_attend, "the token kernels failed, token attention runs in tensor code")
-_squares = guarded(sums_of_squares, "the kernel of the top_head_dims coordinates failed, they are found in tensor code")
-_gradients = guarded(gradients_by_heads, "the token kernels failed, gradients of token attention run in tensor code")
+_attend_guarded = guarded(_attend_chunk, "the token kernels failed, token attention runs in tensor code")
+_squares_guarded = guarded(
+    sums_of_squares, "the kernel that ranks the head dimensions failed, they are found in tensor code"
+)
+#: It takes more shared memory than the forward kernels, so it may be the only one that a device cannot run.
+_backward_guarded = guarded(
+    backward_in_head_chunks, "the token kernels failed, gradients of token attention run in tensor code"
+)
 
 
-class _Attend(torch.autograd.Function):
+class _AttendWithGradients(torch.autograd.Function):
     """What was attended; backward each part with the merged output and log-sum-exp, which makes it the union's."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, site: SparseCall,
-        done: tuple[Tensor, SegmentLayout, list[Attended]],
+        done: tuple[Tensor, SegmentLayout, list[AttendedChunk]],
     ) -> Tensor:  # fmt: skip
         out, *kept = done
         # Saved like the inputs, so that checkpointing drops them and a backward pass frees them.
@@ -179,67 +185,67 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *saved = ctx.saved_tensors
-        left = iter(saved)
-        segments, parts = pytree.tree_unflatten([next(left) if x is SAVED else x for x in ctx.leaves], ctx.form)
-        grad, found = _rowwise(grad), _nothing(query, key, value, ctx.site.sinks)
+        tensors = iter(saved)
+        segments, parts = pytree.tree_unflatten([next(tensors) if x is SAVED else x for x in ctx.leaves], ctx.form)
+        grad, grads = _rowwise(grad), _empty_gradients(query, key, value, ctx.site.sinks)
         for done in parts:
-            if not _add(found, grad, query, key, value, ctx.site, done, out[:, done.heads, done.own]):
-                selection = joined(segments, [(x.heads, x.selection) for x in parts])
-                return *listed_gradients(grad, query, key, value, selection, ctx.site), None, None
-        return *found, None, None
+            if not _add_gradients(grads, grad, query, key, value, ctx.site, done, out[:, done.heads, done.queries]):
+                selection = concat_selections(segments, [(x.heads, x.selection) for x in parts])
+                return *recompute_backward(grad, query, key, value, selection, ctx.site), None, None
+        return *grads, None, None
 
 
-def _spans(
-    query: Tensor, key: Tensor, site: SparseCall, plain: PlainMask, segments: SegmentLayout, text: Tensor
-) -> Iterator[Span]:
-    """The spans of a site."""
+def _query_chunks(
+    query: Tensor, key: Tensor, site: SparseCall, mask: CausalPaddingMask, segments: SegmentLayout, text: Tensor
+) -> Iterator[QueryChunk]:
+    """The chunks of a site."""
     (heads, kv_heads), config, columns = (query.shape[1], key.shape[1]), site.config, None
     if config.scoring_dims is not None:
-        # Of the whole call: a stretch's own would be others.
+        # Of the whole call: those of a chunk could differ.
         columns = _top_head_dims(query, key, config.choices(heads, kv_heads), config.scoring_dims)
-    return spans(key, heads // kv_heads, config, plain, segments, text, columns)
+    return query_chunks(key, heads // kv_heads, config, mask, segments, text, columns)
 
 
 def _top_head_dims(query: Tensor, key: Tensor, choices: int, dims: int) -> Tensor:
     """``top_head_dims`` in one launch for queries and one for keys, int32."""
-    of_query, of_key = _squares(query), _squares(key)
+    of_query, of_key = _squares_guarded(query), _squares_guarded(key)
     if of_query is None or of_key is None:
         return top_head_dims(query, key, choices, dims).int()
     return top_dims_of(of_query, of_key, choices, dims).int()
 
 
-def _nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:
-    """Where spans write query's gradient, and add those of the others."""
+def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Gradients:
+    """Where chunks write query's gradient, and add those of the others."""
     of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     of_key, of_value = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
     return of_query, of_key, of_value, None if sinks is None else torch.zeros_like(sinks)
 
 
-def _add(
-    found: Gradients,
+def _add_gradients(
+    grads: Gradients,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     site: SparseCall,
-    done: Attended,
+    done: AttendedChunk,
     out: Tensor,
 ) -> bool:
-    """Add the gradients of a span, whose output is ``out``; False once the kernels failed to compile."""
-    of_query, of_key, of_value, of_sinks = found
-    own = (slice(None), done.heads, done.own)
-    mine = (grad[own], query[own], key, value, out, done.lse, done.near, done.selection, site.config)
-    along = _gradients(*mine, site.scale_for(query), of_query[own], of_key, of_value)
-    if along is not None and of_sinks is not None and site.sinks is not None:
-        of_sinks[done.heads] += _of_sinks(along, done.lse, site.sinks[done.heads])
-    return along is not None
+    """Add the gradients of a chunk, whose output is ``out``; False once the kernels failed to compile."""
+    of_query, of_key, of_value, of_sinks = grads
+    at = (slice(None), done.heads, done.queries)
+    inputs = (grad[at], query[at], key, value, out, done.lse, done.near, done.selection, site.config)
+    delta = _backward_guarded(*inputs, site.scale_for(query), of_query[at], of_key, of_value)
+    if delta is not None and of_sinks is not None and site.sinks is not None:
+        of_sinks[done.heads] += _sink_gradients(delta, done.lse, site.sinks[done.heads])
+    return delta is not None
 
 
-def _of_sinks(along: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+def _sink_gradients(delta: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Gradient of the sinks (Hq,): minus each one's share of a row's mass times that row's output along ``grad``."""
     share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
     share = torch.where(lse == -torch.inf, 0.0, share)  # neither a key nor a sink
-    return -(share * along).sum((0, 2))
+    return -(share * delta).sum((0, 2))
 
 
 def _rowwise(x: Tensor) -> Tensor:

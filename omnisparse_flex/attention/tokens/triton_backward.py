@@ -21,7 +21,7 @@ from omnisparse_flex.masks.tokens.select import TokenSelection
 LISTS = 8
 
 
-def gradients_by_heads(
+def backward_in_head_chunks(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, near: KeyLists,
     selection: TokenSelection, config: OmniSparseConfig, scale: float, grad_query: Tensor, grad_key: Tensor,
     grad_value: Tensor,
@@ -47,19 +47,19 @@ def gradients_by_heads(
         float32 (B, Hq, L), each row's output along its gradient.
     """
     delta, group = torch.empty_like(lse), query.shape[1] // key.shape[1]
-    for rows, heads in quarters(*key.shape[:2]):
-        mine, asking = (rows, heads), (rows, slice(heads.start * group, heads.stop * group))
-        own, near_own = _of_heads(selection, *mine), near.of(*mine)
-        parts = itertools.chain([near_own], far_lists(own, near_own, config, key, LISTS))
-        given = (grad[asking], query[asking], key[mine], value[mine], out[asking], lse[asking], delta[asking])
-        sums = gradients(*given, grad_query[asking], parts, scale)
-        grad_key[mine].add_(sums[0])
-        grad_value[mine].add_(sums[1])
+    for rows, heads in head_chunks(*key.shape[:2]):
+        kv, q = (rows, heads), (rows, slice(heads.start * group, heads.stop * group))
+        near_part = near.of(*kv)
+        lists = itertools.chain([near_part], far_lists(_of_heads(selection, *kv), near_part, config, key, LISTS))
+        inputs = (grad[q], query[q], key[kv], value[kv], out[q], lse[q], delta[q])
+        sums = gradients(*inputs, grad_query[q], lists, scale)
+        grad_key[kv].add_(sums[0])
+        grad_value[kv].add_(sums[1])
         del sums  # before the next ones are made
     return delta
 
 
-def quarters(batch: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
+def head_chunks(batch: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
     """Batch rows and KV heads in parts of a quarter or less, where there are four: one row's heads, or whole rows."""
     rows, heads = (batch // 4, kv_heads) if batch >= 4 else (1, max(1, batch * kv_heads // 4))
     for row in range(0, batch, rows):

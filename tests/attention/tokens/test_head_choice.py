@@ -9,7 +9,7 @@ import torch
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, collect_stats, rewrite_report
 from omnisparse_flex.attention.tokens.dispatch import attend_and_select, attend_tokens
 from omnisparse_flex.masks.expr.expr import Const, causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.statistics import STATS
 from omnisparse_flex.masks.tokens.key_bits import unpack_bits
 from omnisparse_flex.testing import AttentionShape
@@ -29,7 +29,7 @@ SPARSE = OmniSparseConfig(target_recall=0.98, scoring_dims=16, lazy_threshold=0.
 
 
 def causal_mask(shape):
-    return MaskProgram(causal(Const(shape.kv_len - shape.q_len)))
+    return IndexMask(causal(Const(shape.kv_len - shape.q_len)))
 
 
 @pytest.mark.parametrize("fields", [{}, {"score_mod": lambda s, b, h, q, kv: s + h * (q - kv) * 0.001}])
@@ -97,7 +97,7 @@ def test_the_record_is_the_mean_of_the_heads():
         at = STATS.index(name)
         mean = sum(x.stats[at] for x in heads) / len(heads)
         torch.testing.assert_close(whole.stats[at], mean, msg=name)
-    assert torch.equal(whole.cells, torch.cat([x.cells for x in heads]))
+    assert torch.equal(whole.block_map, torch.cat([x.block_map for x in heads]))
     torch.testing.assert_close(whole.recalls, torch.cat([x.recalls for x in heads], 1))
 
 

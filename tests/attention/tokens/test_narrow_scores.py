@@ -13,7 +13,7 @@ from omnisparse_flex.attention.tokens.dispatch import attend_tokens
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.statistics import STATS
 from omnisparse_flex.masks.tokens.head_dims import gather_dims, top_head_dims
 from omnisparse_flex.masks.tokens.one_pass import one_pass
@@ -84,7 +84,7 @@ def test_all_coordinates_give_the_same_choice():
     given = loud(SHAPE, "cpu")
     found = []
     for config in (WIDE, dataclasses.replace(WIDE, scoring_dims=32), NARROW):
-        _, selection, *_ = run(SHAPE, given, config, MaskProgram(causal()))
+        _, selection, *_ = run(SHAPE, given, config, IndexMask(causal()))
         found.append(selection)
     assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
     assert not torch.equal(found[0].chosen, found[2].chosen), "a test of nothing"
@@ -97,7 +97,7 @@ def test_a_few_segments_at_a_time_read_the_same_coordinates():
     found = []
     for size in (1 << 40, 0):
         with chunks_of(size):
-            _, selection, *_ = run(SHAPE, given, NARROW, MaskProgram(causal()))
+            _, selection, *_ = run(SHAPE, given, NARROW, IndexMask(causal()))
         found.append(selection)
     assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
     assert found[0].key_count.any(), "a test of nothing"
@@ -108,7 +108,7 @@ def test_a_broken_key_is_kept_though_its_break_is_not_read():
     query, key, value = (x.detach() for x in loud(shape, "cpu"))
     key[..., 0] *= 1e-3  # never among the top_head_dims
     key[0, 0, 200, 0] = torch.nan
-    out, *_ = run(shape, (query, key, value), dataclasses.replace(NARROW, budget=4), MaskProgram(causal()))
+    out, *_ = run(shape, (query, key, value), dataclasses.replace(NARROW, budget=4), IndexMask(causal()))
     assert out[0, 0, 200:].isnan().all() and not out[0, 0, :200].isnan().any()
 
 

@@ -18,10 +18,10 @@ from omnisparse_flex.masks.blocks.budget import need, rank
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.mean_pool import block_mean
 from omnisparse_flex.masks.blocks.select import BLOCK, grid_of
-from omnisparse_flex.masks.expr.causal_padding import plain_mask
+from omnisparse_flex.masks.expr.causal_padding import as_causal_padding
 from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, Load, Q, causal, conjunction
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
-from omnisparse_flex.masks.expr.program import MaskProgram
 from omnisparse_flex.masks.tokens.head_dims import top_head_dims
 from omnisparse_flex.masks.tokens.key_bits import unpack_bits, words
 from omnisparse_flex.masks.tokens.one_pass import one_pass
@@ -60,22 +60,22 @@ def loud(shape, device, dtype=torch.float32):
 
 def site_of(shape, device, config=CONFIG, padded=False, order=True):
     offset = shape.kv_len - shape.q_len if order else 0
-    mask = MaskProgram(causal(Const(offset)) if order else TRUE)
+    mask = IndexMask(causal(Const(offset)) if order else TRUE)
     if padded:
         real = torch.arange(shape.kv_len, device=device) >= 37 * torch.arange(shape.batch, device=device)[:, None]
-        mask = mask.joined(MaskProgram(Load(0, (B, KV)), (real,)))
+        mask = mask.intersect(IndexMask(Load(0, (B, KV)), (real,)))
     return SparseCall(config=config, target=config.recall_of(0), mask=mask, q_offset=offset)
 
 
 def run(inputs, site):
     """Output and selection of the kernels."""
-    from omnisparse_flex.attention.tokens.triton import attend_quickly
+    from omnisparse_flex.attention.tokens.triton import attend_tokens_triton
 
     query, key, value = inputs
-    plain = plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
+    plain = as_causal_padding(site.mask, query.shape[0], key.shape[2], query.device)
     segments = token_attention.segments_of_site(query, key, site)
     text = torch.zeros((1, query.shape[2]), dtype=torch.bool, device=query.device)
-    return attend_quickly(query, key, value, site, plain, segments, text, True)
+    return attend_tokens_triton(query, key, value, site, plain, segments, text, True)
 
 
 def attended_lse(inputs):
@@ -218,7 +218,7 @@ def check_gradients_in_tensor_code(shape, device, dtype=torch.float32, **fields)
     """Where only the kernels of the gradients fail, they are those of the selection that the others made."""
     from omnisparse_flex.attention.tokens import triton as quick_tokens
 
-    with mock.patch.object(quick_tokens, "_gradients", lambda *_: None):
+    with mock.patch.object(quick_tokens, "_backward_guarded", lambda *_: None):
         check_attention(shape, device, dtype, **fields)
 
 
@@ -330,7 +330,7 @@ def test_kernels_that_fail_leave_tensor_code(monkeypatch):
     inputs, site = tensors(SHAPES[0], "cuda"), site_of(SHAPES[0], "cuda")
     monkeypatch.setattr(rectangle_kernel, "_attend", None)
     failed = "the token kernels failed, token attention runs in tensor code"
-    monkeypatch.setattr(quick_tokens, "_attended", guarded(quick_tokens._attend, failed))
+    monkeypatch.setattr(quick_tokens, "_attend_guarded", guarded(quick_tokens._attend_chunk, failed))
     with pytest.warns(UserWarning, match=failed):
         out = token_attention.attend_tokens(*inputs, site)
     assert out.isfinite().all() and out.requires_grad
@@ -393,7 +393,7 @@ PADDED = torch.tensor([[True, True, False], [True, True, True]])
     ],
 )
 def test_a_plain_mask_is_read(expr, buffers, offset, real):
-    found = plain_mask(MaskProgram(expr, buffers), 2, 3, torch.device("cpu"))
+    found = as_causal_padding(IndexMask(expr, buffers), 2, 3, torch.device("cpu"))
     assert found is not None
     assert (found.offset is None) == (offset is None) and (found.real is None) == (real is None)
     assert offset is None or found.offset.item() == offset
@@ -403,11 +403,11 @@ def test_a_plain_mask_is_read(expr, buffers, offset, real):
 @pytest.mark.parametrize(
     "mask",
     [
-        MaskProgram(conjunction(causal(), Apply("gt", (KV, Apply("sub", (Q, Const(4))))))),  # a window
-        MaskProgram(conjunction(causal(), causal(Const(2)))),
-        MaskProgram(Apply("lt", (KV, Q))),
-        OpaqueMask(MaskProgram(causal()), lambda b, h, q, kv: q >= 0),
+        IndexMask(conjunction(causal(), Apply("gt", (KV, Apply("sub", (Q, Const(4))))))),  # a window
+        IndexMask(conjunction(causal(), causal(Const(2)))),
+        IndexMask(Apply("lt", (KV, Q))),
+        OpaqueMask(IndexMask(causal()), lambda b, h, q, kv: q >= 0),
     ],
 )
 def test_any_other_mask_is_not(mask):
-    assert plain_mask(mask, 2, 3, torch.device("cpu")) is None
+    assert as_causal_padding(mask, 2, 3, torch.device("cpu")) is None

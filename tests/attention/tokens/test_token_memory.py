@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.tokens import dispatch as token_attention
 from omnisparse_flex.attention.tokens.dispatch import attend_tokens
-from omnisparse_flex.attention.tokens.gradients import token_gradients
+from omnisparse_flex.attention.tokens.gradients import token_backward
 from omnisparse_flex.attention.tokens.op import call_token_op
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.expr.expr import causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.tokens.chunks import layer_bytes
 from tests.helpers.interpreter import needs_interpreter
 
@@ -72,7 +72,7 @@ def inputs(tokens, device, heads=(HEADS, KV_HEADS, KV_HEADS)):
 
 def site_of(config, name, device):
     sinks = torch.zeros(HEADS, dtype=torch.bfloat16, device=device) if name == "sinks" else None
-    return SparseCall(config=config, target=0.95, mask=MaskProgram(causal()), sinks=sinks)
+    return SparseCall(config=config, target=0.95, mask=IndexMask(causal()), sinks=sinks)
 
 
 def results_of(found):
@@ -95,7 +95,7 @@ def test_a_run_without_data(monkeypatch, tokens, name, backward):
         tensors, site = inputs(tokens, "cpu"), site_of(CONFIGS[name], name, "cpu")
         grad = inputs(tokens, "cpu", [HEADS])
         with Live() as live:
-            found = token_gradients(*grad, *tensors, site) if backward else attend_tokens(*tensors, site)
+            found = token_backward(*grad, *tensors, site) if backward else attend_tokens(*tensors, site)
         share = (live.peak - results_of(found)) / layer_bytes(tensors[1])
     # The masks of one member of a group are small.
     assert (0.25 if name == "heads" else 0.5) < share <= 1, share

@@ -8,7 +8,7 @@ from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.tokens.op import call_token_op
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.expr.expr import Const, causal
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.testing import AttentionShape
 
 CONFIG = OmniSparseConfig(
@@ -19,7 +19,7 @@ CONFIG = OmniSparseConfig(
 def test_autocast_changes_nothing_in_it(device):
     """Else the backward, which runs outside autocast and selects again, would be that of other keys."""
     tensors = [x.to(device).requires_grad_() for x in AttentionShape(1, 2, 1, 520, 520, 64).inputs(torch.bfloat16)]
-    site = SparseCall(config=CONFIG, target=0.6, mask=MaskProgram(causal(Const(0))))
+    site = SparseCall(config=CONFIG, target=0.6, mask=IndexMask(causal(Const(0))))
     site = dataclasses.replace(site, rules=register(site))
     expected = call_token_op(*tensors, site)
     with torch.autocast(device.type, torch.bfloat16):

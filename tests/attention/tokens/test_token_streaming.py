@@ -8,7 +8,7 @@ import torch
 
 from omnisparse_flex.attention.tokens import dispatch as token_attention
 from omnisparse_flex.attention.tokens.query_chunks import BITS
-from omnisparse_flex.masks.expr.causal_padding import plain_mask
+from omnisparse_flex.masks.expr.causal_padding import as_causal_padding
 from omnisparse_flex.masks.tokens import chunks as room
 from omnisparse_flex.masks.tokens.key_bits import words
 from omnisparse_flex.testing import AttentionShape
@@ -62,16 +62,16 @@ def test_in_tensor_code(case):
 
 def through_kernels(inputs, site, grad, size):
     """Output, gradients of both ways backward, and the selection."""
-    from omnisparse_flex.attention.tokens.triton import attend_quickly, gradients_quickly
+    from omnisparse_flex.attention.tokens.triton import attend_tokens_triton, token_backward_triton
 
     query, key = inputs[:2]
-    plain = plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
+    plain = as_causal_padding(site.mask, query.shape[0], key.shape[2], query.device)
     segments = token_attention.segments_of_site(query, key, site)
     rest = (site, plain, segments, token_attention.text_queries(query, key, site))
     with chunks_of(size):
-        out, selection = attend_quickly(*inputs, *rest, True)
+        out, selection = attend_tokens_triton(*inputs, *rest, True)
         kept = torch.autograd.grad(out, [*inputs, site.sinks], grad)
-        again = gradients_quickly(grad, *(x.detach() for x in inputs), *rest)
+        again = token_backward_triton(grad, *(x.detach() for x in inputs), *rest)
     return out, kept, again, selection[1:]
 
 
@@ -98,16 +98,16 @@ def check_kernels(shape, case, device, size, dtype=torch.float32):
 
 def check_what_is_kept(shape, device):
     """Autograd holds everything that the backward reads: checkpointing drops it, and a backward frees it."""
-    from omnisparse_flex.attention.tokens.triton import attend_quickly
+    from omnisparse_flex.attention.tokens.triton import attend_tokens_triton
 
     inputs, site = tensors(shape, device), site_with_sinks(shape, device, {})
     query, key = inputs[:2]
-    plain = plain_mask(site.mask, query.shape[0], key.shape[2], query.device)
+    plain = as_causal_padding(site.mask, query.shape[0], key.shape[2], query.device)
     segments = token_attention.segments_of_site(query, key, site)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
         text = token_attention.text_queries(query, key, site)
-        out, selection = attend_quickly(*inputs, site, plain, segments, text, True)
+        out, selection = attend_tokens_triton(*inputs, site, plain, segments, text, True)
     assert {x.data_ptr() for x in (selection.chosen, selection.rows, selection.key_count, out)} <= set(saved)
 
 
@@ -140,17 +140,17 @@ def test_what_is_kept_on_the_gpu():
 def test_steps_are_alike_and_fit():
     key = torch.empty(1, 2, 100, 16)  # 25600 bytes of keys and values
     assert room.layer_bytes(key) == 25600
-    assert room.at_once(10, 1000, key, 4) == 5  # 6 would fit, and leave 4
-    assert room.at_once(10, 10**9, key, 1) == 1 and room.at_once(3, 1, key, 1) == 3
+    assert room.segments_per_chunk(10, 1000, key, 4) == 5  # 6 would fit, and leave 4
+    assert room.segments_per_chunk(10, 10**9, key, 1) == 1 and room.segments_per_chunk(3, 1, key, 1) == 3
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 4), (1, 8), (2, 4), (3, 4), (5, 2), (8, 8)])
 def test_quarters_cover_each_head_once(batch, heads):
     pytest.importorskip("triton")
-    from omnisparse_flex.attention.tokens.triton_backward import quarters
+    from omnisparse_flex.attention.tokens.triton_backward import head_chunks
 
     seen = torch.zeros(batch, heads, dtype=torch.int64)
-    for part in quarters(batch, heads):
+    for part in head_chunks(batch, heads):
         assert seen[part].is_contiguous() and seen[part].numel() <= max(1, batch * heads // 4)
         seen[part] += 1
     assert (seen == 1).all()

@@ -17,10 +17,10 @@ from omnisparse_flex.config import GQA_CHOICES, OmniSparseConfig
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.expr import TRUE, Const
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
-from omnisparse_flex.masks.expr.program import MaskProgram
+from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.tokens.column_mass import column_mass
 from omnisparse_flex.masks.tokens.segments import segments_of, tokens_of_blocks
-from omnisparse_flex.masks.tokens.select import columns, kept_pairs
+from omnisparse_flex.masks.tokens.select import kept_pairs, list_width
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, mask_mods
 from omnisparse_flex.testing.oracle import dense_logits, materialize_mask
 
@@ -71,7 +71,7 @@ SHAPES += [AttentionShape(2, 2, 2, 7, 300, 16), AttentionShape(1, 1, 1, 300, 200
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_a_budget_of_everything_is_dense_attention(shape, device):
     tensors = inputs(shape, device)
-    mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
+    mask = IndexMask(causal_expr(Const(shape.kv_len - shape.q_len)))
     out, _, kept, own = run(shape, tensors, EVERYTHING, mask)
     assert torch.equal(kept, own)
     check(out, tensors, own)
@@ -84,7 +84,7 @@ def test_a_budget_of_everything_is_dense_attention(shape, device):
 def test_output_is_dense_attention_under_the_selection(shape, budget, device):
     tensors = inputs(shape, device)
     config = dataclasses.replace(TOKENS, budget=budget)
-    mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
+    mask = IndexMask(causal_expr(Const(shape.kv_len - shape.q_len)))
     visual = (torch.arange(shape.kv_len, device=device) < shape.kv_len - 9).expand(shape.batch, -1)
     out, selection, kept, own = run(shape, tensors, config, mask, visual=visual)
     assert selection.key_count.max() > 0 and kept.sum() < 0.8 * own.sum(), "a test of nothing"
@@ -125,8 +125,8 @@ def test_any_mask_any_config(data, shape, config, is_causal):
     """The invariants: kept within the mask, no live row without a key, dead rows 0, output and gradients."""
     case = data.draw(mask_mods(shape.batch, shape.q_len, shape.kv_len))
     tensors = inputs(shape, "cpu")
-    order = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
-    mask = order.joined(trace_mask_mod(case.mask_mod, torch.device("cpu")))
+    order = IndexMask(causal_expr(Const(shape.kv_len - shape.q_len)) if is_causal else TRUE)
+    mask = order.intersect(trace_mask_mod(case.mask_mod, torch.device("cpu")))
     offset = shape.kv_len - shape.q_len if is_causal else 0
     out, _, kept, own = run(shape, tensors, config, mask, offset=offset)
     alive = own.any(-1)
@@ -141,7 +141,7 @@ def test_any_mask_any_config(data, shape, config, is_causal):
 def test_the_target_is_met_and_the_budget_is_the_flattest_heads(shape, config, seed):
     config = dataclasses.replace(config, max_kv_budget=None, gqa_choice="group", budget="flattest_head")
     query, key, value = (x * 2 for x in shape.inputs(seed=seed))
-    mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
+    mask = IndexMask(causal_expr(Const(shape.kv_len - shape.q_len)))
     _, selection, _, own = run(shape, (query, key, value), config, mask)
     asked = selection.row_count > 0
     live = segments_of(selection.active.unsqueeze(-1) & own.any(-1, keepdim=True), shape.kv_heads, config.segment_size)
@@ -153,7 +153,7 @@ def test_the_target_is_met_and_the_budget_is_the_flattest_heads(shape, config, s
 
 @given(small_shapes(), token_configs())
 def test_no_segment_fetches_more_than_the_bound(shape, config):
-    mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
+    mask = IndexMask(causal_expr(Const(shape.kv_len - shape.q_len)))
     _, selection, *_ = run(shape, inputs(shape, "cpu", grad=False), config, mask)
     most = shape.kv_len if config.max_kv_budget is None else config.max_kv_budget
     assert (selection.key_count <= most).all()
@@ -165,7 +165,7 @@ def test_no_segment_fetches_more_than_the_bound(shape, config):
 def test_a_small_bound_is_kept(most):
     shape = AttentionShape(1, 2, 1, 700, 700, 16)
     config = dataclasses.replace(TOKENS, target_recall=0.99, lazy_threshold=None, max_kv_budget=most)
-    _, selection, *_ = run(shape, inputs(shape, "cpu", grad=False), config, MaskProgram(causal_expr()))
+    _, selection, *_ = run(shape, inputs(shape, "cpu", grad=False), config, IndexMask(causal_expr()))
     assert selection.key_count.max() == most and selection.overflow.any()
 
 
@@ -173,8 +173,8 @@ def test_a_small_bound_is_kept(most):
 def test_lists_are_no_wider_than_a_budget_can_be(budget, most, width):
     shape = AttentionShape(1, 2, 1, 700, 700, 16)
     config = dataclasses.replace(TOKENS, target_recall=0.99, lazy_threshold=None, budget=budget, max_kv_budget=most)
-    _, selection, *_ = run(shape, inputs(shape, "cpu", grad=False), config, MaskProgram(causal_expr()))
-    assert columns(config, 700) == width and selection.overflow.any() == (most is not None)
+    _, selection, *_ = run(shape, inputs(shape, "cpu", grad=False), config, IndexMask(causal_expr()))
+    assert list_width(config, 700) == width and selection.overflow.any() == (most is not None)
     assert selection.key_count.max() <= width
 
 
@@ -189,7 +189,7 @@ def test_the_estimate_is_the_true_mass(shape, seed):
 
     config = TOKENS
     query, key, value = shape.inputs(seed=seed)
-    mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
+    mask = IndexMask(causal_expr(Const(shape.kv_len - shape.q_len)))
     with mock.patch("omnisparse_flex.masks.tokens.select.one_pass", exact):
         _, selection, kept, own = run(shape, (query, key, value), config, mask)
     weights = dense_logits(query, key).masked_fill(~own, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -204,7 +204,7 @@ def test_the_estimate_is_the_true_mass(shape, seed):
 
 @given(small_shapes(), token_configs())
 def test_same_input_same_selection_with_and_without_gradients(shape, config):
-    mask = MaskProgram(causal_expr(Const(shape.kv_len - shape.q_len)))
+    mask = IndexMask(causal_expr(Const(shape.kv_len - shape.q_len)))
     _, learning, *_ = run(shape, inputs(shape, "cpu"), config, mask)
     with torch.no_grad():
         _, inferring, *_ = run(shape, inputs(shape, "cpu", grad=False), config, mask)
@@ -215,7 +215,7 @@ def test_same_input_same_selection_with_and_without_gradients(shape, config):
 def test_changed_logits(fields, device):
     shape = AttentionShape(1, 2, 2, 700, 700, 16)
     tensors = inputs(shape, device)
-    out, _, kept, own = run(shape, tensors, TOKENS, MaskProgram(causal_expr()), **fields)
+    out, _, kept, own = run(shape, tensors, TOKENS, IndexMask(causal_expr()), **fields)
     assert kept.sum() < own.sum()
     check(out, tensors, kept, **fields)
 
@@ -223,7 +223,7 @@ def test_changed_logits(fields, device):
 def test_sparse_attention_takes_token_granularity(device):
     shape = AttentionShape(2, 2, 2, 400, 400, 16)
     tensors = inputs(shape, device)
-    mask = MaskProgram(causal_expr(Const(0)))
+    mask = IndexMask(causal_expr(Const(0)))
     expected, *_ = run(shape, tensors, TOKENS, mask)
     torch.testing.assert_close(sparse_attention(*tensors, config=TOKENS, enable_gqa=True), expected)
 
@@ -233,7 +233,7 @@ def test_a_nan_stays_in_its_own_row():
     shape = AttentionShape(1, 1, 2, 400, 400, 16)
     query, key, value = inputs(shape, "cpu", grad=False)
     query[0, 0, 300] = torch.nan
-    out, *_ = run(shape, (query, key, value), TOKENS, MaskProgram(causal_expr()))
+    out, *_ = run(shape, (query, key, value), TOKENS, IndexMask(causal_expr()))
     broken = out.isnan().any(-1)
     assert broken[0, 0, 300] and broken.sum() == 1
 
@@ -243,7 +243,7 @@ def test_a_nan_key_is_kept_for_all_to_see():
     query, key, value = inputs(shape, "cpu", grad=False)
     key[0, 0, 200] = torch.nan
     config = dataclasses.replace(TOKENS, lazy_threshold=None, budget=4)
-    out, *_ = run(shape, (query, key, value), config, MaskProgram(causal_expr()))
+    out, *_ = run(shape, (query, key, value), config, IndexMask(causal_expr()))
     assert out[0, 0, 200:].isnan().all() and not out[0, 0, :200].isnan().any()
 
 

@@ -28,7 +28,7 @@ from omnisparse_flex.masks.expr.terms import mask_bounds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class MaskProgram:
+class IndexMask:
     """Which (batch, head, query, key) pairs a model's own mask allows.
 
     Attributes:
@@ -40,7 +40,7 @@ class MaskProgram:
     buffers: tuple[Tensor, ...] = ()
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        """``pairs``, so that a program is a ``mask_mod``; Dynamo of torch 2.11 cannot trace this spelling."""
+        """``pairs``, so that a mask is a ``mask_mod``; Dynamo of torch 2.11 cannot trace this spelling."""
         return self.pairs(b, h, q, kv)
 
     def pairs(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -55,33 +55,33 @@ class MaskProgram:
         """``(full, some)`` per block; see ``terms.mask_bounds``."""
         return mask_bounds(self.expr, self.buffers, grid)
 
-    def joined(self, other: MaskProgram) -> MaskProgram:
-        """Pairs that both programs allow."""
+    def intersect(self, other: IndexMask) -> IndexMask:
+        """Pairs that both masks allow."""
         moved = shift_slots(other.expr, len(self.buffers))
-        return MaskProgram(conjunction(self.expr, moved), (*self.buffers, *other.buffers))
+        return IndexMask(conjunction(self.expr, moved), (*self.buffers, *other.buffers))
 
     @property
-    def starts_anywhere(self) -> bool:
+    def first_key_unaligned(self) -> bool:
         """Whether a row's first allowed key may lie inside a block (padding, packing)."""
         return any(isinstance(node, Load) and "kv" in axes(node) for node in walk(self.expr))
 
     @property
-    def blind_rows_need(self) -> Literal["nothing", "first", "all"]:
-        """What a query that may not see its own position must keep lest it lose every key.
+    def rescue_blocks(self) -> Literal["none", "first", "all"]:
+        """Which allowed blocks of a row stay so that a query that may not see its own position keeps a key.
 
-        ``nothing``: there is no such query (one causal band or no mask). ``first``: causality
+        ``none``: there is no such query (one causal band or no mask). ``first``: causality
         and a choice of keys (padding): if any key is allowed, the first allowed one is.
         ``all``: nothing is known.
         """
         parts = {part for part in conjuncts(self.expr) if axes(part)}
         others = {part for part in parts if not _is_band(part)}
         if not others and len(parts) <= 1:
-            return "nothing"
+            return "none"
         return "first" if all("q" not in axes(part) for part in others) else "all"
 
 
 #: Every pair is allowed.
-NO_MASK = MaskProgram(TRUE)
+NO_MASK = IndexMask(TRUE)
 
 
 def _is_band(part: Expr) -> bool:
