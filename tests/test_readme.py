@@ -50,7 +50,7 @@ class Processor:
 def namespace(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What a page's first block finds; the passes rewrite at every length, and what they make runs eagerly."""
     monkeypatch.setattr(Backend, "inner_for", lambda self, device, needs_grad: "eager")
-    monkeypatch.setattr(Backend, "threshold", lambda self, device, shape=None: 0)
+    monkeypatch.setattr(Backend, "min_queries", lambda self, device, shape=None: 0)
     model = build("qwen2_5_vl", num_hidden_layers=1)
     model.generation_config.max_new_tokens = 3
     for name in ("AutoProcessor", "AutoTokenizer"):
