@@ -180,12 +180,12 @@ class CompiledDecoder:
     def _compile(self) -> Callable[..., Any]:
         def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
             # module_call is a global of the function made below, one for each module.
-            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            torch.ops.omnisparse.bind(*state.tensors)
             return module_call(*args, **kwargs)  # noqa: F821
 
         def template_with_keyword(state: RunState, *args: Any, **kwargs: Any) -> Any:
             # Layers hand it to their attention, in whatever graph that is. A layer that does not finds the operator's.
-            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            torch.ops.omnisparse.bind(*state.tensors)
             return module_call(*args, omnisparse_state=state, **kwargs)  # noqa: F821
 
         name = "omnisparse_entry"
