@@ -45,7 +45,7 @@ def clean_up(rewrite: Rewrite) -> None:
     for site in rewrite.sites:
         if site.kind == "marker" and not site.rewritten and site.state:
             # A dense site reads no state: a decode step that did would never be the same twice.
-            site.node.args, site.state = site.node.args[:STATE_FROM], ()
+            site.node.args, site.state = site.node.args[:STATE_FROM], None
             rewrite.modified = True
     if not rewrite.modified:
         return

@@ -42,6 +42,7 @@ from omnisparse_flex.passes.nodes import number_of
 from omnisparse_flex.passes.scope import Scope
 from omnisparse_flex.passes.state import Leaf, Rewrite, Site
 from omnisparse_flex.passes.writes import changes_between
+from omnisparse_flex.types import StateTensors
 
 MARKERS = (torch.ops.omnisparse.attn, torch.ops.omnisparse.attn.default)
 BINDS = (torch.ops.omnisparse.bind, torch.ops.omnisparse.bind.default)
@@ -58,14 +59,14 @@ MASK_GRAPH = -1
 
 def find_sites(rewrite: Rewrite) -> None:
     """Fill ``scopes`` and ``sites``; changes nothing."""
-    bound: tuple[Leaf | None, ...] = ()
+    bound: StateTensors[Leaf] | None = None
     rewrite.scopes = list(scopes_of(rewrite.root))
     for scope in rewrite.scopes:
         for node in scope.graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
             if node.target in BINDS:
-                bound = _leaves(node.args, scope)
+                bound = _state(node.args, scope)
                 continue
             site = _match_or_refuse(scope, node)
             if site is None:
@@ -77,7 +78,7 @@ def find_sites(rewrite: Rewrite) -> None:
     _number_layers(rewrite.sites)
     for site in rewrite.sites:
         site.state = site.state or bound
-        if rewrite.settings.stateful and not site.state:
+        if rewrite.settings.stateful and site.state is None:
             site.refuse(STATE_LOST)
     for place, reason in rewrite.refused.items():
         rewrite.sites[place].refuse(reason)
@@ -127,7 +128,6 @@ def _match(scope: Scope, node: Node) -> Site | None:
 
 def _marker(scope: Scope, node: Node) -> Site:
     query, key, value, padding, mask, is_causal, scale, layer, softcap, *sinks = node.args[:STATE_FROM]
-    state = _leaves(node.args[STATE_FROM:], scope)
     return Site(
         "marker",
         scope,
@@ -141,7 +141,7 @@ def _marker(scope: Scope, node: Node) -> Site:
         scale=number_of(scale),
         softcap=number_of(softcap) or 0.0,
         sinks=sinks[0] if sinks else node.kwargs.get("sinks"),  # type: ignore[arg-type]
-        state=state if any(state) else (),
+        state=_state(node.args[STATE_FROM:], scope),
         layer=_layer_number(layer),
     )
 
@@ -152,8 +152,10 @@ def _layer_number(layer: Any) -> int:
     return -1 if number is None else int(number)
 
 
-def _leaves(operands: Iterable[Any], scope: Scope) -> tuple[Leaf | None, ...]:
-    return tuple(Leaf(x, scope) if isinstance(x, Node) else None for x in operands)
+def _state(operands: Iterable[Any], scope: Scope) -> StateTensors[Leaf] | None:
+    """The state that an operator is given, or None."""
+    state = StateTensors(*(Leaf(x, scope) if isinstance(x, Node) else None for x in operands))
+    return state if any(state) else None
 
 
 def _sdpa(scope: Scope, node: Node) -> Site:

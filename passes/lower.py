@@ -40,14 +40,10 @@ from omnisparse_flex.attention.functional import autocast_dtype
 from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.passes.nodes import shape_of, value_of
 from omnisparse_flex.passes.scope import Scope
-from omnisparse_flex.passes.site_functions import (
-    Constants,
-    layer_function,
-    layout_function,
-    listed_function,
-)
+from omnisparse_flex.passes.site_functions import Constants, layer_function, layout_function, listed_function
 from omnisparse_flex.passes.state import Leaf, Rewrite, Settings, Site
 from omnisparse_flex.passes.writes import mutations
+from omnisparse_flex.types import StateTensors
 
 
 def lower(rewrite: Rewrite) -> None:
@@ -71,11 +67,11 @@ def lower(rewrite: Rewrite) -> None:
 
 
 def _operands(site: Site, rewrite: Rewrite, layouts: dict[Hashable, Node]) -> tuple[Node | None, ...]:
-    """(query, key, value, sinks, layout, visual, recall, stats, maps, recalls, *mask, *bias, *score operands)."""
+    """(query, key, value, sinks, layout, *state, *mask, *bias, *score operands)."""
     state = _state_operands(site)
     leaves = [_leaf_operand(leaf, site.scope) for leaf in (*site.leaves, *site.bias_leaves)]
     scores = site.mods[2] if site.mods is not None else ()
-    layout = _layout_node(site, rewrite.settings, state[0], layouts)
+    layout = _layout_node(site, rewrite.settings, state.visual, layouts)
     return (site.query, site.key, site.value, site.sinks, layout, *state, *leaves, *scores)
 
 
@@ -98,11 +94,12 @@ def _layout_key(site: Site) -> Hashable:
     return site.expr, site.offset, tuple(leaf.node for leaf in site.leaves), shapes
 
 
-def _state_operands(site: Site) -> tuple[Node | None, ...]:
-    """(visual, recall, stats, maps, recalls) in the site's graph; a checkpointed body must not write to its inputs."""
-    visual, recall, *records = site.state or (None,) * 5
-    kept = (visual, recall, *(records if site.scope.parent is None else [None] * len(records)))
-    return tuple(None if leaf is None else site.scope.carry(_node(leaf), leaf.home) for leaf in kept)
+def _state_operands(site: Site) -> StateTensors[Node]:
+    """The state in the site's graph; a checkpointed body must not write to its inputs."""
+    state = site.state or StateTensors()
+    if site.scope.parent is not None:
+        state = StateTensors(state.visual, state.recall)
+    return StateTensors(*(None if leaf is None else site.scope.carry(_node(leaf), leaf.home) for leaf in state))
 
 
 def _leaf_operand(leaf: Leaf, scope: Scope) -> Node | None:

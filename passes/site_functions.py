@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.statistics import SelectionStats
 from omnisparse_flex.passes.nodes import value_of
 from omnisparse_flex.passes.state import Site
+from omnisparse_flex.types import StateTensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,37 +51,29 @@ class Constants:
     fixed: dict[str, Any]
 
     def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        sinks: Tensor | None,
-        layout: Layout | None,
-        visual: Tensor | None,
-        recall: Tensor | None,
-        stats: Tensor | None,
-        maps: Tensor | None,
-        recalls: Tensor | None,
-        *rest: Any,
+        self, query: Tensor, key: Tensor, sinks: Tensor | None, layout: Layout | None, *operands: Any
     ) -> AttentionCall:
-        """The site with this call's tensors."""
-        mask, q_offset = _mask(self.expr, self.offset, query, key, rest[: self.leaves])
-        scores = self.leaves + self.bias_leaves
+        """The site with this call's tensors: ``operands`` are the state's, the mask's, the bias' and the score's."""
+        count = len(StateTensors._fields)
+        state: StateTensors[Tensor] = StateTensors(*operands[:count])
+        leaves, scores = operands[count:], self.leaves + self.bias_leaves
+        mask, q_offset = _mask(self.expr, self.offset, query, key, leaves[: self.leaves])
         scored: dict[str, Any] = {
-            "bias_buffers": _as_tensors(rest[self.leaves : scores], query, key),
-            "score_buffers": rest[scores:],
+            "bias_buffers": _as_tensors(leaves[self.leaves : scores], query, key),
+            "score_buffers": leaves[scores:],
         }
         if "config" not in self.fixed:
             return AttentionCall(mask=mask, sinks=sinks, **scored, **self.fixed)
         return SparseCall(
             mask=mask,
-            target=self.target if recall is None else _recall_of(recall, self.layer, query.device),
+            target=self.target if state.recall is None else _recall_of(state.recall, self.layer, query.device),
             min_peak=self.min_peak,
-            visual=None if visual is None else visual.to(query.device),
+            visual=None if state.visual is None else state.visual.to(query.device),
             q_offset=q_offset,
             sinks=sinks,
             layout=layout,
-            write=None if stats is None else _writer(self.layer, stats, maps, recalls),
-            exact=recalls is not None,
+            write=None if state.stats is None else functools.partial(_write, self.layer, state),
+            exact=state.recalls is not None,
             **scored,
             **self.fixed,
         )
@@ -100,8 +94,8 @@ def layout_function(site: Site, config: OmniSparseConfig) -> Callable[..., Layou
 def layer_function(site: Site, constants: Constants) -> Callable[..., Tensor]:
     """``(query, key, value, sinks, layout, *state, *leaves, *score operands)`` to the attention's output."""
 
-    def call(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *rest: Any) -> Tensor:
-        return attend(query, key, value, constants.attention(query, key, sinks, *rest))
+    def call(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *operands: Any) -> Tensor:
+        return attend(query, key, value, constants.attention(query, key, sinks, *operands))
 
     return _named(call, f"omnisparse_layer_{site.layer}", site)
 
@@ -135,19 +129,16 @@ def _recall_of(recall: Tensor, layer: int, device: torch.device) -> Tensor:
     return target
 
 
-def _writer(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | None) -> Callable[[SelectionStats], None]:
-    """Writes one site's record into the rows of its layer; a picture is cropped to fit."""
-
-    def write(measured: SelectionStats) -> None:
-        stats[layer].copy_(measured.stats)
-        if maps is not None:
-            canvas, block_map = maps[layer], measured.block_map
-            heads, rows, columns = (min(a, b) for a, b in zip(canvas.shape, block_map.shape, strict=True))
-            canvas[:heads, :rows, :columns].copy_(block_map[:heads, :rows, :columns])
-        if recalls is not None:
-            recalls[layer].copy_(measured.recalls)
-
-    return write
+def _write(layer: int, state: StateTensors[Tensor], measured: SelectionStats) -> None:
+    """Write one site's statistics into the rows of its layer; a picture is cropped to fit."""
+    assert state.stats is not None
+    state.stats[layer].copy_(measured.stats)
+    if state.maps is not None:
+        canvas, block_map = state.maps[layer], measured.block_map
+        heads, rows, columns = (min(a, b) for a, b in zip(canvas.shape, block_map.shape, strict=True))
+        canvas[:heads, :rows, :columns].copy_(block_map[:heads, :rows, :columns])
+    if state.recalls is not None:
+        state.recalls[layer].copy_(measured.recalls)
 
 
 def _mask(

@@ -12,6 +12,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import Shape
 from omnisparse_flex.masks.expr.expr import TRUE, Expr
 from omnisparse_flex.passes.scope import Scope
+from omnisparse_flex.types import StateTensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Site:
         scale: Logit scale, None: 1 / sqrt(D).
         softcap: 0: none.
         sinks: (Hq,) node, logit of each head's virtual key without a value, or None.
-        state: What it reads of the call's state (visual, recall, stats, maps, recalls); empty: nothing reaches it.
+        state: What it reads of the call's run-time state; None: nothing of it reaches the site.
         dropout: Probability.
         layer: Decoder layer, 0-based; order of appearance where the model does not say.
         path: Module path, for the report.
@@ -105,7 +106,7 @@ class Site:
     scale: float | None = None
     softcap: float = 0.0
     sinks: Node | None = None
-    state: tuple[Leaf | None, ...] = ()
+    state: StateTensors[Leaf] | None = None
     dropout: float = 0.0
     layer: int = -1
     path: str = ""

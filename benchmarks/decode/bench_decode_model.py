@@ -189,7 +189,7 @@ def slim(model: Any, sizes: Sizes) -> dict[str, Any]:
     cache.store.chooser = sizes.chooser
     cache._omnisparse_visual = visual_tokens(sizes)
     memory = fill_store(cache.store, sizes)
-    cache._set_length()
+    cache.set_length()
     for layer in cache.layers:
         # Filled without the host's part, which takes long, and told otherwise: so the steps keep their
         # queries for the next refresh, as they do when offloading.

@@ -1,7 +1,7 @@
 """The operators that carry an attention site and a call's run-time state through Dynamo and AOTAutograd.
 
 ``attn`` marks an attention site in a captured graph; left alone it decomposes to dense SDPA. It takes the call's
-run-time state (``run_state.RunState``) as operands, for the passes to read. ``bind`` carries the same into the graph of
+run-time state (``types.StateTensors``) as operands, for the passes to read. ``bind`` carries the same into the graph of
 a module whose attention has no marker, or whose layers hand no keyword arguments on.
 """
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from omnisparse_flex.cache.choose_keys import choose_keys
 from omnisparse_flex.cache.cuda_graph import CudaGraphs
+from omnisparse_flex.cache.decode_call import DecodeCall, tokens_of
 from omnisparse_flex.cache.hf_answers import CacheAnswers, full_attention_layers, with_transformers_base
 from omnisparse_flex.cache.layer import SlimLayer
 from omnisparse_flex.cache.memory_report import MemoryReport, memory_report
@@ -73,67 +73,42 @@ class OmniSparseCache(CacheAnswers):
     ) -> None:
         """Check the arguments; nothing is allocated before the first call."""
         require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
-        entry = compiled_decoder_of(model)
-        require(entry is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
+        decoder = compiled_decoder_of(model)
+        require(decoder is not None, "model", "be changed by apply_omnisparse", type(model).__name__)
         real = isinstance(visual_recall, (int, float)) and not isinstance(visual_recall, bool)
         require(real and 0 < visual_recall <= 1, "visual_recall", "be in (0, 1]", visual_recall)
         for name, value in (("offload", offload), ("cuda_graphs", cuda_graphs)):
             require(isinstance(value, bool), name, "be True or False", value)
-        assert entry is not None
-        layers = [SlimLayer(i) for i in range(full_attention_layers(entry.module))]
+        assert decoder is not None
+        layers = [SlimLayer(i) for i in range(full_attention_layers(decoder.module))]
         super().__init__(layers=layers)  # type: ignore[call-arg]
-        config = entry.backend.config
+        config = decoder.backend.config
         rule = functools.partial(choose_keys, recall=visual_recall, max_keys=config.max_kv_budget)
         self.store = SlimStore(layers, lambda mass, layer: rule(mass), offload, config.sink_size, config.window_size)
         self.replay = Replay(self.store, CudaGraphs()) if cuda_graphs else None
         # What a call still has to do after its recorded step was launched; see ``CompiledDecoder.prepare``.
         self.omnisparse_later: list[Callable[[], None]] = []
         self.owner = -1
-        self._decoder = weakref.ref(entry.module)
+        self.decoder = weakref.ref(decoder.module)
         self.reset()
 
-    @contextlib.contextmanager
-    def omnisparse_call(self, entry: CompiledDecoder, kwargs: dict[str, Any]) -> Iterator[None]:
-        """The context of one call of the decoder; ``CompiledDecoder`` enters it.
-
-        Raises:
-            ConfigError: On a call that the cache cannot serve.
-        """
-        rule = "be used with the model it was made for"
-        require(entry.module is self._decoder(), "cache", rule, type(entry.module).__name__)
-        tokens = _tokens(kwargs)
-        if not isinstance(tokens, Tensor):
-            raise ConfigError(f"input_ids or inputs_embeds must be a tensor, got {type(tokens).__name__}")
-        busy = self.mode is not None or entry.owner.cache is not None
-        require(not busy, "model", "run one call with a cache at a time", "a call in progress (in another thread?)")
-        self.store.begin(tokens, kwargs.get("attention_mask"), self._omnisparse_visual)
-        self.mode, self.owner, entry.owner.cache = self.store.mode, entry.owner.number, self.store
+    def omnisparse_call(self, decoder: CompiledDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the decoder with this cache; the compiled decoder asks for it."""
         try:
-            yield
-        except BaseException:
-            self.store.broken = True
-            raise
+            return DecodeCall(decoder, self, kwargs).run(args, kwargs)
         finally:
-            self.mode = self.store.mode = entry.owner.cache = None
-        self.store.end(tokens.shape[1])
-        self._set_length()
+            self.omnisparse_later.clear()  # of a call that was refused
 
-    def omnisparse_waits(self, kwargs: dict[str, Any]) -> bool:
-        """Whether there is a recorded step, and a call with these arguments may be one more of them."""
-        if self.replay is None or self.replay.recorded is None:
+    def omnisparse_defer(self, kwargs: dict[str, Any], act: Callable[[], None]) -> bool:
+        """Let ``act`` wait until a recorded step runs, if a call with these arguments may be one more of them."""
+        tokens = tokens_of(kwargs)
+        may_replay = self.replay is not None and self.replay.recorded is not None
+        if not (may_replay and isinstance(tokens, Tensor) and tokens.shape[1] == 1):
             return False
-        tokens = _tokens(kwargs)
-        return isinstance(tokens, Tensor) and tokens.shape[1] == 1
+        self.omnisparse_later.append(act)
+        return True
 
-    def omnisparse_run(self, entry: CompiledDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the decoder within ``omnisparse_call``, or replay a recorded step of it."""
-        store = self.store
-        if store.is_step and not store.tokens.padded and isinstance(kwargs.get("position_ids"), Tensor):
-            # ``store.tokens.marks`` holds its zeros. Without the mask, the decode graph does not depend on the length.
-            kwargs.update({"attention_mask": None} if "attention_mask" in kwargs else {})
-        return entry.run(args, kwargs) if self.replay is None else self.replay.run(entry, self, args, kwargs)
-
-    def _set_length(self) -> None:
+    def set_length(self) -> None:
         """Update the tensor from whose size a compiled graph reads the cache's length."""
         self._length_tensor = torch.empty(self.store.length, 0)
         torch._dynamo.maybe_mark_dynamic(self._length_tensor, 0)
@@ -193,7 +168,7 @@ class OmniSparseCache(CacheAnswers):
             self.replay.drop()
         self.mode = None
         self._omnisparse_visual = None
-        self._set_length()
+        self.set_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens.
@@ -212,7 +187,7 @@ class OmniSparseCache(CacheAnswers):
         self.store.crop(remaining)
         if self._omnisparse_visual is not None:
             self._omnisparse_visual = self._omnisparse_visual[:, :remaining]
-        self._set_length()
+        self.set_length()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row i the keys of row ``beam_idx[i]``, int64 (B,)."""
@@ -238,9 +213,3 @@ class OmniSparseCache(CacheAnswers):
         """Bytes of each layer and head on the device and the host, against a full cache."""
         recorded = self.replay.recorder.bytes if self.replay is not None else 0
         return memory_report(self.layers, self.store.batch, self.store.length, recorded)
-
-
-def _tokens(kwargs: dict[str, Any]) -> Any:
-    """The call's embeddings or input ids."""
-    embeddings = kwargs.get("inputs_embeds")
-    return kwargs.get("input_ids") if embeddings is None else embeddings

@@ -86,7 +86,7 @@ class RecordedStep:
     Attributes:
         key: What must be equal for a replay.
         number: Number of the compiled graph.
-        inputs: What the graph reads, as ``DecoderCall.read`` returns it.
+        inputs: What the graph reads, as ``FlatCall.read`` returns it.
         step: Replays the graph's kernels.
         outputs: The graph's outputs, overwritten by each replay.
         queries: Each layer's queries (B, Hq, 1, D), by layer.

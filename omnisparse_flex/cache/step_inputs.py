@@ -21,7 +21,7 @@ FLAT = frozenset((Tensor, bool, int, float, str, type(None), torch.dtype))
 RunHook = Callable[[int, list[Any], Callable[[], Any]], Any]
 
 
-class DecoderCall:
+class FlatCall:
     """One call of the decoder, as a flat list.
 
     Attributes:
@@ -30,16 +30,16 @@ class DecoderCall:
         signature: Everything that a replay of this call requires to be equal, all but the tensors' contents.
     """
 
-    def __init__(self, entry: CompiledDecoder, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, decoder: CompiledDecoder, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Flatten the arguments.
 
         Args:
-            entry: The decoder's entry.
+            decoder: The compiled decoder.
             cache: The cache, as it appears among the arguments.
             args: The decoder's positional arguments.
             kwargs: The decoder's keyword arguments.
         """
-        self.entry, self.cache = entry, cache
+        self.decoder, self.cache = decoder, cache
         self.leaves: list[Any] = [*args, *kwargs.values()]
         self.form: Any = (len(args), *kwargs)
         if not all(type(x) in FLAT or x is cache for x in self.leaves):
@@ -50,7 +50,7 @@ class DecoderCall:
         kind = cache.store.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         # The entry's number changes when OmniSparse is applied anew, and so do the graphs.
-        modes = entry.owner.number, entry.module.training, torch.is_inference_mode_enabled(), autocast
+        modes = decoder.owner.number, decoder.module.training, torch.is_inference_mode_enabled(), autocast
         self.signature: tuple[Any, ...] = (modes, self.form, *described)
 
     def run(self, run_hook: RunHook) -> Any:
@@ -60,10 +60,10 @@ class DecoderCall:
             args, kwargs = tuple(self.leaves[:count]), dict(zip(names, self.leaves[count:], strict=True))
         else:
             args, kwargs = pytree.tree_unflatten(self.leaves, self.form)
-        thread = self.entry.backend.thread
+        thread = self.decoder.backend.thread
         thread.run_hook = run_hook
         try:
-            return self.entry.run(args, kwargs)
+            return self.decoder.run(args, kwargs)
         finally:
             thread.run_hook = None
 

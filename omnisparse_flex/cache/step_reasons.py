@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from omnisparse_flex.cache.step_inputs import DecoderCall, same_inputs, weights_of
+from omnisparse_flex.cache.step_inputs import FlatCall, same_inputs, weights_of
 
 if TYPE_CHECKING:
     from omnisparse_flex.model.compiled_module import CompiledDecoder
@@ -21,12 +21,12 @@ SEVERAL_GRAPHS = "the decoder does not run as one compiled graph"
 MOVING_INPUTS = "what it reads lies elsewhere with every token (beam search, changing shapes)"
 
 
-def note(entry: CompiledDecoder, reason: str) -> None:
+def note(decoder: CompiledDecoder, reason: str) -> None:
     """Write the reason into the model's report."""
-    entry.backend.log.notes[f"decode steps are not recorded as CUDA graphs: {reason}"] = None
+    decoder.backend.log.notes[f"decode steps are not recorded as CUDA graphs: {reason}"] = None
 
 
-def reason_of_call(call: DecoderCall, kwargs: dict[str, Any], device: torch.device | None) -> str:
+def reason_of_call(call: FlatCall, kwargs: dict[str, Any], device: torch.device | None) -> str:
     """Why no step with arguments like these is recorded, or "".
 
     Args:
@@ -34,7 +34,7 @@ def reason_of_call(call: DecoderCall, kwargs: dict[str, Any], device: torch.devi
         kwargs: The decoder's keyword arguments.
         device: Where the cache lies.
     """
-    if call.entry.state.collects:
+    if call.decoder.state.collects:
         return "statistics are collected"
     if kwargs.get("attention_mask") is not None:
         return "a mask is needed: the prompt has padding, or position_ids were not given"
@@ -49,7 +49,7 @@ def reason_of_inputs(before: list[Any], now: list[Any], device: torch.device | N
     """Why a graph that read these inputs in two consecutive steps is not recorded, or "".
 
     Args:
-        before: The inputs of the first step, as ``DecoderCall.read`` returns them.
+        before: The inputs of the first step, as ``FlatCall.read`` returns them.
         now: The inputs of the second step.
         device: Where the cache lies.
     """

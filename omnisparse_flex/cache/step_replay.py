@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from omnisparse_flex.cache import step_reasons
 from omnisparse_flex.cache.recorded_step import RecordedStep, Recorder, StorageWatch, TensorAddresses
-from omnisparse_flex.cache.step_inputs import DecoderCall, same_inputs, storage_key, weights_of
+from omnisparse_flex.cache.step_inputs import FlatCall, same_inputs, storage_key, weights_of
 
 if TYPE_CHECKING:
     from omnisparse_flex.cache.store import SlimStore
@@ -71,11 +71,11 @@ class Replay:
         self.forget()
         self.recorder.free()
 
-    def run(self, entry: CompiledDecoder, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, decoder: CompiledDecoder, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the decoder, inside the cache's call.
 
         Args:
-            entry: The decoder's entry.
+            decoder: The compiled decoder.
             cache: The cache, as it appears among the arguments.
             args: The decoder's arguments.
             kwargs: The decoder's keyword arguments.
@@ -84,16 +84,16 @@ class Replay:
             The decoder's result, from a replay if the recorded step matches. The caller owns its tensors.
         """
         store, device = self.store, self.store.device
-        if not (entry.records and store.is_step and device and self.recorder.serves(device)):
+        if not (decoder.records_steps and store.is_step and device and self.recorder.serves(device)):
             self.forget()
             if store.is_assisted and store.cropped and device and self.recorder.serves(device):
-                step_reasons.note(entry, step_reasons.DRAFTS)
-            return entry.run(args, kwargs)
-        call = DecoderCall(entry, cache, args, kwargs)
+                step_reasons.note(decoder, step_reasons.DRAFTS)
+            return decoder.run(args, kwargs)
+        call = FlatCall(decoder, cache, args, kwargs)
         if reason := step_reasons.reason_of_call(call, kwargs, device):
             self.forget()
-            step_reasons.note(entry, reason)
-            return entry.run(args, kwargs)
+            step_reasons.note(decoder, reason)
+            return decoder.run(args, kwargs)
         self._copy_to_static_inputs(call)
         key: tuple[Any, ...] | None = self._key(call)
         recorded = self.recorded
@@ -107,7 +107,7 @@ class Replay:
             return self._replay(call, recorded)
         return self._run_and_compare(call, key, record=self._steady)
 
-    def _copy_to_static_inputs(self, call: DecoderCall) -> None:
+    def _copy_to_static_inputs(self, call: FlatCall) -> None:
         """Copy the call's tensors to the fixed addresses from which recorded steps read them.
 
         Steps that run read them there too. Compiled code therefore sees the same tensors in every step, also if the
@@ -124,13 +124,13 @@ class Replay:
                 buffer.copy_(leaf)
         call.leaves = [x if buffer is None else buffer for x, buffer in zip(call.leaves, self._buffers, strict=True)]
 
-    def _key(self, call: DecoderCall) -> tuple[Any, ...]:
+    def _key(self, call: FlatCall) -> tuple[Any, ...]:
         """What a recorded step holds and the next step may change."""
         store = self.store
         marks = None if store.tokens.marks is None else storage_key(store.tokens.marks)
         return (call.signature, marks, *[layer.version for layer in store.layers])
 
-    def _replay(self, call: DecoderCall, recorded: RecordedStep) -> Any:
+    def _replay(self, call: FlatCall, recorded: RecordedStep) -> Any:
         """Launch the recorded step, and use its result if the decoder calls the same graph."""
         recorded.step.replay()
         self.store.ahead = True
@@ -157,10 +157,10 @@ class Replay:
         self.store.replayed(recorded.queries)
         return [x.clone() if isinstance(x, Tensor) else x for x in recorded.outputs]
 
-    def _run_and_compare(self, call: DecoderCall, key: tuple[Any, ...] | None, record: bool = False) -> Any:
+    def _run_and_compare(self, call: FlatCall, key: tuple[Any, ...] | None, record: bool = False) -> Any:
         """Run the step and compare it with the one before; with ``record``, record and replay it if both are equal."""
         before, self._before, self._steady = self._before, None, False
-        log, ran = call.entry.backend.log, list[tuple[int, list[Any]]]()
+        log, ran = call.decoder.backend.log, list[tuple[int, list[Any]]]()
         graphs = log.graphs
 
         def run_hook(number: int, inputs: list[Any], run_graph: Callable[[], Any]) -> Any:
@@ -182,7 +182,7 @@ class Replay:
                 self._steady = not reason
         self._unlike = 0 if self._steady else self._unlike + 1
         if self._unlike == MAX_UNLIKE_STEPS:
-            step_reasons.note(call.entry, reason or self._why_unlike(one))
+            step_reasons.note(call.decoder, reason or self._why_unlike(one))
         return pytree.tree_map_only(Tensor, self._without_buffers, result)
 
     def _why_unlike(self, one_graph: bool) -> str:
@@ -200,7 +200,7 @@ class Replay:
         return x.clone() if shared else x
 
     def _record(
-        self, call: DecoderCall, run_graph: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
+        self, call: FlatCall, run_graph: Callable[[], Any], key: tuple[Any, ...], number: int, inputs: list[Any]
     ) -> RecordedStep | None:
         """Record the graph without running it; None, with the layers unchanged, if that fails."""
         store = self.store
@@ -220,7 +220,7 @@ class Replay:
             reason = "the recorded step differed from those before it"
         reason = reason or step_reasons.reason_of_result(outputs)
         if reason:
-            call.entry.stop_recording(reason)
+            call.decoder.stop_recording(reason)
             self.recorder.free()
             return None
         self.count += 1

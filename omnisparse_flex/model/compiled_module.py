@@ -70,7 +70,7 @@ class CompiledDecoder:
         self.visual_mask: VisualMask | None = None
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
-        self.records = True  # decode steps, until one could not be recorded
+        self.records_steps = True  # decode steps, until one could not be recorded
         self.compiled = self._compile()
         self.apart = torch._dynamo.disable(self._call_apart, reason=APART)
         self._first = threading.RLock()
@@ -94,12 +94,7 @@ class CompiledDecoder:
         cache: Any = cache_in(self.module.forward, kwargs)
         if not hasattr(cache, "omnisparse_call"):
             return self.run(args, kwargs)
-        # A keyword argument of ours reaches every layer's attention.
-        try:
-            with cache.omnisparse_call(self, kwargs):
-                return cache.omnisparse_run(self, args, {**kwargs, "omnisparse_cache": cache})
-        finally:
-            cache.omnisparse_later.clear()  # of a call that was refused
+        return cache.omnisparse_call(self, args, kwargs)
 
     def prepare(self, kwargs: dict[str, Any], act: Callable[[], None]) -> None:
         """Do what the module's graph needs for this call.
@@ -112,9 +107,7 @@ class CompiledDecoder:
             act: Does it.
         """
         cache: Any = cache_in(self.module.forward, kwargs)
-        if hasattr(cache, "omnisparse_waits") and cache.omnisparse_waits(kwargs):
-            cache.omnisparse_later.append(act)
-        else:
+        if not (hasattr(cache, "omnisparse_defer") and cache.omnisparse_defer(kwargs, act)):
             act()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,14 +123,14 @@ class CompiledDecoder:
         with contextlib.nullcontext() if self._warm else self._first, dynamo_settings(**self._settings()):
             result = self.compiled(state, *args, **kwargs)
         self._warm = True
-        self._look_back(thread.runs - before, state)
+        self._note_fallbacks(thread.runs - before, state)
         return result
 
     def _call_apart(self, *args: Any, **kwargs: Any) -> Any:
         self.backend.log.notes[APART] = None
         return self.call(*args, **kwargs)
 
-    def _look_back(self, ran: int, state: RunState) -> None:
+    def _note_fallbacks(self, ran: int, state: RunState) -> None:
         """Say what Dynamo made of a call.
 
         Args:
@@ -166,7 +159,7 @@ class CompiledDecoder:
 
     def stop_recording(self, reason: str) -> None:
         """Record no decode step of this module any more, and let the report say why."""
-        self.records = False
+        self.records_steps = False
         self.backend.log.notes[f"no CUDA graph of a decode step, decoding runs without: {reason}"] = None
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,12 +173,12 @@ class CompiledDecoder:
     def _compile(self) -> Callable[..., Any]:
         def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
             # module_call is a global of the function made below, one for each module.
-            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            torch.ops.omnisparse.bind(*state.tensors)
             return module_call(*args, **kwargs)  # noqa: F821
 
         def template_with_keyword(state: RunState, *args: Any, **kwargs: Any) -> Any:
             # Layers hand it to their attention, in whatever graph that is. A layer that does not finds the operator's.
-            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            torch.ops.omnisparse.bind(*state.tensors)
             return module_call(*args, omnisparse_state=state, **kwargs)  # noqa: F821
 
         name = "omnisparse_entry"

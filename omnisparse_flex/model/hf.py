@@ -113,7 +113,7 @@ def _state_operands(state: RunState | None, layer: int) -> tuple[Tensor | None, 
         return (None,) * 5
     if not torch.compiler.is_dynamo_compiling():
         state.eager.add(layer)
-    return state.visual, state.recall, state.stats, state.maps, state.recalls
+    return state.tensors
 
 
 def _refuse_beside_sinks(softcap: float | None, position_bias: Any = None, cache: Any = None, **kwargs: Any) -> None:

@@ -6,6 +6,8 @@ import threading
 
 from torch import Tensor
 
+from omnisparse_flex.types import StateTensors
+
 
 class RunState:
     """The tensors of one call that compiled graphs read beside the module's own inputs.
@@ -15,24 +17,14 @@ class RunState:
     module's arguments (mixed precision, dispatch to several devices) leaves it alone.
 
     Attributes:
-        visual: bool (B, S), tokens eligible for selection, or None: all.
-        recall: float32 (layers,), target recall of each layer.
-        stats: float32 (layers, len(STATS)) to be written, or None.
-        maps: uint8 (layers, H, rows, columns) to be painted, or None.
-        recalls: float32 (layers, 2, Hq) for mean and minimum true recall, or None.
+        tensors: What it reads.
         eager: Layers whose attention ran outside every graph, and so densely.
     """
 
-    # All fields are set here: class attributes would cost Dynamo extra compiles.
-    def __init__(
-        self, visual: Tensor | None, recall: Tensor, stats: Tensor | None, maps: Tensor | None, recalls: Tensor | None
-    ) -> None:
+    def __init__(self, tensors: StateTensors[Tensor]) -> None:
         """Hold the tensors of one call."""
-        self.visual = visual
-        self.recall = recall
-        self.stats = stats
-        self.maps = maps
-        self.recalls = recalls
+        # Fields are set here: class attributes would cost Dynamo extra compiles.
+        self.tensors = tensors
         self.eager: set[int] = set()
 
 
@@ -43,10 +35,7 @@ class ModelState:
     another one runs. The visual mask is of one call, and so of the thread that makes it.
 
     Attributes:
-        recall: As in ``RunState``.
-        stats: As in ``RunState``.
-        maps: As in ``RunState``.
-        recalls: As in ``RunState``.
+        recall: As in ``StateTensors``, and so are ``stats``, ``maps`` and ``recalls``.
     """
 
     def __init__(self, recall: Tensor) -> None:
@@ -74,4 +63,4 @@ class ModelState:
 
     def of_call(self) -> RunState:
         """What this thread's call hands to its attention sites."""
-        return RunState(self.visual, self.recall, self.stats, self.maps, self.recalls)
+        return RunState(StateTensors(self.visual, self.recall, self.stats, self.maps, self.recalls))

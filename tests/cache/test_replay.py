@@ -275,7 +275,7 @@ def test_an_argument_on_another_device_is_not_recorded(device):
     cache, _ = recording(model := changed("llama", device))
     with torch.no_grad():
         model(**prompt(device, (90,), spans=SPAN), **cached(cache))
-    call = SimpleNamespace(entry=compiled_decoder_of(model), cache=cache, leaves=[torch.zeros(1, device="meta")])
+    call = SimpleNamespace(decoder=compiled_decoder_of(model), cache=cache, leaves=[torch.zeros(1, device="meta")])
     assert reason_of_call(call, {}, cache.store.device) == "an argument lies on another device"
 
 

@@ -268,4 +268,4 @@ def test_recording_is_the_default_and_says_nothing_without_a_gpu(device):
     found = act(model, cache, device)
     assert torch.equal(found, act(model, plain(model), device))
     assert cache.replay.count == cache.memory_report().recorded == 0 and notes(model) == []
-    assert compiled_decoder_of(model).records
+    assert compiled_decoder_of(model).records_steps

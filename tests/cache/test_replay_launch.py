@@ -10,7 +10,7 @@ import torch
 
 from omnisparse_flex.cache.layer import SlimLayer
 from omnisparse_flex.cache.recorded_step import StorageWatch, TensorAddresses
-from omnisparse_flex.cache.step_inputs import DecoderCall
+from omnisparse_flex.cache.step_inputs import FlatCall
 from tests.helpers.slim import changed, longer, prompt
 from tests.helpers.stand_in import SPAN, feed, plain, recording
 from tests.helpers.tiny import VIDEO, cached
@@ -255,12 +255,12 @@ def test_arguments_with_and_without_structure(nested, device):
 
     entry, x = compiled_decoder_of(model), torch.ones(2)
     args, kwargs = (x, None), {"a": 1, "cache": cache, "b": (x, {"c": 2.0}) if nested else torch.float16}
-    call, twin = (DecoderCall(entry, cache, args, kwargs) for _ in range(2))
+    call, twin = (FlatCall(entry, cache, args, kwargs) for _ in range(2))
     assert call.signature == twin.signature and isinstance(call.form, tuple) != nested
-    assert call.signature != DecoderCall(entry, cache, args, {**kwargs, "a": 2}).signature
-    assert call.signature != DecoderCall(entry, cache, args[:1], {"none": None, **kwargs}).signature
+    assert call.signature != FlatCall(entry, cache, args, {**kwargs, "a": 2}).signature
+    assert call.signature != FlatCall(entry, cache, args[:1], {"none": None, **kwargs}).signature
     seen = []
     fake = SimpleNamespace(backend=entry.backend, run=lambda args, kwargs: seen.append((args, kwargs)))
-    call.entry = fake
+    call.decoder = fake
     call.run(lambda number, inputs, go: go())
     assert repr(seen) == repr([(args, kwargs)])

@@ -136,9 +136,9 @@ def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...],
     *arguments, _ = inputs
     tensors = [x for item in arguments for x in (item if isinstance(item, (list, tuple)) else [item])]
     ctx.save_for_backward(*(x for x in tensors if isinstance(x, Tensor)))
-    ctx.form = [
+    ctx.form = [  # type: ignore[attr-defined]
         len(x) if isinstance(x, (list, tuple)) else x if isinstance(x, str) else x is not None for x in arguments
-    ]  # type: ignore[attr-defined]
+    ]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[object, ...]:
