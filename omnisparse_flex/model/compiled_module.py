@@ -66,6 +66,7 @@ class Entry:
         self.state = State(torch.tensor(rows, dtype=torch.float32))
         self.owner = Owner()
         self.visual_mask: VisualMask | None = None
+        self.otherwise: VisualMask | None = None  # for calls that pass the hook by
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
         self.records = True  # decode steps, until one could not be recorded
@@ -143,11 +144,11 @@ class Entry:
             state: The call's.
         """
         if ran == 0:
-            self._note_once("Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there")
+            self.note_once("Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there")
             return
         if state.eager:
             layers = ", ".join(map(str, sorted(state.eager)))
-            self._note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
+            self.note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
         if not self.checked:
             self._check_rewritten()
 
@@ -172,8 +173,11 @@ class Entry:
             parameter = next(self.module.parameters(), None)
             if parameter is not None and self.state.recall.device != parameter.device:
                 self.state.recall = self.state.recall.to(parameter.device)
-        if self.visual_mask is not None:
-            self.state.visual = self.visual_mask(args, kwargs)
+        told = self.state.was_told()
+        mask = self.otherwise if self.visual_mask is None and not told else self.visual_mask
+        if mask is not None:
+            self.state.visual = mask(args, kwargs)
+            self.state.was_told()
 
     def _compile(self) -> Callable[..., Any]:
         def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
@@ -199,11 +203,12 @@ class Entry:
         sites = self.backend.log.sites
         reasons = sorted({site.reason for site in sites})
         if not sites:
-            self._note_once("no attention site found: nothing to rewrite")
+            self.note_once("no attention site found: nothing to rewrite")
         elif all(reasons) and not any("min_seq_len" in reason for reason in reasons):
-            self._note_once(f"rewrote no attention site: {'; '.join(reasons)}")
+            self.note_once(f"rewrote no attention site: {'; '.join(reasons)}")
 
-    def _note_once(self, note: str) -> None:
+    def note_once(self, note: str) -> None:
+        """Warn, and let the report say it; the second time nothing."""
         if note not in self.backend.log.notes:
             self.backend.log.notes[note] = None
             warnings.warn(f"omnisparse: {note}", stacklevel=4)

@@ -56,6 +56,8 @@ def install_in_transformers(
         entry.visual_mask = as_entry_mask(hook)
     else:
         undo.hooks.append(receiver.register_forward_pre_hook(hook, with_kwargs=True))
+        # Who calls the receiver's ``forward`` (PEFT does), or the decoder itself, passes the hook by.
+        entry.otherwise = as_entry_mask(VisualMaskHook(model, decoder, entry, visual_mask))
     if not hook.token_ids and visual_mask is None:
         entry.backend.log.notes["no visual tokens known: every token is eligible for selection"] = None
 

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.cache_argument import cache_in
 from omnisparse_flex.model.compiled_module import APART, Entry, VisualMask, check_visual
+from omnisparse_flex.model.wrappers import refuse_replica
 
 #: Where model configs keep the ids of visual placeholder tokens.
 VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 #: Attribute under which a cache remembers which of its tokens are visual.
 HISTORY = "_omnisparse_visual"
+#: Said once where a model with visual tokens gets embeddings alone.
+UNKNOWN = (
+    "a call had inputs_embeds without input_ids: which of its tokens are visual is unknown, and each may be dropped "
+    "(give apply_omnisparse a visual_mask)"
+)
 
 
 class VisualMaskHook:
@@ -62,6 +68,7 @@ class VisualMaskHook:
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the mask, in eager code."""
         assert self.entry is not None
+        refuse_replica(module)
         # The first step of a call: what is there yet is left of one that an exception ended before the decoder.
         getattr(cache_in(module.forward, kwargs), "omnisparse_later", []).clear()
         self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
@@ -74,7 +81,10 @@ class VisualMaskHook:
         """``visual`` from arguments alone."""
         named = {**self.signature.bind_partial(*args, **kwargs).arguments}
         named.update(named.pop("kwargs", {}))
-        return self.visual(args, kwargs, named)
+        mask = self.visual(args, kwargs, named)
+        if mask is None and self.token_ids and self.given is None and self.entry is not None:
+            self.entry.note_once(UNKNOWN)
+        return mask
 
     def visual(self, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Tensor | None:
         """The mask over all keys of this call, bool (B, S), or None: every token is eligible."""
