@@ -19,6 +19,7 @@ from omnisparse_flex.backend import Backend
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.errors import require
 from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
+from omnisparse_flex.model.cache_history import remember
 from omnisparse_flex.model.cache_ops import Owner
 from omnisparse_flex.model.run_state import RunState, State
 
@@ -92,7 +93,10 @@ class Entry:
         self.prepare(kwargs, functools.partial(self._prepare, args, kwargs))
         cache: Any = cache_in(self.module.forward, kwargs)
         if not hasattr(cache, "omnisparse_call"):
-            return self.run(args, kwargs)
+            result = self.run(args, kwargs)
+            if cache is None:
+                remember(result, self.state.visual)
+            return result
         # A keyword argument of ours reaches every layer's attention.
         try:
             with cache.omnisparse_call(self, kwargs):

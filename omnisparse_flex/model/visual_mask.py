@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.cache_argument import cache_in
+from omnisparse_flex.model.cache_history import HISTORY, history_of
 from omnisparse_flex.model.compiled_module import APART, Entry, VisualMask, check_visual
 from omnisparse_flex.model.wrappers import refuse_replica
 
 #: Where model configs keep the ids of visual placeholder tokens.
 VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-#: Attribute under which a cache remembers which of its tokens are visual.
-HISTORY = "_omnisparse_visual"
 #: Said once where a model with visual tokens gets embeddings alone.
 UNKNOWN = (
     "a call had inputs_embeds without input_ids: which of its tokens are visual is unknown, and each may be dropped "
@@ -98,7 +97,7 @@ class VisualMaskHook:
             assert size is not None
             tokens = torch.zeros(size, dtype=torch.bool, device=_device_of(named))
         if cache is not None:
-            history = _history(cache, past, tokens)
+            history = history_of(cache, past, tokens)
             tokens = torch.cat([history, tokens], dim=1)
             setattr(cache, HISTORY, tokens)
         torch._dynamo.maybe_mark_dynamic(tokens, 1)
@@ -121,15 +120,6 @@ class VisualMaskHook:
         if kinds is not None and size is not None and tuple(kinds.shape) == size:
             return kinds > 0  # type: ignore[no-any-return]
         return None
-
-
-def _history(cache: Any, past: int, tokens: Tensor) -> Tensor:
-    """What the cache remembers, trimmed to its length; unknown tokens count as text, which is always kept."""
-    known: Tensor | None = getattr(cache, HISTORY, None)
-    unknown = torch.zeros((tokens.shape[0], past), dtype=torch.bool, device=tokens.device)
-    if known is None or known.shape[0] != tokens.shape[0] or known.shape[1] < past:
-        return unknown
-    return known[:, :past].to(tokens.device)
 
 
 def _size_of(named: dict[str, Any]) -> tuple[int, int] | None:

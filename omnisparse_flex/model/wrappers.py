@@ -1,4 +1,4 @@
-"""What stands around a model (PEFT, DistributedDataParallel, DeepSpeed, a compiled wrapper): seen through, or refused."""
+"""What stands around a model (PEFT, DDP, DeepSpeed, a compiled wrapper): seen through, or refused by name."""
 
 from __future__ import annotations
 
