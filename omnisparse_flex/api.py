@@ -17,6 +17,7 @@ from omnisparse_flex.model import hf
 from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
+from omnisparse_flex.model.switches import NAME, dense_on_purpose
 from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
 from omnisparse_flex.model.wrappers import refuse_wrapped, unwrap
 from omnisparse_flex.report import RewriteReport
@@ -133,7 +134,7 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
     if entry is None and was_replaced(model):
         raise ConfigError(f"model must keep what apply_omnisparse installed, got a part whose {REPLACED}")
     is_hf = hf.is_transformers_model(unwrap(model))
-    copied = is_hf and any(c._attn_implementation_internal == hf.NAME for c in hf.attention_configs(model))
+    copied = is_hf and any(c._attn_implementation_internal == NAME for c in hf.attention_configs(model))
     rule = "be the object that apply_omnisparse changed (a deep copy or unpickled model loses its compile)"
     require(entry is not None, "model", rule if copied else "be changed by apply_omnisparse", type(model).__name__)
     assert entry is not None
@@ -158,7 +159,8 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
     assert entry is not None
     entry.module._compiled_call_impl = None
     try:
-        yield model
+        with dense_on_purpose():
+            yield model
     finally:
         entry.module._compiled_call_impl = entry
 

@@ -14,7 +14,8 @@ from omnisparse_flex.calibration.probe import Batch, Probe, least_length, longer
 from omnisparse_flex.calibration.result import Calibration, LayerTarget
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, Entry, entry_of, is_disabled
+from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.model.switches import DISABLE_VARIABLE, is_disabled
 from omnisparse_flex.stats import collect_stats
 
 #: Share of the allowed loss that is kept in reserve: for 0.9, every head must reach 0.915 on the batches. Heads attend

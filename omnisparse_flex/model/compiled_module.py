@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import os
 import threading
 import types
 import warnings
@@ -22,9 +21,8 @@ from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_history import remember
 from omnisparse_flex.model.cache_ops import Owner
 from omnisparse_flex.model.run_state import RunState, State
+from omnisparse_flex.model.switches import changed_call, dense_on_purpose, is_disabled, is_off, refuse_weights
 
-#: Set to a non-empty value other than 0, every model runs densely, without code changes.
-DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
 #: Rows of the per-layer tensors of a module whose number of layers nobody states.
 MAX_SITES = 256
 #: Prefill and decode, short and long, train and eval, statistics: each is a graph of its own.
@@ -67,6 +65,7 @@ class Entry:
         self.state = State(torch.tensor(rows, dtype=torch.float32))
         self.owner = Owner()
         self.visual_mask: VisualMask | None = None
+        self.configs: list[Any] = []  # that have our attention's name
         self.otherwise: VisualMask | None = None  # for calls that pass the hook by
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
@@ -125,12 +124,15 @@ class Entry:
         later = getattr(cache_in(self.module.forward, kwargs), "omnisparse_later", ())
         while later:
             later.pop(0)()
-        if is_disabled():
-            return self.module._call_impl(*args, **kwargs)
+        if is_off(self.configs, kwargs, self.note_once):
+            with dense_on_purpose():
+                return self.module._call_impl(*args, **kwargs)
+        refuse_weights(self.module, kwargs)
         here = self.backend.here
         state, before = self.state.of_call(), here.runs
         # Threads that start together would each compile the same.
-        with contextlib.nullcontext() if self._warm else self._first, dynamo_settings(**self._settings()):
+        first = contextlib.nullcontext() if self._warm else self._first
+        with first, dynamo_settings(**self._settings()), changed_call():
             result = self.compiled(state, *args, **kwargs)
         self._warm = True
         self._look_back(here.runs - before, state)
@@ -216,11 +218,6 @@ class Entry:
         if note not in self.backend.log.notes:
             self.backend.log.notes[note] = None
             warnings.warn(f"omnisparse: {note}", stacklevel=4)
-
-
-def is_disabled() -> bool:
-    """Whether ``OMNISPARSE_DISABLE`` asks for dense attention everywhere."""
-    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
 def entry_of(model: nn.Module) -> Entry | None:

@@ -12,9 +12,7 @@ from omnisparse_flex.attention.logit_sinks import check_sinks
 from omnisparse_flex.attention.marker import dense_attention
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.run_state import RunState
-
-#: The attention implementation's name inside transformers.
-NAME = "omnisparse"
+from omnisparse_flex.model.switches import NAME, warn_if_not_applied
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -70,6 +68,8 @@ def attention_forward(
     Returns:
         (B, L, Hq, Dv) and no weights.
     """
+    if omnisparse_state is None:
+        warn_if_not_applied(getattr(module, "config", module))
     if kwargs.get("sinks") is not None:
         raise ConfigError("attention must name its logit sinks s_aux, one for each head, got another kind: sinks")
     if s_aux is not None:

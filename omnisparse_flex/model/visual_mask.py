@@ -16,7 +16,7 @@ from omnisparse_flex.model.compiled_module import APART, Entry, VisualMask, chec
 from omnisparse_flex.model.wrappers import refuse_replica
 
 #: Where model configs keep the ids of visual placeholder tokens.
-VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index", "image_patch_id")
 #: Said once where a model with visual tokens gets embeddings alone.
 UNKNOWN = (
     "a call had inputs_embeds without input_ids: which of its tokens are visual is unknown, and each may be dropped "
@@ -40,8 +40,7 @@ class VisualMaskHook:
             entry: Where the mask goes.
             given: The user's mask, bool (B, N), a callable ``(args, kwargs) -> mask``, or None.
         """
-        ids = [getattr(model.config, field, None) for field in VISUAL_TOKEN_FIELDS]
-        self.token_ids = sorted({token for token in ids if isinstance(token, int)})
+        self.token_ids = sorted(_visual_ids(model.config))
         self.forward = type(receiver).forward
         self.signature = inspect.signature(receiver.forward)
         self.entry: Entry | None = entry
@@ -120,6 +119,16 @@ class VisualMaskHook:
         if kinds is not None and size is not None and tuple(kinds.shape) == size:
             return kinds > 0  # type: ignore[no-any-return]
         return None
+
+
+def _visual_ids(config: Any) -> set[int]:
+    """Token ids of visual placeholders that a config or one of its parts names."""
+    ids = (getattr(config, field, None) for field in VISUAL_TOKEN_FIELDS)
+    found = {token for token in ids if isinstance(token, int)}
+    for part in vars(config).values():
+        if hasattr(part, "get_text_config"):  # a config too
+            found |= _visual_ids(part)
+    return found
 
 
 def _size_of(named: dict[str, Any]) -> tuple[int, int] | None:
