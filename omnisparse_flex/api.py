@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost_model import shape_of_config
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model import hf
 from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of
@@ -175,8 +174,7 @@ def _checked_decoder(model: Any, config: OmniSparseConfig) -> nn.Module:
     rule = f"read its attention's name where transformers {TESTED['transformers']} does"
     require(bool(hf.attention_configs(decoder)), "model", rule, type(decoder).__name__)
     config.check_layers(hf.layer_count(decoder))
-    shape = shape_of_config(decoder.config)
-    if shape is not None:
+    for shape in hf.head_shapes(decoder.config):
         config.check_head_dim(shape.head_dim)
     module: nn.Module = decoder
     return module

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost_model import shape_of_config
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.compiled_module import Entry, entry_of
+from omnisparse_flex.model.hf import head_shapes
 from omnisparse_flex.stats import Stats
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
@@ -63,7 +63,8 @@ def require_length(entry: Entry, batches: list[Batch]) -> None:
 
 def least_length(entry: Entry) -> int:
     """Queries below which the module stays dense."""
-    return entry.backend.threshold(device_of(entry), shape_of_config(getattr(entry.module, "config", None)))
+    shapes = head_shapes(getattr(entry.module, "config", None))
+    return entry.backend.threshold(device_of(entry), shapes[-1] if shapes else None)
 
 
 def longer(shortest: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.cli import compare, plot, video
-from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_of
+from omnisparse_flex.cli.loading import auto_class, load_for_inputs, loaded, tokenizer_of
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import entry_of
@@ -85,7 +85,7 @@ def explain_model(model_dir: Path, config: OmniSparseConfig) -> None:
     """
     auto, model_config = auto_class(model_dir)
     with torch.device("meta"):
-        model = auto.from_config(model_config).eval()
+        model = loaded(lambda: auto.from_config(model_config)).eval()
     apply_omnisparse(model, config, min_seq_len=0)
     print(f"{type(model).__name__}\n{rewrite_report(model)}")
 

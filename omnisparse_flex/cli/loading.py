@@ -59,8 +59,13 @@ def tokenizer_of(model_dir: Path) -> Any:
 
 
 def loaded(load: Callable[[], Any]) -> Any:
-    """Call ``load``; an error of transformers about the directory becomes a ``ConfigError``."""
+    """Call ``load``; an error of transformers about the directory becomes a ``ConfigError``.
+
+    Whatever the error is: a file that somebody else wrote may be wrong in any way.
+    """
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ConfigError(f"model_dir must be loadable by transformers, got {type(error).__name__}: {error}") from error

@@ -12,7 +12,7 @@ from omnisparse_flex.model.compiled_module import Entry
 from omnisparse_flex.model.hf import attention_configs, register
 from omnisparse_flex.model.switches import NAME
 from omnisparse_flex.model.user_compile import own_call
-from omnisparse_flex.model.visual_mask import VisualMaskHook, as_entry_mask, receiver_of
+from omnisparse_flex.model.visual_mask import VisualMaskHook, as_entry_mask, inert_hook, receiver_of
 
 #: Said once of a model that sees, whose config names no visual tokens.
 NO_IDS = (
@@ -62,6 +62,8 @@ def install_in_transformers(
         _drop_stale_hooks(module)
     if receiver is None:
         entry.visual_mask = as_entry_mask(hook)
+        # Without effect but one: a pickled decoder brings our attention's name along.
+        undo.hooks.append(decoder.register_forward_pre_hook(inert_hook(), with_kwargs=True))
     else:
         undo.hooks.append(receiver.register_forward_pre_hook(hook, with_kwargs=True))
         # Who calls the receiver's ``forward`` (PEFT does), or the decoder itself, passes the hook by.

@@ -20,9 +20,9 @@ NAME = "omnisparse"
 DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
 #: Said once for each model whose config names us and that nobody applied us to.
 NOT_APPLIED = (
-    "omnisparse: attention is dense: the model's config names the attention 'omnisparse' (from_pretrained's "
-    "attn_implementation, another model's config, a copied or unpickled model), but apply_omnisparse did not change "
-    "this model; call apply_omnisparse(model)"
+    "omnisparse: attention is dense: the model is a copy of a changed one, or its config names the attention "
+    "'omnisparse' (from_pretrained's attn_implementation, another model's config), but apply_omnisparse did not "
+    "change it; call apply_omnisparse(model)"
 )
 
 

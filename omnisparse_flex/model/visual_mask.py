@@ -13,6 +13,7 @@ from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.cache_argument import cache_in
 from omnisparse_flex.model.cache_history import HISTORY, history_of
 from omnisparse_flex.model.compiled_module import APART, Entry, VisualMask, check_visual
+from omnisparse_flex.model.hf import register
 from omnisparse_flex.model.wrappers import refuse_replica
 
 #: Where model configs keep the ids of visual placeholder tokens.
@@ -47,12 +48,9 @@ class VisualMaskHook:
         self.given = given
         self.apart = torch._dynamo.disable(self.note, reason=APART)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> VisualMaskHook:
-        """A copied model has no entry: its hook does nothing, and drags no compiled graph along."""
-        twin = object.__new__(type(self))
-        twin.token_ids, twin.signature, twin.forward = self.token_ids, self.signature, self.forward
-        twin.entry, twin.given, twin.apart = None, self.given, None
-        return twin
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model has no entry: its hook does nothing, and drags no compiled graph along."""
+        return inert_hook, ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the mask of this call in the entry's state."""
@@ -142,6 +140,14 @@ def _device_of(named: dict[str, Any]) -> torch.device:
     source = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
     device: torch.device = source.device
     return device
+
+
+def inert_hook() -> VisualMaskHook:
+    """What a copy has in place of its original's hook; its config may name us in a process that does not know us."""
+    register()
+    twin = object.__new__(VisualMaskHook)
+    twin.entry = None
+    return twin
 
 
 def receiver_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:

@@ -92,6 +92,22 @@ def test_bad_directories(tmp_path: Path, qwen_dir: Path, capsys: pytest.CaptureF
     assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(qwen_dir), "--tokens", "8")
 
 
+def test_corrupt_files(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(llama_dir, broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    for weights in (b"", b"no header", whole[: len(whole) // 2]):
+        (broken / "model.safetensors").write_bytes(weights)
+        assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(broken), "--tokens", "8")
+    fields = json.loads((llama_dir / "config.json").read_text())
+    for wrong in ({"hidden_size": "wide"}, {"num_attention_heads": [4]}, {"rope_parameters": 3}, {"hidden_size": -1}):
+        (broken / "config.json").write_text(json.dumps(fields | wrong))
+        assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(broken), "--no-run")
+    for text in ("[]", "3", '"x"', "\x00"):
+        (broken / "config.json").write_text(text)
+        assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(broken), "--no-run")
+
+
 @pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "MambaConfig"])
 def test_unsupported_models(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     getattr(transformers, kind)().save_pretrained(tmp_path)
