@@ -31,17 +31,21 @@ def history_of(cache: Any, past: int, tokens: Tensor) -> Tensor:
     return known[:, :past].to(tokens.device)
 
 
-def remember(output: Any, visual: Tensor | None) -> None:
+def remember(output: Any, visual: Tensor | None) -> Any:
     """Let a cache that the decoder made for itself know which of its tokens are visual.
 
     Args:
         output: The decoder's.
         visual: bool (B, S) of the call, or None: every token is eligible.
+
+    Returns:
+        The output.
     """
     cache = _made_by(output)
     # A cache may hold more than this call: that of somebody else's making. It remembers nothing then.
     if visual is not None and cache is not None and int(cache.get_seq_length()) == visual.shape[1]:
         setattr(cache, HISTORY, visual)
+    return output
 
 
 def _made_by(output: Any) -> Any:

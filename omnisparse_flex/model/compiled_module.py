@@ -20,6 +20,7 @@ from omnisparse_flex.errors import require
 from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_history import remember
 from omnisparse_flex.model.cache_ops import Owner
+from omnisparse_flex.model.outside_masks import made, taken
 from omnisparse_flex.model.run_state import RunState, State
 from omnisparse_flex.model.switches import changed_call, dense_on_purpose, is_disabled, is_off, refuse_weights
 
@@ -31,7 +32,6 @@ RECOMPILE_LIMIT = 64
 #: Said by the report, and by Dynamo if the user asked for one graph.
 APART = "inside another torch.compile OmniSparse's decoder is a graph of its own: fullgraph=True cannot be had"
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
-
 
 if TYPE_CHECKING:
     CALL: Callable[..., Any]
@@ -93,9 +93,7 @@ class Entry:
         cache: Any = cache_in(self.module.forward, kwargs)
         if not hasattr(cache, "omnisparse_call"):
             result = self.run(args, kwargs)
-            if cache is None:
-                remember(result, self.state.visual)
-            return result
+            return result if cache is not None else remember(result, self.state.visual)
         # A keyword argument of ours reaches every layer's attention.
         try:
             with cache.omnisparse_call(self, kwargs):
@@ -133,7 +131,8 @@ class Entry:
         # Threads that start together would each compile the same.
         first = contextlib.nullcontext() if self._warm else self._first
         with first, dynamo_settings(**self._settings()), changed_call():
-            result = self.compiled(state, *args, **kwargs)
+            masks, rest = taken(kwargs)
+            result = self.compiled(state, masks, *args, **rest)
         self._warm = True
         self._look_back(here.runs - before, state)
         return result
@@ -186,18 +185,18 @@ class Entry:
             self.state.was_told()
 
     def _compile(self) -> Callable[..., Any]:
-        def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
+        def template(state: RunState, masks: Any, *args: Any, **kwargs: Any) -> Any:
             # CALL is a global of the function made below, one for each module.
             torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
             return CALL(*args, **kwargs)  # noqa: F821
 
-        def template_with_keyword(state: RunState, *args: Any, **kwargs: Any) -> Any:
+        def template_with_keyword(state: RunState, masks: Any, *args: Any, **kwargs: Any) -> Any:
             # Layers hand it to their attention, in whatever graph that is. A layer that does not finds the operator's.
             torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
-            return CALL(*args, omnisparse_state=state, **kwargs)  # noqa: F821
+            return CALL(*args, omnisparse_state=state, **made(masks), **kwargs)  # noqa: F821
 
         name = "omnisparse_entry"
-        scope = {"__builtins__": builtins, "torch": torch, "CALL": self.module._call_impl}
+        scope = {"__builtins__": builtins, "torch": torch, "made": made, "CALL": self.module._call_impl}
         code = (template_with_keyword if self.hands_on else template).__code__
         function = types.FunctionType(code.replace(co_name=name), scope, name)
         compiled: Callable[..., Any] = torch.compile(function, backend=self.backend, dynamic=self.dynamic)

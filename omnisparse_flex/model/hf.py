@@ -12,6 +12,7 @@ from omnisparse_flex.attention.logit_sinks import check_sinks
 from omnisparse_flex.attention.marker import dense_attention
 from omnisparse_flex.cost_model import Shape, shape_of_config
 from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.model.outside_masks import Recipe, carry
 from omnisparse_flex.model.run_state import RunState
 from omnisparse_flex.model.switches import NAME, warn_if_not_applied
 
@@ -155,10 +156,16 @@ def mask_forward(
             return None
         return attention_mask[:, :kv_length].to(torch.bool)
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    if mask_function is not None:
-        kwargs["mask_function"] = mask_function
-    return sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs
+    function = causal_mask_function if mask_function is None else mask_function
+    mask: Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, use_vmap=use_vmap, **kwargs
+    )
+    if torch.compiler.is_dynamo_compiling():
+        return mask
+    device = kwargs.get("device", torch.device("cpu"))
+    return carry(
+        mask,
+        Recipe(mask_forward, batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, device),
     )
 
 

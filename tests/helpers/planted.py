@@ -20,19 +20,20 @@ def visual_of(ids):
     return (ids == IMAGE) | (ids == VIDEO)
 
 
-def mask_of(visual, shift=0):
+def mask_of(visual, shift=0, causal=True):
     """bool (B, 1, N, N): what the rules keep.
 
     Args:
         visual: bool (B, N).
         shift: By how many blocks the queries' own block is taken from elsewhere.
+        causal: Within causality; or else whatever the model's own mask allows.
     """
     places = torch.arange(visual.shape[1], device=visual.device)
     blocks = places // BLOCK
     own = (blocks[:, None] - shift).clamp(min=0) == blocks
-    causal = places <= places[:, None]
+    allowed = (places <= places[:, None]) | (not causal)
     text = torch.stack([(~visual[:, blocks == j]).any(1) for j in range(int(blocks[-1]) + 1)], 1)
-    return (causal & (own | text[:, None, blocks]))[:, None]
+    return (allowed & (own | text[:, None, blocks]))[:, None]
 
 
 def wrongs(visual, past):
@@ -57,11 +58,17 @@ def wrongs(visual, past):
 
 
 def oracle(model, mask):
-    """A transformers model in float64 whose decoder attends densely under a mask (B, 1, N, N)."""
+    """A transformers model in float64 whose decoder attends densely.
+
+    Args:
+        model: Changed in place.
+        mask: bool (B, 1, N, N), or a function that gives it for an attention module.
+    """
     from transformers import AttentionInterface
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        out = dense_oracle(query, key, value, mask=mask[:, :, -query.shape[2] :, : key.shape[2]], scale=scaling)
+        own = mask(module) if callable(mask) else mask
+        out = dense_oracle(query, key, value, mask=own[:, :, -query.shape[2] :, : key.shape[2]], scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("planted", attention)
