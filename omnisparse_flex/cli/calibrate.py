@@ -18,14 +18,12 @@ from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.calibration.search import run_calibration
 from omnisparse_flex.cli import check
 from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_of
+from omnisparse_flex.cli.processor import PROMPT
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import LAST, Costs, costs_of, user_file, write
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import entry_of
 from omnisparse_flex.model.hf import head_shapes
-
-#: The question about a video if the user gives none: a few tokens beside thousands of visual ones.
-PROMPT = "Describe the video."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

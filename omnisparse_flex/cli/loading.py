@@ -44,8 +44,9 @@ def load_for_inputs(
     with progress.step(f"loading {model_dir}"):
         model = load_model(auto, model_dir, device)
     for batch in batches:
-        if "pixel_values_videos" in batch:
-            batch["pixel_values_videos"] = batch["pixel_values_videos"].to(next(model.parameters()).dtype)
+        for name in batch:
+            if name.startswith("pixel_values"):
+                batch[name] = batch[name].to(next(model.parameters()).dtype)
     return model, device
 
 

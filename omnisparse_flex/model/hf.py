@@ -190,12 +190,20 @@ def find_decoder(model: Any) -> nn.Module:
     decoder = getattr(decoder, "language_model", decoder)
     if not any(hasattr(module, "layer_idx") for module in decoder.modules()):
         raise ConfigError(f"model must have attention layers, got {type(model).__name__} without any")
+    if _is_encoder(decoder):
+        raise ConfigError(f"model must be a decoder, got the encoder {type(decoder).__name__}: tokens see later ones")
     if not (getattr(decoder, "_supports_sdpa", False) or _lacks_sdpa_for_its_logits(decoder)):
         raise ConfigError(f"model must support sdpa attention, got {type(decoder).__name__} with eager attention only")
     if not decoder._can_set_attn_implementation():
         raise ConfigError(f"model must use transformers' attention interface, got {type(decoder).__name__}")
     module: nn.Module = decoder
     return module
+
+
+def _is_encoder(decoder: Any) -> bool:
+    """Whether a config that tells decoders from encoders (BERT's kind) says that it is none, and its attention too."""
+    causal = [x.is_causal for x in decoder.modules() if hasattr(x, "layer_idx") and hasattr(x, "is_causal")]
+    return not getattr(decoder.config, "is_decoder", True) and bool(causal) and not any(causal)
 
 
 def _lacks_sdpa_for_its_logits(decoder: Any) -> bool:

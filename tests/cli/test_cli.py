@@ -108,7 +108,7 @@ def test_corrupt_files(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(broken), "--no-run")
 
 
-@pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "MambaConfig"])
+@pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "MambaConfig", "ElectraConfig"])
 def test_unsupported_models(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     getattr(transformers, kind)().save_pretrained(tmp_path)
     assert "model must" in complaint(capsys, "check", str(tmp_path), "--no-run")
@@ -137,21 +137,22 @@ def test_missing_extras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def test_a_video_for_a_text_model(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = complaint(capsys, "check", str(llama_dir), "--video", str(tmp_path / "clip.mp4"))
-    assert "video must be left out unless the model is of the Qwen2-VL or Qwen2.5-VL kind" in error
+    assert "video must be left out unless model_dir holds the model's own processor" in error
 
 
 @pytest.mark.parametrize(
     ("measures", "want"),
     [
-        ((1.0, 0.0, 1.0, 2.0), check.VERDICTS[0]),
-        ((1.0, 0.0, 1.0, 1.0), check.VERDICTS[1]),
-        ((0.9, 0.0, 1.0, 2.0), check.VERDICTS[2]),
-        ((1.0, 0.1, 1.0, 2.0), check.VERDICTS[2]),
-        ((1.0, 0.0, 0.5, 2.0), check.VERDICTS[2]),
-        ((1.0, float("nan"), 1.0, 2.0), check.VERDICTS[2]),
+        ((1.0, 0.0, 1.0, 2.0, 0.5), check.VERDICTS[0]),
+        ((1.0, 0.0, 1.0, 1.0, 0.5), check.VERDICTS[1]),
+        ((1.0, 0.0, 1.0, 2.0, 1.075), check.VERDICTS[1]),
+        ((0.9, 0.0, 1.0, 2.0, 0.5), check.VERDICTS[2]),
+        ((1.0, 0.1, 1.0, 2.0, 0.5), check.VERDICTS[2]),
+        ((1.0, 0.0, 0.5, 2.0, 0.5), check.VERDICTS[2]),
+        ((1.0, float("nan"), 1.0, 2.0, 0.5), check.VERDICTS[2]),
     ],
 )
-def test_verdicts(measures: tuple[float, float, float, float], want: str) -> None:
+def test_verdicts(measures: tuple[float, ...], want: str) -> None:
     assert check.verdict(*measures) == want
 
 
