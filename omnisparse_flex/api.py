@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,19 +15,21 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model import hf
 from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of
+from omnisparse_flex.model.decoder_facts import head_shapes, refuse_several_devices
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
 from omnisparse_flex.model.switches import NAME, dense_on_purpose
 from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
 from omnisparse_flex.model.wrappers import refuse_wrapped, unwrap
 from omnisparse_flex.report import RewriteReport
+from omnisparse_flex.rules_file import load_rules
 from omnisparse_flex.seams import check_transformers
 from omnisparse_flex.versions import TESTED, newer_than_tested
 
 
 def apply_omnisparse(
     model: nn.Module,
-    config: OmniSparseConfig | None = None,
+    config: OmniSparseConfig | str | os.PathLike[str] | None = None,
     *,
     kernel: str = "auto",
     min_seq_len: int | str = "auto",
@@ -43,7 +46,8 @@ def apply_omnisparse(
         model: A transformers model, alone or inside PEFT's or DistributedDataParallel's wrapper, or any
             ``nn.Module`` that computes attention with ``F.scaled_dot_product_attention``, ``flex_attention``
             or matmul - softmax - matmul.
-        config: Selection rules; None: ``OmniSparseConfig()``. A new call replaces the old rules.
+        config: Selection rules; None: ``OmniSparseConfig()``. A path: rules that ``rules_file.save_rules`` or
+            ``omnisparse-flex calibrate`` wrote, a file or the model's directory. A new call replaces the old rules.
         kernel: Of block granularity: ``"triton"``, ``"flash"`` (needs flash-attn-4; sites that it does not
             take, graphs for several lengths and masks that read tensors among them, run on Triton, and the
             report says why) or ``"auto"``: FLASH where it is installed and takes the site, else Triton.
@@ -71,6 +75,8 @@ def apply_omnisparse(
     is_hf = hf.is_transformers_model(base)
     if is_hf:
         check_transformers()
+    if isinstance(config, (str, os.PathLike)):
+        config = load_rules(config)
     config = OmniSparseConfig() if config is None else config
     backend = Backend(config, min_seq_len=min_seq_len, kernel=kernel, inner=inner, static=dynamic is False)
     refuse_compiled(model)
@@ -173,8 +179,9 @@ def _checked_decoder(model: Any, config: OmniSparseConfig) -> nn.Module:
     decoder: Any = hf.find_decoder(model)
     rule = f"read its attention's name where transformers {TESTED['transformers']} does"
     require(bool(hf.attention_configs(decoder)), "model", rule, type(decoder).__name__)
+    refuse_several_devices(decoder)
     config.check_layers(hf.layer_count(decoder))
-    for shape in hf.head_shapes(decoder.config):
+    for shape in head_shapes(decoder.config):
         config.check_head_dim(shape.head_dim)
     module: nn.Module = decoder
     return module

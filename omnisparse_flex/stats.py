@@ -14,7 +14,7 @@ from omnisparse_flex.errors import require
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.statistics import STATS
 from omnisparse_flex.model.compiled_module import Entry, entry_of
-from omnisparse_flex.model.hf import head_shapes
+from omnisparse_flex.model.decoder_facts import head_shapes
 from omnisparse_flex.model.run_state import State
 from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.report import table

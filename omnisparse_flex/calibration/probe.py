@@ -15,7 +15,7 @@ from omnisparse_flex.api import apply_omnisparse, remove_omnisparse
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.compiled_module import Entry, entry_of
-from omnisparse_flex.model.hf import head_shapes
+from omnisparse_flex.model.decoder_facts import head_shapes
 from omnisparse_flex.stats import Stats
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor

@@ -15,7 +15,7 @@ from omnisparse_flex.calibration.result import Calibration, LayerTarget
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import Entry, entry_of
-from omnisparse_flex.model.hf import head_shapes
+from omnisparse_flex.model.decoder_facts import head_shapes
 from omnisparse_flex.model.switches import DISABLE_VARIABLE, is_disabled
 from omnisparse_flex.stats import collect_stats
 

@@ -23,7 +23,7 @@ from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.cost_model import LAST, Costs, costs_of, user_file, write
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import entry_of
-from omnisparse_flex.model.hf import head_shapes
+from omnisparse_flex.model.decoder_facts import head_shapes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

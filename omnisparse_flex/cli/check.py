@@ -21,6 +21,7 @@ from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import entry_of
 from omnisparse_flex.model.hf import find_decoder
 from omnisparse_flex.report import table
+from omnisparse_flex.rules_file import load_rules
 from omnisparse_flex.stats import Stats, collect_stats
 
 #: Last positions whose next-token distributions are compared.
@@ -65,10 +66,11 @@ def config_from(source: str | None) -> OmniSparseConfig:
     if source is None:
         return OmniSparseConfig()
     inline = source.lstrip().startswith("{")
-    require(inline or Path(source).is_file(), "config", "be JSON text or an existing file", source)
-    text = source if inline else Path(source).read_text(encoding="utf-8")
+    require(inline or Path(source).exists(), "config", "be JSON text or an existing file", source)
+    if not inline:
+        return load_rules(source)
     try:
-        fields = json.loads(text)
+        fields = json.loads(source)
     except json.JSONDecodeError as error:
         raise ConfigError(f"config must be valid JSON, got {source!r} ({error})") from error
     return OmniSparseConfig.from_dict(fields)

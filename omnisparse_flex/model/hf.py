@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import omnisparse_flex.model.cache_ops  # noqa: F401  (defines operators that the attention function calls)
 from omnisparse_flex.attention.logit_sinks import check_sinks
 from omnisparse_flex.attention.marker import dense_attention
-from omnisparse_flex.cost_model import Shape, shape_of_config
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.outside_masks import Recipe, carry
 from omnisparse_flex.model.run_state import RunState
@@ -220,19 +219,6 @@ def _lacks_sdpa_for_its_logits(decoder: Any) -> bool:
 def layer_count(decoder: Any) -> int:
     """Number of layers that the decoder's config states."""
     return int(decoder.config.num_hidden_layers)
-
-
-def layer_configs(config: Any) -> list[Any]:
-    """The configs of the layers, for one like Gemma 4's whose heads differ; of others the config itself."""
-    if not getattr(config, "is_heterogeneous", False):
-        return [config]
-    return list(config.per_layer_config)
-
-
-def head_shapes(config: Any) -> list[Shape]:
-    """The distinct heads of a decoder's layers that its config states, the last layer's last; maybe none."""
-    shapes = [shape_of_config(layer) for layer in layer_configs(config)]
-    return list(dict.fromkeys(shape for shape in reversed(shapes) if shape is not None))[::-1]
 
 
 def attention_configs(decoder: nn.Module) -> list[Any]:

@@ -64,7 +64,7 @@ def dense_on_purpose() -> Iterator[None]:
         _dense -= 1
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def warn_if_not_applied(config: Any) -> bool:
     """Say once that a model's attention is ours by name alone.
 
