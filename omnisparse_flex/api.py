@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,21 +12,24 @@ from torch import Tensor, nn
 
 from omnisparse_flex.backend import Backend
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost_model import shape_of_config
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model import hf
 from omnisparse_flex.model.compiled_module import CompiledDecoder, check_visual, compiled_decoder_of
+from omnisparse_flex.model.decoder_facts import head_shapes, refuse_several_devices
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
+from omnisparse_flex.model.switches import NAME, dense_on_purpose
 from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
+from omnisparse_flex.model.wrappers import refuse_wrapped, unwrap
 from omnisparse_flex.report import RewriteReport
+from omnisparse_flex.rules_file import load_rules
 from omnisparse_flex.seams import check_transformers
 from omnisparse_flex.versions import TESTED, newer_than_tested
 
 
 def apply_omnisparse(
     model: nn.Module,
-    config: OmniSparseConfig | None = None,
+    config: OmniSparseConfig | str | os.PathLike[str] | None = None,
     *,
     kernel: str = "auto",
     min_seq_len: int | str = "auto",
@@ -39,9 +43,11 @@ def apply_omnisparse(
     are. ``state_dict``, ``save_pretrained``, ``generate``, ``Trainer`` and hooks go on working.
 
     Args:
-        model: A transformers model, or any ``nn.Module`` that computes attention with
-            ``F.scaled_dot_product_attention``, ``flex_attention`` or matmul - softmax - matmul.
-        config: Selection rules; None: ``OmniSparseConfig()``. A new call replaces the old rules.
+        model: A transformers model, alone or inside PEFT's or DistributedDataParallel's wrapper, or any
+            ``nn.Module`` that computes attention with ``F.scaled_dot_product_attention``, ``flex_attention``
+            or matmul - softmax - matmul.
+        config: Selection rules; None: ``OmniSparseConfig()``. A path: rules that ``rules_file.save_rules`` or
+            ``omnisparse-flex calibrate`` wrote, a file or the model's directory. A new call replaces the old rules.
         kernel: Of block granularity: ``"triton"``, ``"flash"`` (needs flash-attn-4; sites that it does not
             take, graphs for several lengths and masks that read tensors among them, run on Triton, and the
             report says why) or ``"auto"``: FLASH where it is installed and takes the site, else Triton.
@@ -65,23 +71,27 @@ def apply_omnisparse(
     """
     require(isinstance(model, nn.Module), "model", "be an nn.Module", type(model).__name__)
     require(dynamic in (None, True, False), "dynamic", "be None, True or False", dynamic)
-    is_hf = hf.is_transformers_model(model)
+    base = unwrap(model)
+    is_hf = hf.is_transformers_model(base)
     if is_hf:
         check_transformers()
+    if isinstance(config, (str, os.PathLike)):
+        config = load_rules(config)
     config = OmniSparseConfig() if config is None else config
     backend = Backend(config, min_seq_len=min_seq_len, kernel=kernel, inner=inner, static=dynamic is False)
     refuse_compiled(model)
+    refuse_wrapped(base)
     if isinstance(visual_mask, Tensor) or not callable(visual_mask):
         check_visual(visual_mask, None, None)
-    decoder = _checked_decoder(model, config) if is_hf else model
+    decoder = _checked_decoder(base, config) if is_hf else base
 
-    remove_omnisparse(model)
+    remove_omnisparse(base)
     undo = Undo()
     try:
         entry = CompiledDecoder(decoder, backend, dynamic, forwards_kwargs=is_hf)
         entry.undo = undo
         if is_hf:
-            install_in_transformers(model, decoder, entry, undo, visual_mask)
+            install_in_transformers(base, decoder, entry, undo, visual_mask)
         elif visual_mask is not None:
             entry.visual_mask = lambda a, k: check_visual(
                 visual_mask(a, k) if callable(visual_mask) else visual_mask, None, None
@@ -128,15 +138,14 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
     entry = compiled_decoder_of(model)
     if entry is None and was_replaced(model):
         raise ConfigError(f"model must keep what apply_omnisparse installed, got a part whose {REPLACED}")
-    copied = hf.is_transformers_model(model) and any(
-        c._attn_implementation_internal == hf.NAME for c in hf.attention_configs(model)
-    )
+    is_hf = hf.is_transformers_model(unwrap(model))
+    copied = is_hf and any(c._attn_implementation_internal == NAME for c in hf.attention_configs(model))
     rule = "be the object that apply_omnisparse changed (a deep copy or unpickled model loses its compile)"
     require(entry is not None, "model", rule if copied else "be changed by apply_omnisparse", type(model).__name__)
     assert entry is not None
     report = entry.backend.log.report()
     report = report if report.compiled else explain(entry)
-    libraries = ["torch", *(["transformers"] if hf.is_transformers_model(model) else [])]
+    libraries = ["torch", *(["transformers"] if is_hf else [])]
     return dataclasses.replace(report, notes=(*newer_than_tested(*libraries), *report.notes))
 
 
@@ -155,7 +164,8 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
     assert entry is not None
     entry.module._compiled_call_impl = None
     try:
-        yield model
+        with dense_on_purpose():
+            yield model
     finally:
         entry.module._compiled_call_impl = entry
 
@@ -169,9 +179,9 @@ def _checked_decoder(model: Any, config: OmniSparseConfig) -> nn.Module:
     decoder: Any = hf.find_decoder(model)
     rule = f"read its attention's name where transformers {TESTED['transformers']} does"
     require(bool(hf.attention_configs(decoder)), "model", rule, type(decoder).__name__)
+    refuse_several_devices(decoder)
     config.check_layers(hf.layer_count(decoder))
-    shape = shape_of_config(decoder.config)
-    if shape is not None:
+    for shape in head_shapes(decoder.config):
         config.check_head_dim(shape.head_dim)
     module: nn.Module = decoder
     return module

@@ -14,6 +14,7 @@ from omnisparse_flex.errors import require
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.statistics import STATS
 from omnisparse_flex.model.compiled_module import CompiledDecoder, compiled_decoder_of
+from omnisparse_flex.model.decoder_facts import head_shapes
 from omnisparse_flex.model.run_state import ModelState
 from omnisparse_flex.passes.nodes import shape_of
 from omnisparse_flex.report import table
@@ -167,7 +168,7 @@ def _layer_count(entry: CompiledDecoder) -> int:
 
 def _query_heads(entry: CompiledDecoder) -> int:
     """What the config states, or else what the last compiled graph has."""
-    heads = getattr(getattr(entry.module, "config", None), "num_attention_heads", None)
+    heads = max((shape.heads for shape in head_shapes(getattr(entry.module, "config", None))), default=None)
     if not isinstance(heads, int) and entry.backend.last is not None and entry.backend.last.sites:
         heads = max(int(shape_of(site.query)[1]) for site in entry.backend.last.sites)
     rule = "be False for a module that has not run yet and whose config states no num_attention_heads"

@@ -30,4 +30,7 @@ def _modules(graph_module: GraphModule) -> list[GraphModule]:
 
 def _copied(graph: Graph) -> Graph:
     made: Graph = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, made.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):  # what the compiler asks every input for
+            new._dynamo_source = old._dynamo_source
     return made

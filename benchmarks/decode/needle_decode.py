@@ -36,7 +36,7 @@ from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse
 from omnisparse_flex.cache.choose_keys import HeadChoice, choose_keys, ranked
 from omnisparse_flex.cache.layer import MIN_TAIL_STEP
 from omnisparse_flex.model.cache_argument import as_cache_argument
-from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
+from omnisparse_flex.model.switches import DISABLE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

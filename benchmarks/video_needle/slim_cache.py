@@ -17,7 +17,7 @@ from benchmarks.video_needle.scene import CELLS, STEPS
 from benchmarks.video_needle.vocabulary import KINDS
 from omnisparse_flex import OmniSparseCache, OmniSparseConfig, apply_omnisparse, remove_omnisparse
 from omnisparse_flex.model.cache_argument import as_cache_argument
-from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
+from omnisparse_flex.model.switches import DISABLE_VARIABLE
 
 #: What of a question is known when keys are dropped: its first word, or all but the ``?`` (how a prompt arrives). The
 #: rest is decoded.

@@ -159,7 +159,7 @@ class OmniSparseCache(CacheAnswers):
     layers: list[SlimLayer]
     #: How the call in progress uses the cache; None between calls.
     mode: str | None
-    _omnisparse_visual: Tensor | None  # the name is ``model.visual_mask.HISTORY``
+    _omnisparse_visual: Tensor | None  # the name is ``model.cache_history.HISTORY``
 
     def reset(self) -> None:
         """Forget everything and free it; the cache can be used anew."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost_model import shape_of_config
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.compiled_module import CompiledDecoder, compiled_decoder_of
+from omnisparse_flex.model.decoder_facts import head_shapes
 from omnisparse_flex.stats import Stats
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
@@ -63,7 +63,8 @@ def require_length(entry: CompiledDecoder, batches: list[Batch]) -> None:
 
 def min_queries(entry: CompiledDecoder) -> int | None:
     """Queries below which the module stays dense; None: it always does."""
-    return entry.backend.min_queries(device_of(entry), shape_of_config(getattr(entry.module, "config", None)))
+    shapes = head_shapes(getattr(entry.module, "config", None))
+    return entry.backend.min_queries(device_of(entry), shapes[-1] if shapes else None)
 
 
 def longer(shortest: int | None) -> str:

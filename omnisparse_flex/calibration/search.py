@@ -14,7 +14,9 @@ from omnisparse_flex.calibration.probe import Batch, Probe, longer, min_queries,
 from omnisparse_flex.calibration.result import Calibration, LayerTarget
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
-from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, CompiledDecoder, compiled_decoder_of, is_disabled
+from omnisparse_flex.model.compiled_module import CompiledDecoder, compiled_decoder_of
+from omnisparse_flex.model.decoder_facts import head_shapes
+from omnisparse_flex.model.switches import DISABLE_VARIABLE, is_disabled
 from omnisparse_flex.stats import collect_stats
 
 #: Share of the allowed loss that is kept in reserve: for 0.9, every head must reach 0.915 on the batches. Heads attend
@@ -84,7 +86,7 @@ def run_calibration(
     changed = compiled_decoder_of(model) is not None
     with prepared(model, config, target_recall) as entry:
         require_length(entry, listed)
-        if not hasattr(getattr(entry.module, "config", None), "num_attention_heads"):
+        if not head_shapes(getattr(entry.module, "config", None)):
             run_batch(model, entry, listed[0])  # only a graph tells how many heads a plain module has
         with collect_stats(model, exact=True) as stats:
             result = _search(Probe(model, entry, stats, listed, progress), target_recall)

@@ -59,7 +59,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.description = "Run a model on disk densely and sparsely on the same input, and give one verdict."
     parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="directory with config.json and weights")
     parser.add_argument("--no-run", action="store_true", help="only list the attention sites; needs no weights")
-    parser.add_argument("--video", type=Path, metavar="F", help="a video file (Qwen2-VL and Qwen2.5-VL models)")
+    parser.add_argument("--video", type=Path, metavar="F", help="a video file")
     parser.add_argument("--prompt", metavar="P", help="the text; without a tokenizer, or without P, seeded token ids")
     parser.add_argument("--config", metavar="JSON", help="OmniSparseConfig fields: JSON text or a file with it")
     parser.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="seeded token ids (default 4096)")
@@ -76,7 +76,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     material = parser.add_mutually_exclusive_group()
     material.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text like yours, the longer the better")
-    material.add_argument("--video", type=Path, metavar="F", help="a video file (Qwen2-VL and Qwen2.5-VL models)")
+    material.add_argument("--video", type=Path, metavar="F", help="a video file")
     parser.add_argument("--out", type=Path, metavar="JSON", help="where the rules go")
     parser.add_argument("--config", metavar="JSON", help="the other rules: JSON text or a file with it")
     parser.add_argument(

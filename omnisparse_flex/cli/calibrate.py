@@ -18,13 +18,12 @@ from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.calibration.search import run_calibration
 from omnisparse_flex.cli import check
 from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_of
+from omnisparse_flex.cli.processor import PROMPT
 from omnisparse_flex.config import OmniSparseConfig
-from omnisparse_flex.cost_model import LAST, Costs, costs_of, shape_of_config, user_file, write
+from omnisparse_flex.cost_model import LAST, Costs, costs_of, user_file, write
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import compiled_decoder_of
-
-#: The question about a video if the user gives none: a few tokens beside thousands of visual ones.
-PROMPT = "Describe the video."
+from omnisparse_flex.model.decoder_facts import head_shapes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,9 +101,9 @@ def run_speed(model_dir: Path, rules: OmniSparseConfig) -> Costs:
     """
     progress = Progress()
     config = auto_class(model_dir)[1].get_text_config()
-    shape = shape_of_config(config)
-    require(shape is not None, "model", "state its attention heads", type(config).__name__)
-    assert shape is not None
+    shapes = head_shapes(config)
+    require(bool(shapes), "model", "state its attention heads", type(config).__name__)
+    shape = shapes[-1]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     costs_of(name)  # a broken file should not cost the measurement

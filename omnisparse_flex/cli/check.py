@@ -14,12 +14,14 @@ from torch import Tensor
 from omnisparse_flex.api import apply_omnisparse, remove_omnisparse, rewrite_report
 from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.cli import compare, plot, video
-from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_of
+from omnisparse_flex.cli.loading import auto_class, load_for_inputs, loaded, tokenizer_of
+from omnisparse_flex.cli.processor import has_processor, processed
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.model.hf import find_decoder
 from omnisparse_flex.report import table
+from omnisparse_flex.rules_file import load_rules
 from omnisparse_flex.stats import Stats, collect_stats
 
 #: Last positions whose next-token distributions are compared.
@@ -64,10 +66,11 @@ def config_from(source: str | None) -> OmniSparseConfig:
     if source is None:
         return OmniSparseConfig()
     inline = source.lstrip().startswith("{")
-    require(inline or Path(source).is_file(), "config", "be JSON text or an existing file", source)
-    text = source if inline else Path(source).read_text(encoding="utf-8")
+    require(inline or Path(source).exists(), "config", "be JSON text or an existing file", source)
+    if not inline:
+        return load_rules(source)
     try:
-        fields = json.loads(text)
+        fields = json.loads(source)
     except json.JSONDecodeError as error:
         raise ConfigError(f"config must be valid JSON, got {source!r} ({error})") from error
     return OmniSparseConfig.from_dict(fields)
@@ -85,7 +88,7 @@ def explain_model(model_dir: Path, config: OmniSparseConfig) -> None:
     """
     auto, model_config = auto_class(model_dir)
     with torch.device("meta"):
-        model = auto.from_config(model_config).eval()
+        model = loaded(lambda: auto.from_config(model_config)).eval()
     apply_omnisparse(model, config, min_seq_len=0)
     print(f"{type(model).__name__}\n{rewrite_report(model)}")
 
@@ -153,24 +156,30 @@ def build_inputs(model_dir: Path, model_config: Any, question: Question, progres
     Raises:
         ConfigError: On a video that the model cannot take or FFmpeg cannot decode.
     """
+    if question.video is not None and not _cuts_patches_as_we_do(model_config):
+        rule = "be left out unless model_dir holds the model's own processor, or the model is Qwen2-VL or Qwen2.5-VL"
+        require(has_processor(model_dir), "video", rule, model_config.model_type)
+        return processed(model_dir, question.video, question.prompt, question.max_frames)
     text = _text_ids(model_dir, model_config.get_text_config().vocab_size, question, progress)
-    if question.video is None:
-        return {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    alone = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    return alone if question.video is None else _of_qwen(model_config, text, question.video, question.max_frames)
+
+
+def _cuts_patches_as_we_do(model_config: Any) -> bool:
     tower: Any = getattr(model_config, "vision_config", None)
-    video_id: Any = getattr(model_config, "video_token_id", None)
     sizes = [getattr(tower, name, None) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")]
-    known = sizes == [video.PATCH, video.TEMPORAL_PATCH, video.MERGE] and video_id is not None
-    require(
-        known, "video", "be left out unless the model is of the Qwen2-VL or Qwen2.5-VL kind", model_config.model_type
-    )
-    frames, seconds = video.read_frames(question.video, question.max_frames)
+    ours = sizes == [video.PATCH, video.TEMPORAL_PATCH, video.MERGE]
+    return ours and model_config.model_type in ("qwen2_vl", "qwen2_5_vl")
+
+
+def _of_qwen(model_config: Any, text: Tensor, clip: Path, max_frames: int) -> dict[str, Tensor]:
+    """A video before the text for Qwen2-VL and Qwen2.5-VL, whose patches we cut ourselves: no torchvision needed."""
+    tower, video_id = model_config.vision_config, model_config.video_token_id
+    frames, seconds = video.read_frames(clip, max_frames)
     pixels, grid = video.qwen_patches(video.resize_frames(frames, PIXELS))
-    clip = [
-        model_config.vision_start_token_id,
-        *[video_id] * video.video_tokens(grid),
-        model_config.vision_end_token_id,
-    ]
-    ids = torch.cat([torch.tensor([clip]), text], dim=1)
+    inside = [video_id] * video.video_tokens(grid)
+    span = [model_config.vision_start_token_id, *inside, model_config.vision_end_token_id]
+    ids = torch.cat([torch.tensor([span]), text], dim=1)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -217,16 +226,24 @@ def _judge(dense: compare.Run, sparse: compare.Run, stats: Stats) -> str:
     where = f"layer {layer}, query head {head}" if heads else "no layer ran sparsely at this length"
     print(f"worst head's true recall: {worst:.3f} ({where}; safe from {SAFE_RECALL})")
     print(f"density of the whole model: {stats.density:.3f}")
-    result = verdict(top1, kl, worst, speed)
+    result = verdict(top1, kl, worst, min(speed, dense.decoder_s / sparse.decoder_s), stats.density)
     print(f"verdict: {result}")
     return result
 
 
-def verdict(top1: float, kl: float, worst_recall: float, speed: float) -> str:
-    """One of ``VERDICTS`` from the measures and the thresholds above."""
+def verdict(top1: float, kl: float, worst_recall: float, speed: float, density: float) -> str:
+    """One of ``VERDICTS`` from the measures and the thresholds above.
+
+    Args:
+        top1: Share of positions with the same most likely token.
+        kl: KL(dense || sparse) in nats.
+        worst_recall: Of the worst head.
+        speed: Of the whole model or of its decoder, the smaller: what beside the decoder was faster was so by chance.
+        density: Of the whole model; from 1 on nothing was saved.
+    """
     if not (top1 >= SAFE_TOP1 and kl <= SAFE_KL and worst_recall >= SAFE_RECALL):
         return VERDICTS[2]
-    return VERDICTS[0] if speed >= FASTER else VERDICTS[1]
+    return VERDICTS[0] if speed >= FASTER and density < 1 else VERDICTS[1]
 
 
 def _gib(size: int | None) -> str:

@@ -44,8 +44,9 @@ def load_for_inputs(
     with progress.step(f"loading {model_dir}"):
         model = load_model(auto, model_dir, device)
     for batch in batches:
-        if "pixel_values_videos" in batch:
-            batch["pixel_values_videos"] = batch["pixel_values_videos"].to(next(model.parameters()).dtype)
+        for name in batch:
+            if name.startswith("pixel_values"):
+                batch[name] = batch[name].to(next(model.parameters()).dtype)
     return model, device
 
 
@@ -59,8 +60,13 @@ def tokenizer_of(model_dir: Path) -> Any:
 
 
 def loaded(load: Callable[[], Any]) -> Any:
-    """Call ``load``; an error of transformers about the directory becomes a ``ConfigError``."""
+    """Call ``load``; an error of transformers about the directory becomes a ``ConfigError``.
+
+    Whatever the error is: a file that somebody else wrote may be wrong in any way.
+    """
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ConfigError(f"model_dir must be loadable by transformers, got {type(error).__name__}: {error}") from error

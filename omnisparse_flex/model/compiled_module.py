@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import os
 import threading
 import types
 import warnings
@@ -19,11 +18,12 @@ from omnisparse_flex.backend import Backend
 from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.errors import require
 from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
+from omnisparse_flex.model.cache_history import remember
 from omnisparse_flex.model.cache_ops import Owner
+from omnisparse_flex.model.outside_masks import made, taken
 from omnisparse_flex.model.run_state import ModelState, RunState
+from omnisparse_flex.model.switches import changed_call, dense_on_purpose, is_disabled, is_off, refuse_weights
 
-#: Set to a non-empty value other than 0, every model runs densely, without code changes.
-DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
 #: Rows of the per-layer tensors of a module whose number of layers nobody states.
 MAX_SITES = 256
 #: Prefill and decode, short and long, train and eval, statistics: each is a graph of its own.
@@ -32,7 +32,6 @@ RECOMPILE_LIMIT = 64
 #: Said by the report, and by Dynamo if the user asked for one graph.
 APART = "inside another torch.compile OmniSparse's decoder is a graph of its own: fullgraph=True cannot be had"
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
-
 
 if TYPE_CHECKING:
     module_call: Callable[..., Any]
@@ -68,6 +67,8 @@ class CompiledDecoder:
         self.state = ModelState(torch.tensor(rows, dtype=torch.float32))
         self.owner = Owner()
         self.visual_mask: VisualMask | None = None
+        self.configs: list[Any] = []  # that have our attention's name
+        self.otherwise: VisualMask | None = None  # for calls that pass the hook by
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
         self.records_steps = True  # decode steps, until one could not be recorded
@@ -93,7 +94,8 @@ class CompiledDecoder:
         self.prepare(kwargs, functools.partial(self._prepare, args, kwargs))
         cache: Any = cache_in(self.module.forward, kwargs)
         if not hasattr(cache, "omnisparse_call"):
-            return self.run(args, kwargs)
+            result = self.run(args, kwargs)
+            return result if cache is not None else remember(result, self.state.visual)
         return cache.omnisparse_call(self, args, kwargs)
 
     def prepare(self, kwargs: dict[str, Any], act: Callable[[], None]) -> None:
@@ -115,13 +117,17 @@ class CompiledDecoder:
         later = getattr(cache_in(self.module.forward, kwargs), "omnisparse_later", ())
         while later:
             later.pop(0)()
-        if is_disabled():
-            return self.module._call_impl(*args, **kwargs)
+        if is_off(self.configs, kwargs, self.note_once):
+            with dense_on_purpose():
+                return self.module._call_impl(*args, **kwargs)
+        refuse_weights(self.module, kwargs)
         thread = self.backend.thread
         state, before = self.state.of_call(), thread.runs
         # Threads that start together would each compile the same.
-        with contextlib.nullcontext() if self._warm else self._first, dynamo_settings(**self._settings()):
-            result = self.compiled(state, *args, **kwargs)
+        first = contextlib.nullcontext() if self._warm else self._first
+        with first, dynamo_settings(**self._settings()), changed_call():
+            masks, rest = taken(kwargs)
+            result = self.compiled(state, masks, *args, **rest)
         self._warm = True
         self._note_fallbacks(thread.runs - before, state)
         return result
@@ -138,11 +144,11 @@ class CompiledDecoder:
             state: The call's.
         """
         if ran == 0:
-            self._note_once("Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there")
+            self.note_once("Dynamo ran the decoder eagerly (recompile limit or unsupported code): dense there")
             return
         if state.eager:
             layers = ", ".join(map(str, sorted(state.eager)))
-            self._note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
+            self.note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
         if not self.checked:
             self._check_rewritten()
 
@@ -167,22 +173,25 @@ class CompiledDecoder:
             parameter = next(self.module.parameters(), None)
             if parameter is not None and self.state.recall.device != parameter.device:
                 self.state.recall = self.state.recall.to(parameter.device)
-        if self.visual_mask is not None:
-            self.state.visual = self.visual_mask(args, kwargs)
+        told = self.state.was_told()
+        mask = self.otherwise if self.visual_mask is None and not told else self.visual_mask
+        if mask is not None:
+            self.state.visual = mask(args, kwargs)
+            self.state.was_told()
 
     def _compile(self) -> Callable[..., Any]:
-        def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
+        def template(state: RunState, masks: Any, *args: Any, **kwargs: Any) -> Any:
             # module_call is a global of the function made below, one for each module.
             torch.ops.omnisparse.bind(*state.tensors)
             return module_call(*args, **kwargs)  # noqa: F821
 
-        def template_with_keyword(state: RunState, *args: Any, **kwargs: Any) -> Any:
+        def template_with_keyword(state: RunState, masks: Any, *args: Any, **kwargs: Any) -> Any:
             # Layers hand it to their attention, in whatever graph that is. A layer that does not finds the operator's.
             torch.ops.omnisparse.bind(*state.tensors)
-            return module_call(*args, omnisparse_state=state, **kwargs)  # noqa: F821
+            return module_call(*args, omnisparse_state=state, **made(masks), **kwargs)  # noqa: F821
 
         name = "omnisparse_entry"
-        scope = {"__builtins__": builtins, "torch": torch, "module_call": self.module._call_impl}
+        scope = {"__builtins__": builtins, "torch": torch, "made": made, "module_call": self.module._call_impl}
         code = (template_with_keyword if self.forwards_kwargs else template).__code__
         function = types.FunctionType(code.replace(co_name=name), scope, name)
         compiled: Callable[..., Any] = torch.compile(function, backend=self.backend, dynamic=self.dynamic)
@@ -194,19 +203,15 @@ class CompiledDecoder:
         sites = self.backend.log.sites
         reasons = sorted({site.reason for site in sites})
         if not sites:
-            self._note_once("no attention site found: nothing to rewrite")
+            self.note_once("no attention site found: nothing to rewrite")
         elif all(reasons) and not any("min_seq_len" in reason for reason in reasons):
-            self._note_once(f"rewrote no attention site: {'; '.join(reasons)}")
+            self.note_once(f"rewrote no attention site: {'; '.join(reasons)}")
 
-    def _note_once(self, note: str) -> None:
+    def note_once(self, note: str) -> None:
+        """Warn, and let the report say it; the second time nothing."""
         if note not in self.backend.log.notes:
             self.backend.log.notes[note] = None
             warnings.warn(f"omnisparse: {note}", stacklevel=4)
-
-
-def is_disabled() -> bool:
-    """Whether ``OMNISPARSE_DISABLE`` asks for dense attention everywhere."""
-    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
 def compiled_decoder_of(model: nn.Module) -> CompiledDecoder | None:

@@ -34,12 +34,28 @@ def explain(entry: CompiledDecoder) -> RewriteReport:
     copy = _meta_copy(entry.module)
     tracer = _DryRunBackend(entry.backend)
     traced = CompiledDecoder(copy, tracer, dynamic=True, forwards_kwargs=entry.forwards_kwargs)
-    dtype = next(entry.module.parameters()).dtype
-    embeddings = torch.empty((1, TRACE_TOKENS, config.hidden_size), device="meta", dtype=dtype)
     traced.state.recall = traced.state.recall.to("meta")
-    with torch.no_grad():
-        traced(inputs_embeds=embeddings, use_cache=False)
-    return RewriteReport(tuple(tracer.log.sites), False, 0, notes)
+    failed = _trace(traced, config)
+    return RewriteReport(tuple(tracer.log.sites), False, 0, (*notes, *failed))
+
+
+def _trace(traced: CompiledDecoder, config: Any) -> tuple[str, ...]:
+    """Run a decoder without storage; a note where that fails, for whatever reason: it tells nothing of a real run."""
+    dtype = next(traced.module.parameters()).dtype
+    embeddings = torch.empty((1, TRACE_TOKENS, config.hidden_size), device="meta", dtype=dtype)
+    ids = torch.zeros((1, TRACE_TOKENS), device="meta", dtype=torch.long)
+    error = ""
+    # Some decoders need the ids too: Gemma 4 has embeddings for each layer.
+    for inputs in ({"inputs_embeds": embeddings}, {"input_ids": ids}):
+        traced.backend.log.sites.clear()
+        try:
+            with torch.no_grad():
+                traced(**inputs, use_cache=False)
+        except Exception as raised:
+            error = type(raised).__name__
+        else:
+            return ()
+    return (f"the sites are known after the first run (a trace without weights failed with {error})",)
 
 
 def _meta_copy(decoder: nn.Module) -> nn.Module:

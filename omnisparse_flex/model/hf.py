@@ -11,10 +11,9 @@ import omnisparse_flex.model.cache_ops  # noqa: F401  (defines operators that th
 from omnisparse_flex.attention.logit_sinks import check_sinks
 from omnisparse_flex.attention.marker import dense_attention
 from omnisparse_flex.errors import ConfigError
+from omnisparse_flex.model.outside_masks import Recipe, carry
 from omnisparse_flex.model.run_state import RunState
-
-#: The attention implementation's name inside transformers.
-NAME = "omnisparse"
+from omnisparse_flex.model.switches import NAME, warn_if_not_applied
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -70,6 +69,8 @@ def attention_forward(
     Returns:
         (B, L, Hq, Dv) and no weights.
     """
+    if omnisparse_state is None:
+        warn_if_not_applied(getattr(module, "config", module))
     if kwargs.get("sinks") is not None:
         raise ConfigError("attention must name its logit sinks s_aux, one for each head, got another kind: sinks")
     if s_aux is not None:
@@ -154,10 +155,16 @@ def mask_forward(
             return None
         return attention_mask[:, :kv_length].to(torch.bool)
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    if mask_function is not None:
-        kwargs["mask_function"] = mask_function
-    return sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs
+    function = causal_mask_function if mask_function is None else mask_function
+    mask: Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, use_vmap=use_vmap, **kwargs
+    )
+    if torch.compiler.is_dynamo_compiling():
+        return mask
+    device = kwargs.get("device", torch.device("cpu"))
+    return carry(
+        mask,
+        Recipe(mask_forward, batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, device),
     )
 
 
@@ -182,12 +189,20 @@ def find_decoder(model: Any) -> nn.Module:
     decoder = getattr(decoder, "language_model", decoder)
     if not any(hasattr(module, "layer_idx") for module in decoder.modules()):
         raise ConfigError(f"model must have attention layers, got {type(model).__name__} without any")
+    if _is_encoder(decoder):
+        raise ConfigError(f"model must be a decoder, got the encoder {type(decoder).__name__}: tokens see later ones")
     if not (getattr(decoder, "_supports_sdpa", False) or _lacks_sdpa_for_its_logits(decoder)):
         raise ConfigError(f"model must support sdpa attention, got {type(decoder).__name__} with eager attention only")
     if not decoder._can_set_attn_implementation():
         raise ConfigError(f"model must use transformers' attention interface, got {type(decoder).__name__}")
     module: nn.Module = decoder
     return module
+
+
+def _is_encoder(decoder: Any) -> bool:
+    """Whether a config that tells decoders from encoders (BERT's kind) says that it is none, and its attention too."""
+    causal = [x.is_causal for x in decoder.modules() if hasattr(x, "layer_idx") and hasattr(x, "is_causal")]
+    return not getattr(decoder.config, "is_decoder", True) and bool(causal) and not any(causal)
 
 
 def _lacks_sdpa_for_its_logits(decoder: Any) -> bool:

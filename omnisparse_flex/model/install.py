@@ -9,10 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from omnisparse_flex.model.compiled_module import CompiledDecoder
-from omnisparse_flex.model.hf import NAME, attention_configs, register
+from omnisparse_flex.model.hf import attention_configs, register
+from omnisparse_flex.model.switches import NAME
 from omnisparse_flex.model.user_compile import own_call
-from omnisparse_flex.model.visual_mask import VisualMaskHook, as_entry_mask, receiver_of
+from omnisparse_flex.model.visual_mask import VisualMaskHook, as_entry_mask, inert_hook, receiver_of
 
+#: Said once of a model that sees, whose config names no visual tokens.
+NO_IDS = (
+    "the config names no image or video token id, so every token may be dropped, text as well: "
+    "give apply_omnisparse a visual_mask"
+)
 VisualMaskArgument = Tensor | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None
 
 
@@ -26,7 +32,8 @@ class Undo:
     def __call__(self) -> None:
         """Take it back."""
         for config, name in self.names:
-            config._attn_implementation_internal = name
+            if config._attn_implementation_internal == NAME:  # or else the user has set another since
+                config._attn_implementation_internal = name
         for hook in self.hooks:
             hook.remove()
 
@@ -44,7 +51,8 @@ def install_in_transformers(
         visual_mask: As in ``apply_omnisparse``.
     """
     register()
-    for config in attention_configs(decoder):
+    entry.configs = attention_configs(decoder)
+    for config in entry.configs:
         name = config._attn_implementation_internal
         undo.names.append((config, "sdpa" if name == NAME else name))
         config._attn_implementation_internal = NAME
@@ -54,10 +62,17 @@ def install_in_transformers(
         _drop_stale_hooks(module)
     if receiver is None:
         entry.visual_mask = as_entry_mask(hook)
+        # Without effect but one: a pickled decoder brings our attention's name along.
+        undo.hooks.append(decoder.register_forward_pre_hook(inert_hook(), with_kwargs=True))
     else:
         undo.hooks.append(receiver.register_forward_pre_hook(hook, with_kwargs=True))
+        # Who calls the receiver's ``forward`` (PEFT does), or the decoder itself, passes the hook by.
+        entry.otherwise = as_entry_mask(VisualMaskHook(model, decoder, entry, visual_mask))
     if not hook.token_ids and visual_mask is None:
-        entry.backend.log.notes["no visual tokens known: every token is eligible for selection"] = None
+        if hasattr(model.config, "vision_config"):
+            entry.note_once(NO_IDS)
+        else:
+            entry.backend.log.notes["no visual tokens known: every token is eligible for selection"] = None
 
 
 def _drop_stale_hooks(module: nn.Module) -> None:

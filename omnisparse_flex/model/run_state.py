@@ -55,6 +55,13 @@ class ModelState:
     @visual.setter
     def visual(self, mask: Tensor | None) -> None:
         self._calls.visual = mask
+        self._calls.told = True
+
+    def was_told(self) -> bool:
+        """Whether ``visual`` was set for the call that begins now, since the last time that this was asked."""
+        told: bool = getattr(self._calls, "told", False)
+        self._calls.told = False
+        return told
 
     @property
     def collects(self) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.compiled_module import CompiledDecoder
+from omnisparse_flex.model.switches import warn_if_not_applied
 
 #: Said once to who compiles the changed module itself.
 REPLACED = "module.compile() took the place of OmniSparse: attention is dense (remove, compile the whole model instead)"
@@ -29,13 +30,16 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def own_call(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook of every changed module, without effect but two.
+    """A forward pre-hook of every changed module, without effect but three.
 
-    Dynamo calls a module without hooks by its ``forward`` and never sees the entry. And who compiles the module
-    itself, by ``module.compile()``, is told that this takes the entry's place.
+    Dynamo calls a module without hooks by its ``forward`` and never sees the entry. Who compiles the module itself,
+    by ``module.compile()``, is told that this takes the entry's place. And so is who runs a copy of a plain module:
+    a transformers model's attention function tells it itself.
     """
     if _is_replaced(module):
         _warn_replaced()
+    elif module._compiled_call_impl is None and not hasattr(module, "config"):
+        warn_if_not_applied(module)
 
 
 def was_replaced(model: nn.Module) -> bool:

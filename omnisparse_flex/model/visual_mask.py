@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.cache_argument import cache_in
+from omnisparse_flex.model.cache_history import HISTORY, history_of
 from omnisparse_flex.model.compiled_module import APART, CompiledDecoder, VisualMask, check_visual
+from omnisparse_flex.model.hf import register
+from omnisparse_flex.model.wrappers import refuse_replica
 
 #: Where model configs keep the ids of visual placeholder tokens.
-VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-#: Attribute under which a cache remembers which of its tokens are visual.
-HISTORY = "_omnisparse_visual"
+VISUAL_TOKEN_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index", "image_patch_id")
+#: Said once where a model with visual tokens gets embeddings alone.
+UNKNOWN = (
+    "a call had inputs_embeds without input_ids: which of its tokens are visual is unknown, and each may be dropped "
+    "(give apply_omnisparse a visual_mask)"
+)
 
 
 class VisualMaskHook:
@@ -35,20 +41,16 @@ class VisualMaskHook:
             entry: Where the mask goes.
             given: The user's mask, bool (B, N), a callable ``(args, kwargs) -> mask``, or None.
         """
-        ids = [getattr(model.config, field, None) for field in VISUAL_TOKEN_FIELDS]
-        self.token_ids = sorted({token for token in ids if isinstance(token, int)})
+        self.token_ids = sorted(_visual_ids(model.config))
         self.forward = type(receiver).forward
         self.signature = inspect.signature(receiver.forward)
         self.entry: CompiledDecoder | None = entry
         self.given = given
         self.apart = torch._dynamo.disable(self.note, reason=APART)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> VisualMaskHook:
-        """A copied model has no entry: its hook does nothing, and drags no compiled graph along."""
-        twin = object.__new__(type(self))
-        twin.token_ids, twin.signature, twin.forward = self.token_ids, self.signature, self.forward
-        twin.entry, twin.given, twin.apart = None, self.given, None
-        return twin
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model has no entry: its hook does nothing, and drags no compiled graph along."""
+        return inert_hook, ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the mask of this call in the entry's state."""
@@ -62,6 +64,7 @@ class VisualMaskHook:
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the mask, in eager code."""
         assert self.entry is not None
+        refuse_replica(module)
         # The first step of a call: what is there yet is left of one that an exception ended before the decoder.
         getattr(cache_in(module.forward, kwargs), "omnisparse_later", []).clear()
         self.entry.prepare(kwargs, functools.partial(self.tell, self.entry, args, kwargs))
@@ -74,7 +77,10 @@ class VisualMaskHook:
         """``visual`` from arguments alone."""
         named = {**self.signature.bind_partial(*args, **kwargs).arguments}
         named.update(named.pop("kwargs", {}))
-        return self.visual(args, kwargs, named)
+        mask = self.visual(args, kwargs, named)
+        if mask is None and self.token_ids and self.given is None and self.entry is not None:
+            self.entry.note_once(UNKNOWN)
+        return mask
 
     def visual(self, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Tensor | None:
         """The mask over all keys of this call, bool (B, S), or None: every token is eligible."""
@@ -88,7 +94,7 @@ class VisualMaskHook:
             assert size is not None
             tokens = torch.zeros(size, dtype=torch.bool, device=_device_of(named))
         if cache is not None:
-            history = _history(cache, past, tokens)
+            history = history_of(cache, past, tokens)
             tokens = torch.cat([history, tokens], dim=1)
             setattr(cache, HISTORY, tokens)
         torch._dynamo.maybe_mark_dynamic(tokens, 1)
@@ -113,13 +119,14 @@ class VisualMaskHook:
         return None
 
 
-def _history(cache: Any, past: int, tokens: Tensor) -> Tensor:
-    """What the cache remembers, trimmed to its length; unknown tokens count as text, which is always kept."""
-    known: Tensor | None = getattr(cache, HISTORY, None)
-    unknown = torch.zeros((tokens.shape[0], past), dtype=torch.bool, device=tokens.device)
-    if known is None or known.shape[0] != tokens.shape[0] or known.shape[1] < past:
-        return unknown
-    return known[:, :past].to(tokens.device)
+def _visual_ids(config: Any) -> set[int]:
+    """Token ids of visual placeholders that a config or one of its parts names."""
+    ids = (getattr(config, field, None) for field in VISUAL_TOKEN_FIELDS)
+    found = {token for token in ids if isinstance(token, int)}
+    for part in vars(config).values():
+        if hasattr(part, "get_text_config"):  # a config too
+            found |= _visual_ids(part)
+    return found
 
 
 def _size_of(named: dict[str, Any]) -> tuple[int, int] | None:
@@ -133,6 +140,14 @@ def _device_of(named: dict[str, Any]) -> torch.device:
     source = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
     device: torch.device = source.device
     return device
+
+
+def inert_hook() -> VisualMaskHook:
+    """What a copy has in place of its original's hook; its config may name us in a process that does not know us."""
+    register()
+    twin = object.__new__(VisualMaskHook)
+    twin.entry = None
+    return twin
 
 
 def receiver_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:

@@ -13,7 +13,7 @@ import omnisparse_flex.cache.store as slim_store
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse, remove_omnisparse
 from omnisparse_flex.api import dense
 from omnisparse_flex.model.cache_argument import cache_of
-from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE
+from omnisparse_flex.model.switches import DISABLE_VARIABLE
 from tests.helpers.slim import changed, generate, half_lazy, is_visual, longer, prompt, steps
 from tests.helpers.slim_oracle import kept
 from tests.helpers.tiny import build, cached

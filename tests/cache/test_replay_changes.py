@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from omnisparse_flex import ConfigError, OmniSparseCache, OmniSparseConfig, apply_omnisparse
-from omnisparse_flex.model.compiled_module import DISABLE_VARIABLE, compiled_decoder_of
+from omnisparse_flex.model.compiled_module import compiled_decoder_of
+from omnisparse_flex.model.switches import DISABLE_VARIABLE
 from tests.helpers.slim import changed, generate, half_lazy, prompt
 from tests.helpers.stand_in import SPAN, feed, notes, plain, recording
 from tests.helpers.tiny import cached

@@ -92,7 +92,23 @@ def test_bad_directories(tmp_path: Path, qwen_dir: Path, capsys: pytest.CaptureF
     assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(qwen_dir), "--tokens", "8")
 
 
-@pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "MambaConfig"])
+def test_corrupt_files(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(llama_dir, broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    for weights in (b"", b"no header", whole[: len(whole) // 2]):
+        (broken / "model.safetensors").write_bytes(weights)
+        assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(broken), "--tokens", "8")
+    fields = json.loads((llama_dir / "config.json").read_text())
+    for wrong in ({"hidden_size": "wide"}, {"num_attention_heads": [4]}, {"rope_parameters": 3}, {"hidden_size": -1}):
+        (broken / "config.json").write_text(json.dumps(fields | wrong))
+        assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(broken), "--no-run")
+    for text in ("[]", "3", '"x"', "\x00"):
+        (broken / "config.json").write_text(text)
+        assert "model_dir must be loadable by transformers" in complaint(capsys, "check", str(broken), "--no-run")
+
+
+@pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "MambaConfig", "ElectraConfig"])
 def test_unsupported_models(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     getattr(transformers, kind)().save_pretrained(tmp_path)
     assert "model must" in complaint(capsys, "check", str(tmp_path), "--no-run")
@@ -121,21 +137,22 @@ def test_missing_extras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def test_a_video_for_a_text_model(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = complaint(capsys, "check", str(llama_dir), "--video", str(tmp_path / "clip.mp4"))
-    assert "video must be left out unless the model is of the Qwen2-VL or Qwen2.5-VL kind" in error
+    assert "video must be left out unless model_dir holds the model's own processor" in error
 
 
 @pytest.mark.parametrize(
     ("measures", "want"),
     [
-        ((1.0, 0.0, 1.0, 2.0), check.VERDICTS[0]),
-        ((1.0, 0.0, 1.0, 1.0), check.VERDICTS[1]),
-        ((0.9, 0.0, 1.0, 2.0), check.VERDICTS[2]),
-        ((1.0, 0.1, 1.0, 2.0), check.VERDICTS[2]),
-        ((1.0, 0.0, 0.5, 2.0), check.VERDICTS[2]),
-        ((1.0, float("nan"), 1.0, 2.0), check.VERDICTS[2]),
+        ((1.0, 0.0, 1.0, 2.0, 0.5), check.VERDICTS[0]),
+        ((1.0, 0.0, 1.0, 1.0, 0.5), check.VERDICTS[1]),
+        ((1.0, 0.0, 1.0, 2.0, 1.075), check.VERDICTS[1]),
+        ((0.9, 0.0, 1.0, 2.0, 0.5), check.VERDICTS[2]),
+        ((1.0, 0.1, 1.0, 2.0, 0.5), check.VERDICTS[2]),
+        ((1.0, 0.0, 0.5, 2.0, 0.5), check.VERDICTS[2]),
+        ((1.0, float("nan"), 1.0, 2.0, 0.5), check.VERDICTS[2]),
     ],
 )
-def test_verdicts(measures: tuple[float, float, float, float], want: str) -> None:
+def test_verdicts(measures: tuple[float, ...], want: str) -> None:
     assert check.verdict(*measures) == want
 
 

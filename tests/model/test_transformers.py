@@ -210,7 +210,9 @@ def test_deep_copy_reports_its_lost_compile(name, device):
     with torch.no_grad():
         expected = model(**inputs).logits  # a compiled run leaves graphs behind, which no copy may drag along
         twin = copy.deepcopy(model)
-        torch.testing.assert_close(twin(**inputs).logits, expected)
+        with pytest.warns(UserWarning, match="attention is dense: .*call apply_omnisparse"):
+            torch.testing.assert_close(twin(**inputs).logits, expected)
+        twin(**inputs)  # said once
     with pytest.raises(ValueError, match="a deep copy or unpickled model loses its compile"):
         rewrite_report(twin)
     apply_omnisparse(twin, min_seq_len=0, inner="eager")

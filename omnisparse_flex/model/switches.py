@@ -1,0 +1,118 @@
+"""What switches a changed model off, or asks it for what sparse attention cannot give: said, never silent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from omnisparse_flex.errors import ConfigError
+
+#: The attention implementation's name inside transformers.
+NAME = "omnisparse"
+#: Set to a non-empty value other than 0, every model runs densely, without code changes.
+DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
+#: Said once for each model whose config names us and that nobody applied us to.
+NOT_APPLIED = (
+    "omnisparse: attention is dense: the model is a copy of a changed one, or its config names the attention "
+    "'omnisparse' (from_pretrained's attn_implementation, another model's config), but apply_omnisparse did not "
+    "change it; call apply_omnisparse(model)"
+)
+
+
+class _Calls(threading.local):
+    """How many calls of changed models are in progress in this thread."""
+
+    depth = 0
+
+
+_calls = _Calls()
+#: How many models run densely on purpose.
+_dense = 0
+_told: dict[int, weakref.ref[Any]] = {}
+
+
+def is_disabled() -> bool:
+    """Whether ``OMNISPARSE_DISABLE`` asks for dense attention everywhere."""
+    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
+
+
+@contextlib.contextmanager
+def changed_call() -> Iterator[None]:
+    """Around a call of a module that ``apply_omnisparse`` changed."""
+    _calls.depth += 1
+    try:
+        yield
+    finally:
+        _calls.depth -= 1
+
+
+@contextlib.contextmanager
+def dense_on_purpose() -> Iterator[None]:
+    """Around what shall run densely, without a warning that it does."""
+    global _dense
+    _dense += 1
+    try:
+        yield
+    finally:
+        _dense -= 1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def warn_if_not_applied(config: Any) -> bool:
+    """Say once that a model's attention is ours by name alone.
+
+    Dynamo runs this while it traces: who compiles such a model is told as well.
+
+    Args:
+        config: What the attention module reads its attention's name from.
+
+    Returns:
+        True, for Dynamo.
+    """
+    if _calls.depth or _dense or is_disabled() or _told.get(id(config), lambda: None)() is config:
+        return True
+    _told[id(config)] = weakref.ref(config)
+    warnings.warn(NOT_APPLIED, stacklevel=2)
+    return True
+
+
+def is_off(configs: Sequence[Any], kwargs: Mapping[str, Any], say: Callable[[str], None]) -> bool:
+    """Whether a changed model is to run densely, and by whose word.
+
+    Args:
+        configs: Those that ``apply_omnisparse`` gave our name; ``set_attn_implementation`` gives them another.
+        kwargs: The call's.
+        say: Warns once.
+
+    Raises:
+        ConfigError: If another attention has our place and the call has our cache, which that cannot read.
+    """
+    other = next((x for c in configs if (x := c._attn_implementation_internal) != NAME), None)
+    if other is None:
+        return is_disabled()
+    if "omnisparse_cache" in kwargs:
+        raise ConfigError(f"model must attend by {NAME!r} with an OmniSparseCache, got {other!r}")
+    say(f"set_attn_implementation({other!r}) switched OmniSparse off: attention is dense (apply_omnisparse again)")
+    return True
+
+
+def refuse_weights(module: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse to return attention weights: sparse attention makes no matrix of them.
+
+    Raises:
+        ConfigError: If the call or the config asks for them.
+    """
+    asked = kwargs.get("output_attentions")
+    asked = getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked
+    if asked:
+        raise ConfigError(
+            "output_attentions must be False, got True: sparse attention makes no matrix of weights "
+            "(remove_omnisparse(model) and set_attn_implementation('eager') give them)"
+        )
