@@ -20,7 +20,7 @@ NAME = "omnisparse"
 DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
 #: Said once for each model whose config names us and that nobody applied us to.
 NOT_APPLIED = (
-    "omnisparse: attention is dense: the model is a copy of a changed one, or its config names the attention "
+    "attention is dense: the model is a copy of a changed one, or its config names the attention "
     "'omnisparse' (from_pretrained's attn_implementation, another model's config), but apply_omnisparse did not "
     "change it; call apply_omnisparse(model)"
 )
@@ -64,23 +64,39 @@ def dense_on_purpose() -> Iterator[None]:
         _dense -= 1
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def warn_if_not_applied(config: Any) -> bool:
+def warn_if_not_applied(config: Any) -> None:
     """Say once that a model's attention is ours by name alone.
+
+    Args:
+        config: What the attention module reads its attention's name from.
+    """
+    if not _in_order():
+        warn_once(config, NOT_APPLIED)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def warn_once(config: Any, text: str) -> bool:
+    """Say of a model why it is dense, if nothing was said of it yet.
 
     Dynamo runs this while it traces: who compiles such a model is told as well.
 
     Args:
-        config: What the attention module reads its attention's name from.
+        config: The model's.
+        text: The reason.
 
     Returns:
         True, for Dynamo.
     """
-    if _calls.depth or _dense or is_disabled() or _told.get(id(config), lambda: None)() is config:
-        return True
-    _told[id(config)] = weakref.ref(config)
-    warnings.warn(NOT_APPLIED, stacklevel=2)
+    if _told.get(id(config), lambda: None)() is not config:
+        _told[id(config)] = weakref.ref(config)
+        warnings.warn(f"omnisparse: {text}", stacklevel=2)
     return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_order() -> bool:
+    """Whether attention in this thread is a changed model's, or dense on purpose."""
+    return bool(_calls.depth or _dense or is_disabled())
 
 
 def is_off(configs: Sequence[Any], kwargs: Mapping[str, Any], say: Callable[[str], None]) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
 
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.compiled_module import CompiledDecoder
-from omnisparse_flex.model.switches import warn_if_not_applied
+from omnisparse_flex.model.switches import warn_if_not_applied, warn_once
 
 #: Said once to who compiles the changed module itself.
 REPLACED = "module.compile() took the place of OmniSparse: attention is dense (remove, compile the whole model instead)"
@@ -37,7 +36,7 @@ def own_call(module: nn.Module, args: tuple[Any, ...]) -> None:
     a transformers model's attention function tells it itself.
     """
     if _is_replaced(module):
-        _warn_replaced()
+        warn_once(getattr(module, "config", module), REPLACED)
     elif module._compiled_call_impl is None and not hasattr(module, "config"):
         warn_if_not_applied(module)
 
@@ -51,7 +50,3 @@ def _is_replaced(module: nn.Module) -> bool:
     compiled = module._compiled_call_impl
     compiled = getattr(compiled, "__wrapped__", compiled)  # what only watches the call stands in front of it
     return compiled is not None and not isinstance(compiled, CompiledDecoder)
-
-
-def _warn_replaced() -> None:
-    warnings.warn(f"omnisparse: {REPLACED}", stacklevel=2)
