@@ -1,4 +1,4 @@
-"""Two primitives that a compiler shall not look into.
+"""How our operators are defined, and two primitives that a compiler shall not look into.
 
 ``realize`` is a copy that Inductor cannot fuse away. ``sort_rows`` is a sort that Inductor does not write itself:
 Triton takes up to a minute to compile a sort fused with what surrounds it.
@@ -6,17 +6,41 @@ Triton takes up to a minute to compile a sort fused with what surrounds it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _lib = torch.library.Library("omnisparse", "DEF")
 
-_lib.define("realize(Tensor x) -> Tensor")
-_lib.define("sort_rows(Tensor x) -> (Tensor, Tensor)")
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()) -> None:
+    """Define an operator ``omnisparse::name`` that no compiler looks into.
+
+    Args:
+        schema: Its signature, with its name.
+        run: What it does.
+        fake: What gives results of the same sizes and dtypes without values.
+        tags: Its tags.
+    """
+    name = schema.partition("(")[0]
+    _lib.define(schema, tags=tags)
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"omnisparse::{name}", fake, lib=_lib)
+
+
+def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
+    """Give the operator ``omnisparse::name`` a backward, and a function that saves what it needs."""
+    torch.library.register_autograd(f"omnisparse::{name}", backward, setup_context=setup, lib=_lib)
 
 
 def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _sort_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,17 +48,6 @@ def _sort_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, order
 
 
-_lib.impl("realize", _copy, "CompositeExplicitAutograd")
-_lib.impl("sort_rows", _sort_rows, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "omnisparse::sort_rows",
-    lambda x: (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(x, dtype=torch.int64, memory_format=torch.contiguous_format),
-    ),
-    lib=_lib,
-)
-torch.library.register_fake(
-    "omnisparse::realize", lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), lib=_lib
-)
-torch.library.register_autograd("omnisparse::realize", lambda ctx, grad: grad, lib=_lib)
+define("realize(Tensor x) -> Tensor", _copy, _like)
+define("sort_rows(Tensor x) -> (Tensor, Tensor)", _sort_rows, lambda x: (_like(x), _like(x, torch.int64)))
+register_autograd("realize", lambda ctx, grad: grad)

@@ -29,12 +29,10 @@ After::
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Node
 
-from omnisparse_flex.attention.functional import DTYPES, HEAD_DIMS, autocast_dtype
+from omnisparse_flex.attention.block_sparse import DTYPES, HEAD_DIMS, autocast_dtype
 from omnisparse_flex.cost_model import Shape
 from omnisparse_flex.masks.expr.expr import TRUE, Const, causal
 from omnisparse_flex.passes.nodes import same_size, shape_of, value_of
@@ -74,11 +72,6 @@ def _unsupported(site: Site, settings: Settings) -> str | None:
     if _is_zero(query.shape[2]) or _is_zero(key.shape[2]) or _is_zero(query.shape[0]):
         return "the sequence is empty"
     return None
-
-
-def _equal(size: Any, other: Any) -> bool:
-    """Whether two sizes are the same; two symbols are compared by their values, and a guard holds them to it."""
-    return str(size) == str(other) or bool(size == other)
 
 
 def _mismatch(site: Site) -> str | None:

@@ -47,9 +47,9 @@ from omnisparse_flex.masks.expr.expr import (
     causal,
     causal_offset,
     conjunction,
-    simplify,
 )
 from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
+from omnisparse_flex.masks.expr.simplify import simplify
 from omnisparse_flex.passes.lift import Lifter
 from omnisparse_flex.passes.lift_base import LiftError, is_one
 from omnisparse_flex.passes.nodes import dtype_of, same_size, shape_of, value_of

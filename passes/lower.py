@@ -34,9 +34,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from omnisparse_flex.attention.block_sparse import autocast_dtype
 from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.flex_options import Options, kernel_options
-from omnisparse_flex.attention.functional import autocast_dtype
 from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.passes.nodes import shape_of, value_of
 from omnisparse_flex.passes.scope import Scope

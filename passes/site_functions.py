@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnisparse_flex.attention.block_sparse import attend, autocast_dtype
 from omnisparse_flex.attention.call import AttentionCall, SparseCall
-from omnisparse_flex.attention.functional import attend, autocast_dtype, scalar
+from omnisparse_flex.attention.functional import scalar
 from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.block_lists import map_of_lists

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from omnisparse_flex.kernels.fallback import load
+from omnisparse_flex.ops import define
 from omnisparse_flex.types import MaskMod
 
 KERNEL = ("block_lists.lists_in_one", "the kernel for block lists failed, they are made in tensor code")
@@ -128,8 +129,5 @@ def _fake_lists(keep: Tensor, full: Tensor) -> BlockLists:
     return numbers, indices, torch.empty_like(numbers), torch.empty_like(indices)
 
 
-_lib = torch.library.Library("omnisparse", "FRAGMENT")
 # The flex kernels find a batch row at H * stride(H), which holds for contiguous lists only.
-_lib.define("map_lists(Tensor keep, Tensor full) -> (Tensor, Tensor, Tensor, Tensor)")
-_lib.impl("map_lists", _map_lists, "CompositeExplicitAutograd")
-torch.library.register_fake("omnisparse::map_lists", _fake_lists, lib=_lib)
+define("map_lists(Tensor keep, Tensor full) -> (Tensor, Tensor, Tensor, Tensor)", _map_lists, _fake_lists)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
+from omnisparse_flex.ops import define
 
 KERNEL = ("block_lse.block_lse_in_one", "the kernel for exact rows failed, they are made in tensor code")
 
@@ -52,7 +53,5 @@ def _fake(rows: Tensor, key: Tensor, last: Tensor, real: Tensor | None, scale: f
     return rows.new_empty((*rows.shape[:3], (key.shape[2] + block - 1) // block), dtype=torch.float32)
 
 
-_lib = torch.library.Library("omnisparse", "FRAGMENT")
-_lib.define("block_lse(Tensor rows, Tensor key, Tensor last, Tensor? real, float scale, int block) -> Tensor")
-_lib.impl("block_lse", _block_lse, "CompositeExplicitAutograd")
-torch.library.register_fake("omnisparse::block_lse", _fake, lib=_lib)
+SCHEMA = "block_lse(Tensor rows, Tensor key, Tensor last, Tensor? real, float scale, int block) -> Tensor"
+define(SCHEMA, _block_lse, _fake)

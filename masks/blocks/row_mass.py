@@ -157,7 +157,8 @@ def whole_blocks(x: Tensor, block: int) -> Tensor:
     length = x.shape[2]
     if isinstance(length, int) and length % block == 0:
         return x
-    return x.index_select(2, within(torch.arange(_rounded_up(length, block), device=x.device), length))
+    rounded_up = (length + block - 1) // block * block
+    return x.index_select(2, within(torch.arange(rounded_up, device=x.device), length))
 
 
 def row_positions(offsets: Tensor, length: int, block: int) -> Tensor:
@@ -206,7 +207,3 @@ def within(positions: Tensor, length: int) -> Tensor:
     # Realized: Inductor fails to bound an indirect index that it can follow back to a clamp.
     inside: Tensor = torch.ops.omnisparse.realize(positions.clamp(min=0, max=length - 1))
     return inside
-
-
-def _rounded_up(length: int, block: int) -> int:
-    return (length + block - 1) // block * block

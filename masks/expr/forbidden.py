@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from omnisparse_flex.masks.expr.expr import (
-    ROUNDINGS,
     TRUE,
     Apply,
     Const,
@@ -15,10 +14,9 @@ from omnisparse_flex.masks.expr.expr import (
     Load,
     axes,
     conjunction,
-    indicator,
-    is_boolean,
     walk,
 )
+from omnisparse_flex.masks.expr.simplify import ROUNDINGS, indicator, is_boolean
 
 #: A constant at or under this means "not allowed".
 NEGATIVE = -1e4

@@ -15,10 +15,6 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 KERNELS = ("auto", "triton", "flash")
 Options = tuple[tuple[str, Any], ...]
 
-#: Options of the Triton kernel by (compute capability, head_dim); () elsewhere: Inductor's own.
-#: No row yet: USE_TMA looked a few percent faster on an H200 (D = 128) when tried by hand, and waits for a script that
-#: measures it and a test with a model's strides.
-TRITON_OPTIONS: dict[tuple[int, int], Options] = {}
 FLASH: Options = (("BACKEND", "FLASH"),)
 #: The Triton kernel's tile of keys may not be wider than a block of them; Inductor's own is, of half precision, D = 64.
 NARROW: Options = (("fwd_BLOCK_N", 64),)
@@ -71,19 +67,15 @@ def kernel_options(
     """
     if query.device.type != "cuda":
         return (), ""
-    capability = torch.cuda.get_device_capability(query.device)[0]
     wanted = kernel == "flash" or (kernel == "auto" and has_flash())
     reason = ""
     if wanted:
-        reason = _flash_refuses(query, key, value, dtype, capability) or _flash_refuses_mods(
-            plain_scores, captures, sinks
-        )
+        reason = _flash_refuses(query, key, value, dtype) or _flash_refuses_mods(plain_scores, captures, sinks)
         if not reason and narrow and query.shape[3] != FLASH_NARROW_HEAD_DIM:
             reason = f"key blocks of 64 at head_dim {int(query.shape[3])}"
         if not reason:
             return FLASH, ""
-    options = TRITON_OPTIONS.get((capability, int(query.shape[3])), ())
-    return (*options, *(NARROW if narrow and dtype in FLASH_DTYPES else ())), reason
+    return NARROW if narrow and dtype in FLASH_DTYPES else (), reason
 
 
 def notes(refused: Iterable[tuple[int, str]]) -> list[str]:
@@ -99,7 +91,8 @@ def notes(refused: Iterable[tuple[int, str]]) -> list[str]:
     return [f"FLASH does not take {why}: layers {', '.join(own)} run the Triton kernel" for why, own in layers.items()]
 
 
-def _flash_refuses(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, capability: int) -> str:
+def _flash_refuses(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> str:
+    capability = torch.cuda.get_device_capability(query.device)[0]
     if capability != FLASH_CAPABILITY:
         return f"compute capability {capability}.x"
     if dtype not in FLASH_DTYPES:
@@ -120,5 +113,5 @@ def _flash_refuses_mods(plain_scores: bool, captures: bool, sinks: bool) -> str:
         return "logit sinks"
     if not plain_scores:
         return "logits with a bias, soft cap or score_mod"
-    # Torch 2.11 frees what the mask captures before the kernel reads it (pytorch/pytorch#181800; 2.13 has the mend).
+    # Torch 2.11 frees what the mask captures before the kernel reads it (pytorch/pytorch#181800; fixed in 2.13).
     return "a mask that reads tensors" if captures else ""

@@ -42,22 +42,57 @@ def attend_keys(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over the union of two disjoint sets of keys, from (output, log-sum-exp) of each."""
-    (out_a, lse_a), (out_b, lse_b) = first, second
-    share = torch.sigmoid(lse_a - lse_b)  # of the first part in the union
-    share = torch.where(torch.isinf(lse_a) & torch.isinf(lse_b), 0.0, share)[..., None]
-    return out_a * share + out_b * (1 - share)
+def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """One softmax from two over disjoint keys, and the sinks.
+
+    Args:
+        a: (B, Hq, L, Dv), softmax-weighted values of the one.
+        a_lse: (B, Hq, L), its log-sum-exp; -inf where it has no key.
+        b: (B, Hq, L, Dv) of the other.
+        b_lse: (B, Hq, L).
+        sinks: (Hq,), logit of each head's virtual key without a value, or None.
+
+    Returns:
+        (B, Hq, L, Dv); 0 where neither has a key. Differentiable, log-sum-exps and sinks included.
+    """
+    top = torch.maximum(a_lse, b_lse).detach()
+    logit = None if sinks is None else sinks.to(top.dtype)[:, None]
+    if logit is not None:
+        top = torch.maximum(top, logit.detach())
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weight_a, weight_b = torch.exp(a_lse - top).unsqueeze(-1), torch.exp(b_lse - top).unsqueeze(-1)
+    total = weight_a + weight_b
+    if logit is not None:
+        total = total + torch.exp(logit - top).unsqueeze(-1)
+    return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
+
+
+def attend_logits(logits: Tensor, allowed: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over allowed pairs times values, and its log-sum-exp; rows without a pair give 0 and -inf, not NaN.
+
+    Args:
+        logits: (..., R, S).
+        allowed: bool, broadcastable to ``logits``, or None: all.
+        value: (..., S, Dv), of the logits' dtype.
+    """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    if logits.shape[-1] == 0:  # of no keys there is no maximum
+        return logits @ value, logits.sum(-1) - torch.inf
+    top = logits.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    has_pair = total > 0
+    safe = torch.where(has_pair, total, 1.0)
+    lse = torch.where(has_pair, top + torch.log(safe), -torch.inf).squeeze(-1)
+    return weights @ value / safe, lse
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     logits = (query.to(exact) * scale) @ key.to(exact).transpose(-1, -2)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    lse = torch.logsumexp(logits, -1)
-    weights = torch.exp(logits - torch.where(torch.isinf(lse), 0.0, lse)[..., None])
-    return weights @ value.to(exact), lse
+    return attend_logits(logits, mask, value.to(exact))
 
 
 def _has_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:

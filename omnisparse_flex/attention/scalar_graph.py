@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from omnisparse_flex.masks.expr.expr import Apply, Const, Expr, Index, Load, simplify
+from omnisparse_flex.masks.expr.expr import Apply, Const, Expr, Index, Load
 from omnisparse_flex.masks.expr.index_mask import IndexMask
+from omnisparse_flex.masks.expr.simplify import simplify
 
 #: aten operator name (without overload) -> name in ``expr.OPS``.
 ATEN_OPS: dict[str, str] = {

@@ -27,14 +27,7 @@ from omnisparse_flex.errors import bug, raises_bugs
 from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.select import BlockSelection, grid_of, select_blocks
 from omnisparse_flex.masks.expr.index_mask import IndexMask
-
-_lib = torch.library.Library("omnisparse", "FRAGMENT")
-# record: all of the selection, for statistics; else the first ``ALWAYS`` parts, and the rest empty.
-_lib.define(
-    "select_blocks(Tensor query, Tensor key, Tensor[] layout, Tensor target, Tensor min_peak, "
-    "Tensor[] mask_buffers, str rules, bool record) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+from omnisparse_flex.ops import define
 
 #: Graphs for one set of rules (a length, all lengths, one row and several, ...); past it the selection runs uncompiled.
 RECOMPILE_LIMIT = 32
@@ -191,5 +184,11 @@ def _fake(
     )
 
 
-_lib.impl("select_blocks", _select, "CompositeExplicitAutograd")
-torch.library.register_fake("omnisparse::select_blocks", _fake, lib=_lib)
+# record: all of the selection, for statistics; else the first ``ALWAYS`` parts, and the rest empty.
+define(
+    "select_blocks(Tensor query, Tensor key, Tensor[] layout, Tensor target, Tensor min_peak, "
+    "Tensor[] mask_buffers, str rules, bool record) "
+    f"-> ({', '.join(['Tensor'] * len(PARTS))})",
+    _select,
+    _fake,
+)

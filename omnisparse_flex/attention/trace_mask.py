@@ -10,9 +10,10 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnisparse_flex.attention.scalar_graph import UntraceableError, read_scalar_graph
-from omnisparse_flex.masks.expr.expr import axes, simplify
+from omnisparse_flex.masks.expr.expr import axes
 from omnisparse_flex.masks.expr.forbidden import SCORE, split_additive
 from omnisparse_flex.masks.expr.index_mask import NO_MASK, IndexMask
+from omnisparse_flex.masks.expr.simplify import simplify
 from omnisparse_flex.types import MaskMod, ScoreMod
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from omnisparse_flex.attention.lse_attention import attend_keys, merge
 from omnisparse_flex.cache.kept_keys import KeptKeys
+from omnisparse_flex.kernels.fallback import fits_kernels
 
 #: The kernel for one decoded token, for ``kernels.fallback.load``.
 TOKEN_KERNEL = ("decode_token.attend_token", "the decode kernel failed, decoding runs on dense kernels")
@@ -52,12 +53,10 @@ def attend_parts(
     for part in parts:
         columns = slice(None) if len(part.heads) == kv_heads else list(part.heads)
         prefix = attend_keys(rows[:, columns], part.keys, part.values, part.allowed, scale)
-        out[:, columns] = merge(prefix, (tail[0][:, columns], tail[1][:, columns])).to(query.dtype)
+        out[:, columns] = merge(*prefix, tail[0][:, columns], tail[1][:, columns]).to(query.dtype)
     return out.view(batch, heads, count, -1)
 
 
 def takes_token(query: Tensor, value: Tensor) -> bool:
     """Whether the kernel for one decoded token can run: query (B, Hq, L, D), value (B, Hkv, S, Dv)."""
-    dim = query.shape[3]
-    fits = 16 <= dim <= 256 and dim & (dim - 1) == 0 and value.shape[3] == dim
-    return query.is_cuda and query.shape[2] == 1 and fits and query.dtype != torch.float64
+    return query.is_cuda and query.shape[2] == 1 and fits_kernels(query, value)

@@ -9,19 +9,18 @@ from torch import Tensor
 from omnisparse_flex.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from omnisparse_flex.cache.hf_cache import OmniSparseCache
     from omnisparse_flex.model.compiled_module import CompiledDecoder
 
 
 class DecodeCall:
     """A prefill, a later turn or a decode step, from the cache's check of it to the cache's new length."""
 
-    def __init__(self, decoder: CompiledDecoder, cache: OmniSparseCache, kwargs: dict[str, Any]) -> None:
+    def __init__(self, decoder: CompiledDecoder, cache: Any, kwargs: dict[str, Any]) -> None:
         """Check the call.
 
         Args:
             decoder: The decoder.
-            cache: The cache.
+            cache: The ``OmniSparseCache``.
             kwargs: The decoder's keyword arguments.
 
         Raises:

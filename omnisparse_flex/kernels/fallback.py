@@ -21,6 +21,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def fits_kernels(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernels that attend to listed keys take this head_dim and dtype: (B, Hq, L, D), (B, Hkv, S, Dv)."""
+    dim = query.shape[3]
+    is_power_of_2 = dim & (dim - 1) == 0
+    return 16 <= dim <= 256 and is_power_of_2 and value.shape[3] == dim and query.dtype != torch.float64
+
+
 @functools.cache
 def load(kernel: str, failed: str) -> Callable[..., Any] | None:
     """A function of this folder that launches kernels, ``guarded``.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.errors import PassError
+from omnisparse_flex.ops import define
 
 
 class Calls(Protocol):
@@ -99,22 +100,26 @@ def _fake_attend(
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
-_lib = torch.library.Library("omnisparse", "FRAGMENT")
-for _schema in (
-    "cache_store(Tensor(a!) out, Tensor query, Tensor key, Tensor value, int owner, int layer, float scale) -> ()",
-    "cache_restore(Tensor key, Tensor value, SymInt past, int owner, int layer) -> (Tensor, Tensor)",
-    "cache_attend(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? sinks, int owner, int layer, "
-    "float scale) -> Tensor",
+for _schema, _run, _fake in (
+    (
+        "cache_store(Tensor(a!) out, Tensor query, Tensor key, Tensor value, int owner, int layer, float scale) -> ()",
+        _store,
+        _fake_store,
+    ),
+    (
+        "cache_restore(Tensor key, Tensor value, SymInt past, int owner, int layer) -> (Tensor, Tensor)",
+        _restore,
+        _fake_restore,
+    ),
+    (
+        "cache_attend(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? sinks, int owner, int layer, "
+        "float scale) -> Tensor",
+        _attend,
+        _fake_attend,
+    ),
 ):
     # A replayed CUDA graph would run the kernels and not the bookkeeping: the compiler must split around us.
-    _lib.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
-for _name, _real, _fake in (
-    ("cache_store", _store, _fake_store),
-    ("cache_restore", _restore, _fake_restore),
-    ("cache_attend", _attend, _fake_attend),
-):
-    _lib.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"omnisparse::{_name}", _fake, lib=_lib)
-    _packet = getattr(torch.ops.omnisparse, _name)
+    define(_schema, _run, _fake, tags=(torch.Tag.cudagraph_unsafe,))
+    _packet = getattr(torch.ops.omnisparse, _schema.partition("(")[0])
     torch.fx.node.has_side_effect(_packet)
     torch.fx.node.has_side_effect(_packet.default)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from omnisparse_flex.attention.block_sparse import attend
 from omnisparse_flex.attention.call import SparseCall
-from omnisparse_flex.attention.functional import attend, sparse_attention
+from omnisparse_flex.attention.functional import sparse_attention
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.errors import ConfigError

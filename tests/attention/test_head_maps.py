@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from omnisparse_flex.attention.block_sparse import attend
 from omnisparse_flex.attention.call import AttentionCall, SparseCall
-from omnisparse_flex.attention.functional import attend
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps
 from omnisparse_flex.masks.blocks.select import select_blocks

@@ -16,8 +16,6 @@ from omnisparse_flex.attention import flex_options as kernel_choice
 from omnisparse_flex.attention.flex_options import FLASH, has_flash, kernel_options
 from omnisparse_flex.backend import Backend
 
-#: Options of the Triton kernel, as a row for the tests.
-TUNED = (("num_stages", 3),)
 SEVERAL = "a graph for several lengths (symbolic sizes)"
 
 
@@ -26,7 +24,6 @@ def hopper(monkeypatch):
     """A Hopper GPU with flash-attn-4."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(kernel_choice, "has_flash", lambda: True)
-    monkeypatch.setitem(kernel_choice.TRITON_OPTIONS, (9, 128), TUNED)
 
 
 class Fake:
@@ -60,13 +57,12 @@ def symbol(value):
 
 def test_flash_where_it_is_installed_and_legal(hopper):
     assert choose() == choose("flash") == choose(dim=64) == (FLASH, "")
-    assert choose("triton") == (TUNED, "")
-    assert choose("triton", dim=64) == ((), ""), "no row for this head_dim"
+    assert choose("triton") == ((), "")
 
 
 def test_triton_without_a_word_where_flash_is_not_installed(hopper, monkeypatch):
     monkeypatch.setattr(kernel_choice, "has_flash", lambda: False)
-    assert choose() == choose(captures=True) == choose(length=symbol(512)) == (TUNED, "")
+    assert choose() == choose(captures=True) == choose(length=symbol(512)) == ((), "")
 
 
 @pytest.mark.parametrize("kernel", ["auto", "flash"])
@@ -89,7 +85,7 @@ def test_what_flash_does_not_take_runs_on_triton_by_name(hopper, kernel, changes
 
 def test_symbolic_sizes_run_on_triton(hopper):
     length = symbol(512)
-    assert choose(length=length) == choose("flash", length=length) == (TUNED, SEVERAL)
+    assert choose(length=length) == choose("flash", length=length) == ((), SEVERAL)
     assert length == 512  # a guard: now it is a number
     assert choose(length=length) == (FLASH, "")
 
@@ -97,7 +93,7 @@ def test_symbolic_sizes_run_on_triton(hopper):
 def test_deterministic_algorithms_run_on_triton(hopper):
     torch.use_deterministic_algorithms(True)
     try:
-        assert choose() == (TUNED, "deterministic algorithms")
+        assert choose() == ((), "deterministic algorithms")
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import ConfigError, OmniSparseConfig
 from omnisparse_flex.attention import functional as attending
+from omnisparse_flex.attention.block_sparse import attend
 from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.flex_options import NARROW, kernel_options
-from omnisparse_flex.attention.functional import attend, sparse_attention
+from omnisparse_flex.attention.functional import sparse_attention
 from omnisparse_flex.masks.blocks.block_lists import wider
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, Load, causal

@@ -10,8 +10,8 @@ import torch
 
 from omnisparse_flex import OmniSparseConfig, sparse_attention
 from omnisparse_flex.attention import functional as attention
+from omnisparse_flex.attention.block_sparse import attend
 from omnisparse_flex.attention.call import SparseCall, register
-from omnisparse_flex.attention.functional import attend
 from omnisparse_flex.attention.tokens.op import call_token_op
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.backend import Backend

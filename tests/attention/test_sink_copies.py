@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.attention import sink_copies as module
+from omnisparse_flex.attention.block_sparse import attend
 from omnisparse_flex.attention.call import SparseCall
-from omnisparse_flex.attention.functional import attend
 from omnisparse_flex.attention.sink_copies import COPIES, original_position, spread_first_blocks
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.index_mask import IndexMask
@@ -77,7 +77,7 @@ def test_compiled_gradients_equal_dense_with_copies(device, monkeypatch):
     """All keys kept: whatever path the sinks take, the gradients are those of dense attention."""
     spreads = []
     monkeypatch.setattr(
-        "omnisparse_flex.attention.functional.spread_first_blocks",
+        "omnisparse_flex.attention.block_sparse.spread_first_blocks",
         lambda *a, **k: spreads.append(1) or spread_first_blocks(*a, **k),
     )
     config = OmniSparseConfig(target_recall=0.9999, budget=1 << 20, lazy_threshold=None, sink_size=64)
@@ -105,7 +105,7 @@ def test_copies_are_made_for_the_backward_of_many_keys_only(grad, least, expecte
     made = []
     monkeypatch.setattr(module, "MIN_KEYS", least)
     monkeypatch.setattr(
-        "omnisparse_flex.attention.functional.spread_first_blocks",
+        "omnisparse_flex.attention.block_sparse.spread_first_blocks",
         lambda *a, **k: made.append(1) or spread_first_blocks(*a, **k),
     )
     tensors = [torch.randn(1, 1, 256, 16, requires_grad=grad) for _ in range(3)]

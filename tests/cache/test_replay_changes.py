@@ -6,6 +6,7 @@ The stand-in of test_replay records and replays on the CPU; each change is compa
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -215,6 +216,31 @@ def test_a_copied_cache_goes_its_own_way(device):
     assert twin.replay.count == 1 and twin.store.layers is not cache.store.layers
     assert all(a is b for a, b in zip(twin.layers, twin.store.layers, strict=True))
     assert type(copy.deepcopy(OmniSparseCache(model)).replay.recorder) is type(OmniSparseCache(model).replay.recorder)
+
+
+def test_two_threads_with_one_cache_are_refused(device):
+    """They would write into each other's layers; a thread with a cache of its own waits for the first compile."""
+    model = changed("llama", device)
+    cache, errors = recording(model)[0], []
+
+    def chooser(mass, layer):
+        if layer == 0:
+            other = threading.Thread(target=second)
+            other.start()
+            other.join()
+        return half_lazy(mass, layer)
+
+    def second():
+        try:
+            feed(model, cache, torch.full((1, 1), 20), 0)
+        except ConfigError as error:
+            errors.append(str(error))
+
+    cache.store.chooser = chooser
+    with torch.no_grad():
+        model(**prompt(device, (90,), spans=SPAN), **cached(cache))
+    assert len(errors) == 1 and errors[0].startswith("model must run one call with a cache at a time")
+    assert cache.get_seq_length() == 90
 
 
 def test_a_weight_of_several_tensors_is_not_recorded(device):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.tokens.tensor_code import select_and_attend
-from omnisparse_flex.kernels.fallback import has_triton
+from omnisparse_flex.kernels.fallback import fits_kernels, has_triton
 from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import BLOCK, grid_of
 from omnisparse_flex.masks.expr.causal_padding import CausalPaddingMask, as_causal_padding
@@ -64,10 +64,9 @@ def mask_for_kernels(query: Tensor, key: Tensor, value: Tensor, site: SparseCall
 
 def takes_kernels(query: Tensor, value: Tensor, site: SparseCall) -> bool:
     """Whether the kernels can run, its mask aside: query (B, Hq, L, D), value (B, Hkv, S, Dv)."""
-    dim = query.shape[3]
-    fits = 16 <= dim <= 256 and dim & (dim - 1) == 0 and value.shape[3] == dim and query.dtype != torch.float64
-    # Keys' gradients are summed in no fixed order.
-    return query.is_cuda and fits and not site.changes_scores and not torch.are_deterministic_algorithms_enabled()
+    if not query.is_cuda or site.changes_scores or not fits_kernels(query, value):
+        return False
+    return not torch.are_deterministic_algorithms_enabled()  # keys' gradients are summed in no fixed order
 
 
 def segments_of_site(query: Tensor, key: Tensor, site: SparseCall) -> SegmentLayout:

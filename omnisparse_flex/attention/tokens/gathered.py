@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from omnisparse_flex.attention.call import SparseCall
+from omnisparse_flex.attention.lse_attention import attend_logits
 from omnisparse_flex.masks.tokens.column_mass import CHUNK_LOGITS
 from omnisparse_flex.masks.tokens.key_bits import keys_of_bits
 from omnisparse_flex.masks.tokens.segments import (
@@ -100,25 +101,12 @@ def _attend_chunk(
     row_used = torch.arange(height, device=rows.device) < row_count.unsqueeze(-1)
     key_used = torch.arange(keys.shape[-1], device=rows.device) < key_count.unsqueeze(-1)
     used = row_used.unsqueeze(-1) & key_used.unsqueeze(-2) & site.mask.pairs(*at).to(torch.bool)
-    out, lse = _softmax(logits, used, v)
+    out, lse = attend_logits(logits, used, v)
     rows_shape = (batch, kv_heads, count, queries.shape[3])
     where = rows.unsqueeze(-1).expand(-1, -1, -1, -1, out.shape[-1])
     full = out.new_zeros((*rows_shape, out.shape[-1])).scatter(3, where, out)
     full_lse = lse.new_full(rows_shape, -torch.inf).scatter(3, rows, lse)
     return full.to(value.dtype), full_lse
-
-
-def _softmax(logits: Tensor, used: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over used pairs times values, and its log-sum-exp; rows without a pair give 0 and -inf, not NaN."""
-    logits = logits.masked_fill(~used, -torch.inf)
-    top = logits.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    weights = torch.exp(logits - top)
-    total = weights.sum(-1, keepdim=True)
-    has_pair = total > 0
-    safe = torch.where(has_pair, total, 1.0)
-    lse = torch.where(has_pair, top + torch.log(safe), -torch.inf).squeeze(-1)
-    return weights @ value / safe, lse
 
 
 def _gather_keys(x: Tensor, keys: Tensor) -> Tensor:

@@ -19,15 +19,12 @@ from omnisparse_flex.masks.blocks.layout import Layout
 from omnisparse_flex.masks.blocks.select import grid_of
 from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.statistics import STATS, SelectionStats
+from omnisparse_flex.ops import define, register_autograd
 
-_lib = torch.library.Library("omnisparse", "FRAGMENT")
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] layout, Tensor? visual, Tensor target, "
     "Tensor q_offset, Tensor[] mask_buffers, Tensor[] score_buffers, Tensor[] bias_buffers, str rules"
 )
-# record: 0 = nothing, 1 = statistics and picture, 2 = true recalls too.
-_lib.define(f"attend_tokens({_TENSORS}, int record) -> (Tensor, Tensor, Tensor, Tensor)")
-_lib.define(f"attend_tokens_backward(Tensor grad, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def call_token_op(query: Tensor, key: Tensor, value: Tensor, site: SparseCall) -> Tensor:
@@ -156,8 +153,8 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
     return (*grads, None if arguments[3] is None else of_sinks, *others, None)
 
 
-_lib.impl("attend_tokens", _forward, "CompositeExplicitAutograd")
-_lib.impl("attend_tokens_backward", _backward_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("omnisparse::attend_tokens", _fake, lib=_lib)
-torch.library.register_fake("omnisparse::attend_tokens_backward", _backward_fake, lib=_lib)
-torch.library.register_autograd("omnisparse::attend_tokens", _backward, setup_context=_setup, lib=_lib)
+# record: 0 = nothing, 1 = statistics and picture, 2 = true recalls too.
+define(f"attend_tokens({_TENSORS}, int record) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _fake)
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+define(f"attend_tokens_backward(Tensor grad, {_TENSORS}) -> {_GRADIENTS}", _backward_impl, _backward_fake)
+register_autograd("attend_tokens", _backward, _setup)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from omnisparse_flex.attention.call import SparseCall
+from omnisparse_flex.attention.lse_attention import merge
 from omnisparse_flex.attention.tokens.gathered import attend_gathered
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.tokens.key_bits import bits_of_blocks
@@ -84,31 +85,6 @@ def attend_selected(
     chosen = (selection.rows.long(), selection.row_count, selection.chosen, selection.key_count)
     far, far_lse = attend_gathered(query, key, value, *chosen, list_width(site.config, key.shape[2]), site)
     return merge(near, near_lse, far, far_lse, site.sinks).to(value.dtype)
-
-
-def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """One softmax from two over disjoint keys, and the sinks.
-
-    Args:
-        a: (B, Hq, L, Dv), softmax-weighted values of the one.
-        a_lse: (B, Hq, L), its log-sum-exp; -inf where it has no key.
-        b: (B, Hq, L, Dv) of the other.
-        b_lse: (B, Hq, L).
-        sinks: (Hq,), logit of each head's virtual key without a value, or None.
-
-    Returns:
-        (B, Hq, L, Dv); 0 where neither has a key. Differentiable, log-sum-exps and sinks included.
-    """
-    top = torch.maximum(a_lse, b_lse).detach()
-    logit = None if sinks is None else sinks.to(top.dtype)[:, None]
-    if logit is not None:
-        top = torch.maximum(top, logit.detach())
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    weight_a, weight_b = torch.exp(a_lse - top).unsqueeze(-1), torch.exp(b_lse - top).unsqueeze(-1)
-    total = weight_a + weight_b
-    if logit is not None:
-        total = total + torch.exp(logit - top).unsqueeze(-1)
-    return (a * weight_a + b * weight_b) / total.masked_fill(total == 0, 1.0)
 
 
 def recompute_backward(

@@ -102,21 +102,12 @@ def token_backward_triton(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: SparseCall, mask: CausalPaddingMask,
     segments: SegmentLayout, text: Tensor,
 ) -> Gradients | None:  # fmt: skip
-    """Gradients where nothing but the inputs was kept: each chunk attends again.
+    """Gradients where nothing but the inputs was kept: each chunk attends again, and selects the same again.
 
-    Args:
-        grad: (B, Hq, L, D), of the output.
-        query: As the rest, see ``attend_tokens_triton``.
-        key: (B, Hkv, S, D).
-        value: (B, Hkv, S, D).
-        site: Rules, scale and logit sinks.
-        mask: Its mask.
-        segments: Its always-kept blocks.
-        text: bool (B or 1, L).
+    The arguments are those of ``attend_tokens_triton`` and ``grad`` (B, Hq, L, D) of its output.
 
     Returns:
-        Of query, key, value and the sinks; None once kernels failed to compile. The selection is a function of the
-        inputs, so it is the same as forward.
+        Of query, key, value and the sinks; None once kernels failed to compile.
     """
     grad, query, key, value = (_rowwise(x) for x in (grad, query, key, value))
     grads = _empty_gradients(query, key, value, site.sinks)
@@ -222,15 +213,9 @@ def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | 
 
 
 def _add_gradients(
-    grads: Gradients,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    site: SparseCall,
-    done: AttendedChunk,
+    grads: Gradients, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, site: SparseCall, done: AttendedChunk,
     out: Tensor,
-) -> bool:
+) -> bool:  # fmt: skip
     """Add the gradients of a chunk, whose output is ``out``; False once the kernels failed to compile."""
     of_query, of_key, of_value, of_sinks = grads
     at = (slice(None), done.heads, done.queries)

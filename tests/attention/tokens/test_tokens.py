@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omnisparse_flex.attention.block_sparse import attend
 from omnisparse_flex.attention.call import SparseCall
-from omnisparse_flex.attention.functional import attend, sparse_attention
+from omnisparse_flex.attention.functional import sparse_attention
+from omnisparse_flex.attention.lse_attention import merge
 from omnisparse_flex.attention.tokens import dispatch as token_attention
-from omnisparse_flex.attention.tokens.tensor_code import merge
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
 from omnisparse_flex.config import GQA_CHOICES, OmniSparseConfig
 from omnisparse_flex.masks.blocks.select import BLOCK
