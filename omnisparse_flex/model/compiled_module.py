@@ -93,7 +93,7 @@ class Entry:
         cache: Any = cache_in(self.module.forward, kwargs)
         if not hasattr(cache, "omnisparse_call"):
             result = self.run(args, kwargs)
-            return result if cache is not None else remember(result, self.state.visual)
+            return remember(result, cache, self.state.visual)
         # A keyword argument of ours reaches every layer's attention.
         try:
             with cache.omnisparse_call(self, kwargs):
