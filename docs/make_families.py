@@ -25,9 +25,9 @@ on two rows of unlike layout: text, an image of 256 tokens, text, and then a sec
 model made for itself. The rules keep text and a query's own block alone, so the right answer is known: an oracle in
 float64 attends densely under that mask. *Error* is the larger distance of the two turns' logits to the oracle's, and
 *gradients* that of the decoder's gradients; dense attention in float32 loses 2e-7 to 2e-6 by itself. *If wrong* is the
-distance that the logits would have if the first turn's text were dropped. Density is that of the model's own prompt
-above, under these rules. Images are placeholders without pixels here; `tests/model/test_state_in_every_graph.py` and
-`tests/model/test_gemma_images.py` run pixels.
+distance that the logits would have if the first turn's text were dropped; no gradients: not compared. Density is of
+this prompt under these rules. A layer of another kind than attention cannot be sparse. Images are placeholders without
+pixels here; `tests/model/test_state_in_every_graph.py` and `tests/model/test_gemma_images.py` run pixels.
 
 This page is written by `docs/make_families.py`; `tests/model/test_families.py` runs ten of its rows.
 """
@@ -49,7 +49,10 @@ def page(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     sparse = [row for row in rows if row["sparse"]]
     rest = [row for row in rows if not row["sparse"]]
     lines = [HEAD, f"Run with torch {versions['torch']} and transformers {versions['transformers']}: {_count(rows)}.\n"]
-    lines += ["## Sparse\n", "| family | sites | density | error | if wrong | gradients | slim cache | remarks |"]
+    lines += [
+        "## Sparse\n",
+        "| family | sparse layers | density | error | if wrong | gradients | slim cache | remarks |",
+    ]
     lines += ["|---|---|---|---|---|---|---|---|", *map(line, sparse)]
     lines += ["\n## Dense, refused, or not run here\n", "| family | why |", "|---|---|"]
     lines += [
