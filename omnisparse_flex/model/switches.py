@@ -10,8 +10,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from omnisparse_flex.errors import ConfigError
 
 #: The attention implementation's name inside transformers.
@@ -64,7 +62,6 @@ def dense_on_purpose() -> Iterator[None]:
         _dense -= 1
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def warn_if_not_applied(config: Any) -> bool:
     """Say once that a model's attention is ours by name alone.
 
@@ -81,6 +78,10 @@ def warn_if_not_applied(config: Any) -> bool:
     _told[id(config)] = weakref.ref(config)
     warnings.warn(NOT_APPLIED, stacklevel=2)
     return True
+
+
+#: What ``torch.compiler.assume_constant_result`` sets; that decorator would load Dynamo at import.
+warn_if_not_applied._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_off(configs: Sequence[Any], kwargs: Mapping[str, Any], say: Callable[[str], None]) -> bool:
