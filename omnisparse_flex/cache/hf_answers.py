@@ -81,4 +81,6 @@ def full_attention_layers(decoder: Any) -> int:
     require(kinds == ["full_attention"], "model", "have full attention in every layer", kinds)
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     require(shared == 0, "model", "have keys of its own in every layer", f"{shared} layers that share them")
+    crossed = getattr(config, "cross_attention_layers", None) or []
+    require(not crossed, "model", "have no layers that attend to an image's own keys", f"layers {crossed}")
     return layers  # type: ignore[return-value]

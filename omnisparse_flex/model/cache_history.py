@@ -31,19 +31,22 @@ def history_of(cache: Any, past: int, tokens: Tensor) -> Tensor:
     return known[:, :past].to(tokens.device)
 
 
-def remember(output: Any, visual: Tensor | None) -> Any:
-    """Let a cache that the decoder made for itself know which of its tokens are visual.
+def remember(output: Any, given: Any, visual: Tensor | None) -> Any:
+    """Let a cache that nobody gave to the model know which of its tokens are visual.
 
     Args:
-        output: The decoder's.
+        output: The decoder's; it holds a cache that the decoder made for itself.
+        given: The cache that the decoder got, or None: SmolVLM makes one outside its decoder.
         visual: bool (B, S) of the call, or None: every token is eligible.
 
     Returns:
         The output.
     """
-    cache = _made_by(output)
+    cache = _made_by(output) if given is None else given
+    if visual is None or cache is None or getattr(cache, HISTORY, None) is visual:
+        return output
     # A cache may hold more than this call: that of somebody else's making. It remembers nothing then.
-    if visual is not None and cache is not None and int(cache.get_seq_length()) == visual.shape[1]:
+    if int(cache.get_seq_length()) == visual.shape[1]:
         setattr(cache, HISTORY, visual)
     return output
 

@@ -95,7 +95,7 @@ class CompiledDecoder:
         cache: Any = cache_in(self.module.forward, kwargs)
         if not hasattr(cache, "omnisparse_call"):
             result = self.run(args, kwargs)
-            return result if cache is not None else remember(result, self.state.visual)
+            return remember(result, cache, self.state.visual)
         return cache.omnisparse_call(self, args, kwargs)
 
     def prepare(self, kwargs: dict[str, Any], act: Callable[[], None]) -> None:

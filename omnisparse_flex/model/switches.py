@@ -10,8 +10,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from omnisparse_flex.errors import ConfigError
 
 #: The attention implementation's name inside transformers.
@@ -74,7 +72,6 @@ def warn_if_not_applied(config: Any) -> None:
         warn_once(config, NOT_APPLIED)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def warn_once(config: Any, text: str) -> bool:
     """Say of a model why it is dense, if nothing was said of it yet.
 
@@ -93,10 +90,14 @@ def warn_once(config: Any, text: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _in_order() -> bool:
     """Whether attention in this thread is a changed model's, or dense on purpose."""
     return bool(_calls.depth or _dense or is_disabled())
+
+
+for _function in (warn_once, _in_order):
+    # What ``torch.compiler.assume_constant_result`` sets; that decorator would load Dynamo at import.
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_off(configs: Sequence[Any], kwargs: Mapping[str, Any], say: Callable[[str], None]) -> bool:

@@ -158,12 +158,13 @@ def examine(family: str, *, train: bool = False) -> Row:
     row = Row(family)
     ids, turn = prompt()
     visual = visual_of(torch.cat([ids, turn], 1))
+    step = "no tiny model by smaller sizes alone"
     try:
         model = build(family)
-        row.model = type(model).__name__
+        row.model, step = type(model).__name__, "dense attention does not run on ids without pixels"
         dense = two_turns(model, ids, turn)
     except Exception as error:
-        row.says.append(f"dense attention does not run: {type(error).__name__}: {_line(error)}")
+        row.says.append(f"{step}: {type(error).__name__}: {_line(error)}")
         return row
     try:
         _compare(row, model, ids, turn, visual, dense)

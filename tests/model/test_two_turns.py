@@ -130,10 +130,13 @@ def test_second_turn_as_embeddings(answers):
 @pytest.mark.parametrize("output", [lambda cache: (torch.zeros(1), cache), lambda cache: SimpleNamespace(cache=cache)])
 def test_what_a_decoder_returns_beside_its_states(output):
     cache = SimpleNamespace(get_seq_length=lambda: 3)
-    remember(output(cache), None)
-    remember(output(cache), torch.ones(1, 2, dtype=torch.bool))  # of another length: not this call's
+    remember(output(cache), None, None)
+    remember(output(cache), None, torch.ones(1, 2, dtype=torch.bool))  # of another length: not this call's
     assert not hasattr(cache, HISTORY)
-    remember(output(cache), visual := torch.ones(1, 3, dtype=torch.bool))
+    remember(output(cache), None, visual := torch.ones(1, 3, dtype=torch.bool))
     assert getattr(cache, HISTORY) is visual
-    remember((torch.zeros(1),), visual)
-    remember(SimpleNamespace(past_key_values=None), visual)
+    remember((torch.zeros(1),), None, visual)
+    remember(SimpleNamespace(past_key_values=None), None, visual)
+    given = SimpleNamespace(get_seq_length=lambda: 3)
+    remember(output(None), given, visual)  # made between the model and its decoder
+    assert getattr(given, HISTORY) is visual
