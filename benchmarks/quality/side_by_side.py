@@ -1,0 +1,152 @@
+"""The library's rules through the library, and others' rules as masks, on the same windows of text: SmolLM2-135M.
+
+    PYTHONPATH=. python -m benchmarks.quality.side_by_side --data DIR --device cpu --tokens 8192 --windows 1
+        [--only NAME ...] [--out FILE] [--layers 30]
+
+Every window is written as soon as it is measured; a second run goes on where the first stopped. Rows of the library run
+its kernels with ``min_seq_len=0``; the rows of ``MASKS`` compute exact attention under the pairs that a rule keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import summary
+from benchmarks.quality.block_masks import Rule, install
+from benchmarks.quality.prepare import load
+from benchmarks.quality.rivals import MASKS
+from benchmarks.quality.weights import load_model
+from benchmarks.quality.windows import Window, against_dense, dense_states, hidden_states, windows_of
+from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, remove_omnisparse
+from omnisparse_flex.masks.statistics import STATS
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "side_by_side.json"
+#: The rules that were the default before the peak rule.
+COUNTED = {"target_recall": 0.98, "key_block": 128, "scoring": "mean_pool", "budget": "per_head", "window_size": 256}
+PEAK = {"target_recall": 0.6, "scoring": "sampled_rows", "budget": "peak"}
+#: Row -> the library's rules.
+CONFIGS: dict[str, Callable[[], OmniSparseConfig]] = {
+    "counted mass": lambda: OmniSparseConfig(**COUNTED),
+    "peak, 64 keys, window 128": lambda: OmniSparseConfig(**PEAK, key_block=64, window_size=128),
+    "peak, 64 keys, window 256": lambda: OmniSparseConfig(**PEAK, key_block=64, window_size=256),
+    "peak, 128 keys, window 128": lambda: OmniSparseConfig(**PEAK, key_block=128, window_size=128),
+    "peak, 128 keys, window 256": lambda: OmniSparseConfig(**PEAK, key_block=128, window_size=256),
+    "paper": OmniSparseConfig.paper,
+}
+
+
+@contextlib.contextmanager
+def library(model: Any, config: OmniSparseConfig) -> Iterator[Callable[[Window], tuple[Tensor, dict[str, float]]]]:
+    """Windows inside run under the library's rules; yields what measures one."""
+    apply_omnisparse(model, config, min_seq_len=0)
+    try:
+        with collect_stats(model, exact=True) as stats:
+
+            def run(window: Window) -> tuple[Tensor, dict[str, float]]:
+                states = hidden_states(model, window)
+                assert stats.recalls is not None
+                return states, shares(stats.raw, stats.recalls)
+
+            yield run
+    finally:
+        remove_omnisparse(model)
+
+
+def shares(raw: Tensor, recalls: Tensor) -> dict[str, float]:
+    """Shares of the whole model's dense causal attention, and true recall of sampled rows.
+
+    Args:
+        raw: (layers, len(STATS)), what ``collect_stats`` recorded; a layer without a record is dense.
+        recalls: (layers, 2, Hq), mean and minimum true recall.
+    """
+    kept, allowed, scores = (raw[:, STATS.index(f"{x}_blocks")] for x in ("kept", "allowed", "selection"))
+    sparse, total = allowed > 0, allowed.clamp(min=1e-9)
+    attention = torch.where(sparse, kept / total, 1.0).mean().item()
+    heads = torch.where(sparse[:, None], recalls[:, 0], 1.0)
+    return {
+        "kept": attention,
+        "density": attention + torch.where(sparse, scores / total, 0.0).mean().item(),
+        "recall": heads.mean().item(),
+        "recall_worst_head": heads.min().item(),
+        "recall_5th": heads.flatten().quantile(0.05).item(),
+    }
+
+
+@contextlib.contextmanager
+def masked(model: Any, rule: Rule) -> Iterator[Callable[[Window], tuple[Tensor, dict[str, float]]]]:
+    """Windows inside run under the pairs of a rule; yields what measures one."""
+    before = model.config._attn_implementation
+    attention = install(model)
+    try:
+        with attention.using(rule):
+            yield lambda window: (hidden_states(model, window), attention.books.means())
+    finally:
+        model.config._attn_implementation = before
+
+
+def measure(
+    model: Any, name: str, windows: Sequence[Window], states: Sequence[Tensor], row: dict[str, Any],
+    save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Fill ``row`` with the windows that it lacks; ``save`` is called after each."""
+    missing = [(w, s) for w, s in zip(windows, states, strict=True) if w.name not in row]
+    if not missing:
+        return
+    way = masked(model, MASKS[name]) if name in MASKS else library(model, CONFIGS[name]())
+    row["way"] = "mask" if name in MASKS else "library"
+    with way as run:
+        for window, dense in missing:
+            began = time.perf_counter()
+            own, found = run(window)
+            ran = time.perf_counter() - began
+            judged = against_dense(model.lm_head, own, dense, window.ids)
+            row[window.name] = {**judged, **found, "seconds": round(ran, 1)}
+            save()
+            told = ", ".join(f"{key} {value:.4f}" for key, value in row[window.name].items())
+            print(f"{name} | {window.name}: {told}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the file does not hold yet; print and write after each window."""
+    rows = ["dense", *CONFIGS, *MASKS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.quality.prepare")
+    parser.add_argument("--device", required=True, choices=("cpu", "cuda"))
+    parser.add_argument("--only", nargs="+", choices=rows, default=rows)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=1, help="of each text")
+    parser.add_argument("--layers", type=int, help="the first so many alone: figures mean nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    model: Any = load_model(options.data, device=options.device, dtype=torch.float32)
+    if options.layers:
+        model.model.layers = model.model.layers[: options.layers]
+        model.config.num_hidden_layers = options.layers
+    windows = list(windows_of(load(options.data)[0], options.tokens, options.windows))
+    kept = options.data / f"dense-{options.device}-{len(model.model.layers)}"
+    states = [dense_states(model, window, kept) for window in windows]
+    for name in options.only:
+        content = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
+        content |= {"torch": torch.__version__, "device": summary.device_name(), "commit": summary.commit()}
+        row = content["rows"].setdefault(name, {})
+        if name == "dense":
+            for window, dense in zip(windows, states, strict=True):
+                row[window.name] = against_dense(model.lm_head, dense, dense, window.ids)
+            summary.write_json(content, options.out)
+        else:
+            measure(model, name, windows, states, row, lambda x=content: summary.write_json(x, options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
