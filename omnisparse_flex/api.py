@@ -17,6 +17,7 @@ from omnisparse_flex.model import hf
 from omnisparse_flex.model.compiled_module import Entry, check_visual, entry_of
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
+from omnisparse_flex.model.promises import layer_recalls
 from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
 from omnisparse_flex.report import RewriteReport
 from omnisparse_flex.seams import check_transformers
@@ -137,7 +138,8 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
     report = entry.backend.log.report()
     report = report if report.compiled else explain(entry)
     libraries = ["torch", *(["transformers"] if hf.is_transformers_model(model) else [])]
-    return dataclasses.replace(report, notes=(*newer_than_tested(*libraries), *report.notes))
+    recall = layer_recalls(entry.state.promises)  # the one place that waits for the device
+    return dataclasses.replace(report, notes=(*newer_than_tested(*libraries), *report.notes), recall=recall)
 
 
 @contextlib.contextmanager

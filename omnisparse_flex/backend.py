@@ -17,6 +17,7 @@ from omnisparse_flex.attention.flex_options import KERNELS, has_flash
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph, device_of, tensors_of
 from omnisparse_flex.compile_or_restore import compile_or_restore
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.config_schema import SCHEMA
 from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import BUG, ConfigError, raises_bugs, require
 from omnisparse_flex.passes import Rewrite, Settings, Snapshot, run_pipeline
@@ -221,7 +222,7 @@ def backend_from_options(options: Mapping[str, Any]) -> Backend:
     rest = {name: value for name, value in options.items() if name != "config"}
     config = options.get("config")
     if isinstance(config, Mapping):
-        config = OmniSparseConfig.from_dict(config)
+        config = OmniSparseConfig.from_dict({"schema": SCHEMA, **config})  # code, not rules that a version saved
     return Backend(OmniSparseConfig() if config is None else config, **rest)
 
 

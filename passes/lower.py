@@ -71,7 +71,7 @@ def lower(rewrite: Rewrite) -> None:
 
 
 def _operands(site: Site, rewrite: Rewrite, layouts: dict[Hashable, Node]) -> tuple[Node | None, ...]:
-    """(query, key, value, sinks, layout, visual, recall, stats, maps, recalls, *mask, *bias, *score operands)."""
+    """(query, key, value, sinks, layout, *state, *mask, *bias, *score operands); see ``_state_operands``."""
     state = _state_operands(site)
     leaves = [_leaf_operand(leaf, site.scope) for leaf in (*site.leaves, *site.bias_leaves)]
     scores = site.mods[2] if site.mods is not None else ()
@@ -99,8 +99,8 @@ def _layout_key(site: Site) -> Hashable:
 
 
 def _state_operands(site: Site) -> tuple[Node | None, ...]:
-    """(visual, recall, stats, maps, recalls) in the site's graph; a checkpointed body must not write to its inputs."""
-    visual, recall, *records = site.state or (None,) * 5
+    """(visual, recall, stats, maps, recalls, promises) in the site's graph; a checkpointed body writes to no input."""
+    visual, recall, *records = site.state or (None,) * 6
     kept = (visual, recall, *(records if site.scope.parent is None else [None] * len(records)))
     return tuple(None if leaf is None else site.scope.carry(_node(leaf), leaf.home) for leaf in kept)
 

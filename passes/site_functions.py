@@ -16,6 +16,7 @@ from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.block_lists import map_of_lists
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout
+from omnisparse_flex.masks.blocks.promise import COUNTED_FROM, one_call
 from omnisparse_flex.masks.blocks.select import grid_of
 from omnisparse_flex.masks.expr.expr import Expr, number_in
 from omnisparse_flex.masks.expr.program import MaskProgram
@@ -59,6 +60,7 @@ class Constants:
         stats: Tensor | None,
         maps: Tensor | None,
         recalls: Tensor | None,
+        promises: Tensor | None,
         *rest: Any,
     ) -> AttentionCall:
         """The site with this call's tensors."""
@@ -80,6 +82,7 @@ class Constants:
             layout=layout,
             write=None if stats is None else _writer(self.layer, stats, maps, recalls),
             exact=recalls is not None,
+            note=None if promises is None else _noter(self.layer, promises),
             **scored,
             **self.fixed,
         )
@@ -139,15 +142,20 @@ def _writer(layer: int, stats: Tensor, maps: Tensor | None, recalls: Tensor | No
     """Writes one site's record into the rows of its layer; a picture is cropped to fit."""
 
     def write(measured: Measured) -> None:
-        stats[layer].copy_(measured.stats)
-        if maps is not None:
-            canvas, cells = maps[layer], measured.cells
-            heads, rows, columns = (min(a, b) for a, b in zip(canvas.shape, cells.shape, strict=True))
-            canvas[:heads, :rows, :columns].copy_(cells[:heads, :rows, :columns])
-        if recalls is not None:
-            recalls[layer].copy_(measured.recalls)
+        for table, row in ((stats, measured.stats), (maps, measured.cells), (recalls, measured.recalls)):
+            if table is not None:
+                torch.ops.omnisparse.write_row(table, row, layer, row.shape[0])
 
     return write
+
+
+def _noter(layer: int, promises: Tensor) -> Callable[[Tensor, Tensor, Tensor | float], None]:
+    """Adds one call to the record of a layer."""
+
+    def note(recall: Tensor, some: Tensor, target: Tensor | float) -> None:
+        torch.ops.omnisparse.write_row(promises, one_call(recall, some, target), layer, COUNTED_FROM)
+
+    return note
 
 
 def _mask(

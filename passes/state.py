@@ -74,7 +74,7 @@ class Site:
         scale: Logit scale, None: 1 / sqrt(D).
         softcap: 0: none.
         sinks: (Hq,) node, logit of each head's virtual key without a value, or None.
-        state: What it reads of the call's state (visual, recall, stats, maps, recalls); empty: nothing reaches it.
+        state: What it reads of the call's state (visual, recall, records to write); empty: nothing reaches it.
         dropout: Probability.
         layer: Decoder layer, 0-based; order of appearance where the model does not say.
         path: Module path, for the report.

@@ -1,4 +1,4 @@
-"""Attention of a transformers model under the pairs that a rule keeps, whoever's rule it is; exact, with true recall."""
+"""Attention of a transformers model under the pairs that a rule keeps, whoever's rule it is, with true recall."""
 
 from __future__ import annotations
 

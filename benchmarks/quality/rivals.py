@@ -90,9 +90,7 @@ class ColumnsAndDiagonals(NamedTuple):
         return kept / seen
 
 
-def columns_and_diagonals(
-    query: Tensor, key: Tensor, scale: float, *, rows: int, columns: int, diagonals: int
-) -> Kept:
+def columns_and_diagonals(query: Tensor, key: Tensor, scale: float, *, rows: int, columns: int, diagonals: int) -> Kept:
     """MInference, arXiv 2407.02490: the heaviest columns and diagonals of the last ``rows`` queries, every head.
 
     The first 30 columns and the latest 100 diagonals are always among them. Diagonals are computed in blocks of 64.
@@ -115,8 +113,8 @@ def by_divergence(
     """FlexPrefill, arXiv 2502.20766: a head's last block of queries says how the head chooses.
 
     If block means tell that block's distribution (root of the Jensen-Shannon divergence under ``divergence``), the
-    head keeps the heaviest pairs of block means until ``mass`` of the whole map; otherwise so many blocks of columns and
-    block diagonals as tokens are needed for ``mass`` of the last block, at least ``least`` tokens of each.
+    head keeps the heaviest pairs of block means until ``mass`` of the whole map; else so many blocks of columns and
+    of block diagonals as tokens are needed for ``mass`` of the last block, at least ``least`` tokens of each.
     """
     mean_q, mean_k = (x.unflatten(2, (-1, BLOCK)).mean(3) for x in (query, key))
     count = mean_q.shape[2]

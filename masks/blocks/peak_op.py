@@ -77,13 +77,19 @@ def peaks_of(
         keys = Keys(key, block_mean(key, grid.kv_block), grid.kv_block)
         maps = Maps(layout.full, layout.some, layout.forced)
         first = q_offset // grid.block
-        return find_peaks(PeakSite(query, keys, maps, live, base, floor, scale, first, score, mask), last_rows)
+        made = find_peaks(PeakSite(query, keys, maps, live, base, floor, scale, first, score, mask), last_rows)
+        return _everything_by_rule(made, base)
     made = torch.ops.omnisparse.find_peaks(
         query, key, layout.full, layout.some, layout.forced, live.places.to(torch.int32), live.count.to(torch.int32),
         base, torch.as_tensor(floor, dtype=torch.float32, device=query.device), plain.real, plain.offset, scale,
         grid.kv_block, last_rows,
     )  # fmt: skip
-    return Peaks(*made)
+    return _everything_by_rule(Peaks(*made), base)
+
+
+def _everything_by_rule(made: Peaks, base: Tensor) -> Peaks:
+    """A threshold of 0 keeps every block, of query blocks without a live row (padding) too."""
+    return made._replace(chosen=made.chosen | (base == 0).unsqueeze(-1))
 
 
 def _find_peaks(

@@ -90,6 +90,8 @@ class SparseCall(AttentionCall):
         layout: The part of the selection that layers of one mask share; None: made here.
         write: Called with what the selection left behind, to record statistics; or None.
         exact: ``write`` wants true recalls too.
+        note: Called with the sampled rows' true recall, the layout's ``some`` and ``target``, where the rule has such
+            rows, to record what was kept of what was promised; or None.
         rules: Name under which the operators know this call's constants, where a graph is traced; or "".
     """
 
@@ -102,6 +104,7 @@ class SparseCall(AttentionCall):
     layout: Layout | None = None
     write: Callable[[Measured], None] | None = None
     exact: bool = False
+    note: Callable[[Tensor, Tensor, Tensor | float], None] | None = None
     rules: str = ""
 
     def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
@@ -141,6 +144,7 @@ def register(site: SparseCall) -> str:
         layout=None,
         write=None,
         exact=False,
+        note=None,
     )
     name = hashlib.sha256(repr(bare).encode()).hexdigest()[:16]
     _CALLS[name] = bare

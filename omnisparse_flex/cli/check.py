@@ -16,6 +16,7 @@ from omnisparse_flex.calibration.progress import Progress
 from omnisparse_flex.cli import compare, plot, video
 from omnisparse_flex.cli.loading import auto_class, load_for_inputs, tokenizer_of
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.config_schema import SCHEMA
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import entry_of
 from omnisparse_flex.model.hf import find_decoder
@@ -70,7 +71,8 @@ def config_from(source: str | None) -> OmniSparseConfig:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"config must be valid JSON, got {source!r} ({error})") from error
-    return OmniSparseConfig.from_dict(fields)
+    # Text in a command is written for this version; a file without a schema, by the first one.
+    return OmniSparseConfig.from_dict({"schema": SCHEMA, **fields} if inline and isinstance(fields, dict) else fields)
 
 
 def explain_model(model_dir: Path, config: OmniSparseConfig) -> None:

@@ -20,6 +20,7 @@ from omnisparse_flex.compilation.dynamo_config import dynamo_settings
 from omnisparse_flex.errors import require
 from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_ops import Owner
+from omnisparse_flex.model.promises import Teller
 from omnisparse_flex.model.run_state import RunState, State
 
 #: Set to a non-empty value other than 0, every model runs densely, without code changes.
@@ -64,7 +65,7 @@ class Entry:
         recalls = backend.config.recalls
         rows = recalls if len(recalls) > 1 else recalls * _layers_of(module)
         self.state = State(torch.tensor(rows, dtype=torch.float32))
-        self.owner = Owner()
+        self.owner, self.teller = Owner(), Teller()
         self.visual_mask: VisualMask | None = None
         self.undo: Callable[[], None] = lambda: None
         self.checked = False
@@ -150,6 +151,8 @@ class Entry:
             self._note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
         if not self.checked:
             self._check_rewritten()
+        if self.backend.config.budget == "peak" and (layer := self.teller.news(self.state.promises)) is not None:
+            self._note_once(f"{layer}, under its target_recall; rewrite_report counts such calls")
 
     def _settings(self) -> dict[str, Any]:
         """Dynamo's settings for this module."""
@@ -172,18 +175,21 @@ class Entry:
             parameter = next(self.module.parameters(), None)
             if parameter is not None and self.state.recall.device != parameter.device:
                 self.state.recall = self.state.recall.to(parameter.device)
+                self.state.promises = self.state.promises.to(parameter.device)
         if self.visual_mask is not None:
             self.state.visual = self.visual_mask(args, kwargs)
 
     def _compile(self) -> Callable[..., Any]:
         def template(state: RunState, *args: Any, **kwargs: Any) -> Any:
             # CALL is a global of the function made below, one for each module.
-            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            records = (state.stats, state.maps, state.recalls, state.promises)
+            torch.ops.omnisparse.bind(state.visual, state.recall, *records)
             return CALL(*args, **kwargs)  # noqa: F821
 
         def template_with_keyword(state: RunState, *args: Any, **kwargs: Any) -> Any:
             # Layers hand it to their attention, in whatever graph that is. A layer that does not finds the operator's.
-            torch.ops.omnisparse.bind(state.visual, state.recall, state.stats, state.maps, state.recalls)
+            records = (state.stats, state.maps, state.recalls, state.promises)
+            torch.ops.omnisparse.bind(state.visual, state.recall, *records)
             return CALL(*args, omnisparse_state=state, **kwargs)  # noqa: F821
 
         name = "omnisparse_entry"

@@ -108,12 +108,12 @@ def attention_forward(
 
 
 def _state_operands(state: RunState | None, layer: int) -> tuple[Tensor | None, ...]:
-    """(visual, recall, stats, maps, recalls) for the marker; a layer that runs outside every graph is noted."""
+    """What the marker takes of the call's state; a layer that runs outside every graph is noted."""
     if state is None:
-        return (None,) * 5
+        return (None,) * 6
     if not torch.compiler.is_dynamo_compiling():
         state.eager.add(layer)
-    return state.visual, state.recall, state.stats, state.maps, state.recalls
+    return state.visual, state.recall, state.stats, state.maps, state.recalls, state.promises
 
 
 def _refuse_beside_sinks(softcap: float | None, position_bias: Any = None, cache: Any = None, **kwargs: Any) -> None:

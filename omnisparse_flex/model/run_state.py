@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 
+import torch
 from torch import Tensor
+
+from omnisparse_flex.masks.blocks.promise import RECORD
 
 
 class RunState:
@@ -20,19 +23,22 @@ class RunState:
         stats: float32 (layers, len(STATS)) to be written, or None.
         maps: uint8 (layers, H, rows, columns) to be painted, or None.
         recalls: float32 (layers, 2, Hq) for mean and minimum true recall, or None.
+        promises: float32 (layers, len(RECORD)), what each layer kept of what it promised; always written.
         eager: Layers whose attention ran outside every graph, and so densely.
     """
 
     # All fields are set here: class attributes would cost Dynamo extra compiles.
     def __init__(
-        self, visual: Tensor | None, recall: Tensor, stats: Tensor | None, maps: Tensor | None, recalls: Tensor | None
-    ) -> None:
+        self, visual: Tensor | None, recall: Tensor, stats: Tensor | None, maps: Tensor | None, recalls: Tensor | None,
+        promises: Tensor,
+    ) -> None:  # fmt: skip
         """Hold the tensors of one call."""
         self.visual = visual
         self.recall = recall
         self.stats = stats
         self.maps = maps
         self.recalls = recalls
+        self.promises = promises
         self.eager: set[int] = set()
 
 
@@ -47,11 +53,13 @@ class State:
         stats: As in ``RunState``.
         maps: As in ``RunState``.
         recalls: As in ``RunState``.
+        promises: As in ``RunState``.
     """
 
     def __init__(self, recall: Tensor) -> None:
         """Start without a visual mask and without statistics."""
         self.recall = recall
+        self.promises = torch.zeros((recall.shape[0], len(RECORD)), dtype=torch.float32)
         self.stats: Tensor | None = None
         self.maps: Tensor | None = None
         self.recalls: Tensor | None = None
@@ -74,4 +82,4 @@ class State:
 
     def of_call(self) -> RunState:
         """What this thread's call hands to its attention sites."""
-        return RunState(self.visual, self.recall, self.stats, self.maps, self.recalls)
+        return RunState(self.visual, self.recall, self.stats, self.maps, self.recalls, self.promises)
