@@ -82,7 +82,7 @@ def measure(
         always-kept ones of an active row (segment); ``discarded_share`` is that of the lazy rows;
         the recall is the estimator's own (uncalibrated).
     """
-    rows = _sampled_rows(query)
+    rows = sampled_rows(query)
     if isinstance(selection, BlockSelection):
         values, cells = _block_stats(selection, config), _block_cells(selection, config.split)
         kept = _kept_by_blocks(selection, rows, key.shape[2], BLOCK // config.split) if exact else None
@@ -186,7 +186,8 @@ def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int, key_bl
 SAMPLED_ROWS = 32
 
 
-def _sampled_rows(query: Tensor) -> Tensor:
+def sampled_rows(query: Tensor) -> Tensor:
+    """The query indices, evenly spaced, whose true attention is computed: int64 (SAMPLED_ROWS,)."""
     steps = torch.arange(SAMPLED_ROWS, device=query.device)
     rows: Tensor = torch.ops.omnisparse.realize(((steps + 1) * query.shape[2] // SAMPLED_ROWS - 1).clamp(min=0))
     return rows

@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from omnisparse_flex.attention.functional import causal_program
+from omnisparse_flex.masks.statistics import sampled_rows, true_recall
 
 NAME = "quality_block_masks"
 #: Queries handled at once.
@@ -22,6 +26,9 @@ class Kept(Protocol):
 
     def pairs(self, start: int, stop: int) -> Tensor:
         """Bool (B or 1, Hq, stop - start, stop): what queries ``start`` to ``stop`` keep, causality aside."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Exact attention under the pairs: (B, Hq, N, D)."""
 
     def share(self) -> float:
         """Kept share of the causal pairs, counted in the units that a kernel computes."""
@@ -48,6 +55,18 @@ class Blocks(NamedTuple):
         rows = torch.arange(start, stop, device=self.keep.device) // BLOCK
         return self.keep.index_select(2, rows).index_select(3, keys)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See ``Kept``."""
+        out, groups = torch.empty_like(query), query.shape[1] // key.shape[1]
+        columns = torch.arange(key.shape[2], device=query.device)
+        for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in self.keep.shape[:3])).tolist():
+            first, last = i * BLOCK, (i + 1) * BLOCK
+            chosen = columns[:last][self.keep[b, h, i].repeat_interleave(self.key_block)[:last]]
+            rows, keys = query[b, h, first:last], key[b, h // groups, chosen]
+            logits = (rows @ keys.T * scale).masked_fill_(chosen > columns[first:last, None], float("-inf"))
+            out[b, h, first:last] = torch.softmax(logits, -1) @ value[b, h // groups, chosen]
+        return out
+
     def share(self) -> float:
         """See ``Kept``."""
         seen = causal_blocks(*self.keep.shape[2:], BLOCK // self.key_block, self.keep.device)
@@ -68,7 +87,7 @@ class Books:
         self.recalls: list[Tensor] = []
 
     def means(self) -> dict[str, float]:
-        """``kept``, and the mean true recall of all rows, of the worst head, and of the head at the 5th percentile."""
+        """``kept``, and true recall of sampled rows: mean, worst head, 5th percentile of the heads."""
         heads = torch.cat(self.recalls)
         low = {"recall_worst_head": heads.min().item(), "recall_5th": heads.quantile(0.05).item()}
         return {"kept": sum(self.kept) / len(self.kept), "recall": heads.mean().item(), **low}
@@ -98,31 +117,34 @@ class MaskAttention:
         if module.layer_idx == 0:
             self.books = Books()
         kept = self.rule(query, key, scaling)
-        out, recalls = torch.empty_like(query), []
-        for start in range(0, query.shape[2], STRETCH):
-            stop = min(start + STRETCH, query.shape[2])
-            part = query[:, :, start:stop]
-            out[:, :, start:stop], recall = attended(part, key, value, kept.pairs(start, stop), start, scaling)
-            recalls.append(recall)
+        out = kept.attend(query, key, value, scaling)
         self.books.kept.append(kept.share())
-        self.books.recalls.append(torch.cat(recalls, -1).mean((0, 2)).cpu())
+        self.books.recalls.append(sampled_recall(kept, query, key, scaling).cpu())
         return out.transpose(1, 2).contiguous(), None
 
 
-def attended(
-    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, start: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, R, D) of queries ``start`` onwards under ``keep``, and their true recall (B, Hq, R)."""
-    stop, groups = start + query.shape[2], query.shape[1] // key.shape[1]
-    rows = query.unflatten(1, (-1, groups)).flatten(2, 3)
-    logits = (rows @ key[:, :, :stop].transpose(-1, -2) * scale).unflatten(2, (groups, -1)).flatten(1, 2)
-    places = torch.arange(stop, device=query.device)
-    logits.masked_fill_(places > places[start:, None], float("-inf"))
-    mass = torch.softmax(logits.float(), -1)
-    mass *= keep
-    recall = mass.sum(-1)
-    out = mass.to(value.dtype).unflatten(1, (-1, groups)).flatten(2, 3) @ value[:, :, :stop]
-    return out.unflatten(2, (groups, -1)).flatten(1, 2) / recall.clamp(min=1e-20).unsqueeze(-1), recall
+def sampled_recall(kept: Kept, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """True recall of each head on ``SAMPLED_ROWS`` rows, as ``collect_stats`` samples them: (Hq,)."""
+    rows = sampled_rows(query)
+    pairs = [kept.pairs(row, row + 1) for row in rows.tolist()]
+    wide = torch.cat([F.pad(x, (0, key.shape[2] - x.shape[3])) for x in pairs], 2)
+    mask = causal_program(0, query.device)
+    return true_recall(wide.expand(query.shape[0], query.shape[1], -1, -1), rows, query, key, mask, scale, None)[0]
+
+
+def attend_by_pairs(kept: Kept, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """``Kept.attend`` for any pairs: all logits, some queries at a time."""
+    out, groups = torch.empty_like(query), query.shape[1] // key.shape[1]
+    places = torch.arange(query.shape[2], device=query.device)
+    for start in range(0, query.shape[2], STRETCH):
+        stop = min(start + STRETCH, query.shape[2])
+        rows = query[:, :, start:stop].unflatten(1, (-1, groups)).flatten(2, 3)
+        logits = (rows @ key[:, :, :stop].mT * scale).unflatten(2, (groups, -1)).flatten(1, 2)
+        allowed = kept.pairs(start, stop) & (places[:stop] <= places[start:stop, None])
+        mass = torch.softmax(logits.masked_fill_(~allowed, float("-inf")), -1)
+        mass = mass.unflatten(1, (-1, groups)).flatten(2, 3) @ value[:, :, :stop]
+        out[:, :, start:stop] = mass.unflatten(2, (groups, -1)).flatten(1, 2)
+    return out
 
 
 def install(model: nn.Module) -> MaskAttention:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality.block_masks import BLOCK, Blocks, Kept, Rule, causal_blocks
+from benchmarks.quality.block_masks import BLOCK, Blocks, Kept, Rule, attend_by_pairs, causal_blocks
+from benchmarks.quality.own_rules import BLOCK_RULES, peak
 from benchmarks.quality.rows import logits
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.attention.functional import causal_program
@@ -77,6 +78,10 @@ class ColumnsAndDiagonals(NamedTuple):
         below = (rows - torch.arange(stop, device=self.columns.device) // self.side).clamp(min=0)
         on_diagonal = self.diagonals[..., below.flatten()].unflatten(-1, below.shape)
         return on_diagonal | self.columns[:, :, None, :stop]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See ``Kept``."""
+        return attend_by_pairs(self, query, key, value, scale)
 
     def share(self) -> float:
         """See ``Kept``."""
@@ -209,7 +214,6 @@ def _divergence(a: Tensor, b: Tensor) -> Tensor:
 
 #: Kept share of the controls: what the default keeps at 8K tokens.
 EQUAL_SHARE = 0.23
-_PEAK = OmniSparseConfig(target_recall=0.6, scoring="sampled_rows", budget="peak", key_block=64, window_size=128)
 #: Row -> rule.
 MASKS: dict[str, Rule] = {
     **{f"XAttention {mass}": functools.partial(strided_sums, stride=8, mass=mass) for mass in (0.95, 0.9, 0.8)},
@@ -217,6 +221,6 @@ MASKS: dict[str, Rule] = {
     **{f"FlexPrefill {mass}": functools.partial(by_divergence, mass=mass) for mass in (0.98, 0.95, 0.9)},
     "MInference 1000+1000": functools.partial(columns_and_diagonals, rows=64, columns=1000, diagonals=1000),
     "sinks and window": functools.partial(sinks_and_window, share=EQUAL_SHARE),
-    "random": functools.partial(chosen_by, config=_PEAK, shuffled=True),
-    "peak, as masks": functools.partial(chosen_by, config=_PEAK),
+    "random": functools.partial(chosen_by, config=peak(64, 128), shuffled=True),
+    **{f"{name}, as masks": functools.partial(chosen_by, config=config) for name, config in BLOCK_RULES.items()},
 }

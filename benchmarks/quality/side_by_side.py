@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.common import summary
 from benchmarks.quality.block_masks import Rule, install
+from benchmarks.quality.own_rules import BLOCK_RULES
 from benchmarks.quality.prepare import load
 from benchmarks.quality.rivals import MASKS
 from benchmarks.quality.weights import load_model
@@ -31,18 +32,8 @@ from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, r
 from omnisparse_flex.masks.statistics import STATS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "side_by_side.json"
-#: The rules that were the default before the peak rule.
-COUNTED = {"target_recall": 0.98, "key_block": 128, "scoring": "mean_pool", "budget": "per_head", "window_size": 256}
-PEAK = {"target_recall": 0.6, "scoring": "sampled_rows", "budget": "peak"}
 #: Row -> the library's rules.
-CONFIGS: dict[str, Callable[[], OmniSparseConfig]] = {
-    "counted mass": lambda: OmniSparseConfig(**COUNTED),
-    "peak, 64 keys, window 128": lambda: OmniSparseConfig(**PEAK, key_block=64, window_size=128),
-    "peak, 64 keys, window 256": lambda: OmniSparseConfig(**PEAK, key_block=64, window_size=256),
-    "peak, 128 keys, window 128": lambda: OmniSparseConfig(**PEAK, key_block=128, window_size=128),
-    "peak, 128 keys, window 256": lambda: OmniSparseConfig(**PEAK, key_block=128, window_size=256),
-    "paper": OmniSparseConfig.paper,
-}
+CONFIGS = {**BLOCK_RULES, "paper": OmniSparseConfig.paper()}
 
 
 @contextlib.contextmanager
@@ -102,7 +93,7 @@ def measure(
     missing = [(w, s) for w, s in zip(windows, states, strict=True) if w.name not in row]
     if not missing:
         return
-    way = masked(model, MASKS[name]) if name in MASKS else library(model, CONFIGS[name]())
+    way = masked(model, MASKS[name]) if name in MASKS else library(model, CONFIGS[name])
     row["way"] = "mask" if name in MASKS else "library"
     with way as run:
         for window, dense in missing:
