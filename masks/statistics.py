@@ -102,7 +102,7 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[T
     lazy = selection.lazy & rows
     recall = selection.recall
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
-    cost = _scoring_blocks(selection, config, allowed)
+    cost = scoring_blocks(selection, config, allowed)
     return (
         selection.keep.sum() / (batch * heads),
         allowed,
@@ -117,7 +117,7 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[T
     )
 
 
-def _scoring_blocks(selection: BlockSelection, config: OmniSparseConfig, allowed: Tensor) -> Tensor:
+def scoring_blocks(selection: BlockSelection, config: OmniSparseConfig, allowed: Tensor) -> Tensor:
     """What choosing cost, in blocks that attention computes; the peak rule counts the blocks whose keys it takes."""
     if config.budget == "peak":
         batch, heads = selection.keep.shape[:2]

@@ -44,10 +44,12 @@ class Blocks(NamedTuple):
     Attributes:
         keep: bool (B, Hq, NQ, NK), ``BLOCK`` queries by ``key_block`` keys.
         key_block: Keys of a block.
+        told: Further numbers, such as what the rule itself says that it keeps.
     """
 
     keep: Tensor
     key_block: int = BLOCK
+    told: dict[str, float] = {}  # noqa: RUF012  (never changed)
 
     def pairs(self, start: int, stop: int) -> Tensor:
         """See ``Kept``."""
@@ -85,12 +87,14 @@ class Books:
     def __init__(self) -> None:
         self.kept: list[float] = []
         self.recalls: list[Tensor] = []
+        self.told: list[dict[str, float]] = []
 
     def means(self) -> dict[str, float]:
         """``kept``, and true recall of sampled rows: mean, worst head, 5th percentile of the heads."""
         heads = torch.cat(self.recalls)
         low = {"recall_worst_head": heads.min().item(), "recall_5th": heads.quantile(0.05).item()}
-        return {"kept": sum(self.kept) / len(self.kept), "recall": heads.mean().item(), **low}
+        told = {name: sum(x[name] for x in self.told) / len(self.told) for name in self.told[0]}
+        return {"kept": sum(self.kept) / len(self.kept), "recall": heads.mean().item(), **low, **told}
 
 
 class MaskAttention:
@@ -119,6 +123,7 @@ class MaskAttention:
         kept = self.rule(query, key, scaling)
         out = kept.attend(query, key, value, scaling)
         self.books.kept.append(kept.share())
+        self.books.told.append(kept.told if isinstance(kept, Blocks) else {})
         self.books.recalls.append(sampled_recall(kept, query, key, scaling).cpu())
         return out.transpose(1, 2).contiguous(), None
 

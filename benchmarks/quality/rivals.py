@@ -19,7 +19,9 @@ from benchmarks.quality.own_rules import BLOCK_RULES, peak
 from benchmarks.quality.rows import logits
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.attention.functional import causal_program
+from omnisparse_flex.masks.blocks.promise import one_call
 from omnisparse_flex.masks.blocks.select import select_blocks
+from omnisparse_flex.masks.statistics import scoring_blocks
 
 
 def strided_sums(query: Tensor, key: Tensor, scale: float, *, stride: int, mass: float) -> Kept:
@@ -159,7 +161,12 @@ def chosen_by(query: Tensor, key: Tensor, scale: float, *, config: OmniSparseCon
         query, key, mask, config, target=config.recall_of(0), min_peak=config.min_peak_of(0), scale=scale
     )
     if not shuffled:
-        return Blocks(found.keep, config.key_block)
+        allowed = found.layout.some.expand_as(found.keep).sum() / found.keep.shape[:2].numel()
+        scores = (scoring_blocks(found, config, allowed) / allowed).item()
+        told = {"scores": scores}
+        if config.budget == "peak":
+            told["told_recall"], told["told_worst_head"], *_ = one_call(found.recall, found.layout.some, 1.0).tolist()
+        return Blocks(found.keep, config.key_block, told)
     eligible = found.layout.eligible.expand_as(found.keep)
     noise = torch.rand(found.keep.shape, generator=torch.Generator().manual_seed(0)).to(query.device)
     order = noise.masked_fill(~eligible, -1.0).argsort(-1, descending=True).argsort(-1)

@@ -3,8 +3,9 @@
     PYTHONPATH=. python -m benchmarks.quality.side_by_side --data DIR --device cpu --tokens 8192 --windows 1
         [--only NAME ...] [--out FILE] [--layers 30]
 
-Every window is written as soon as it is measured; a second run goes on where the first stopped. Rows of the library run
-its kernels with ``min_seq_len=0``; the rows of ``MASKS`` compute exact attention under the pairs that a rule keeps.
+Every window is written as soon as it is measured; a second run goes on where the first stopped. Rows of the library
+run its passes and kernels with ``min_seq_len=0``, compiled once for all layers. The rows of ``MASKS`` compute exact
+attention under the pairs that a rule keeps, and count them; "as masks" are those that the library's own rule chooses.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks.common import summary
 from benchmarks.quality.block_masks import Rule, install
@@ -28,49 +30,38 @@ from benchmarks.quality.prepare import load
 from benchmarks.quality.rivals import MASKS
 from benchmarks.quality.weights import load_model
 from benchmarks.quality.windows import Window, against_dense, dense_states, hidden_states, windows_of
-from omnisparse_flex import OmniSparseConfig, apply_omnisparse, collect_stats, remove_omnisparse
-from omnisparse_flex.masks.statistics import STATS
+from omnisparse_flex import OmniSparseConfig
+from omnisparse_flex.calibration.device_speed import compiled_attention
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "side_by_side.json"
 #: Row -> the library's rules.
 CONFIGS = {**BLOCK_RULES, "paper": OmniSparseConfig.paper()}
 
 
+class LibraryAttention:
+    """A transformers attention function that runs the library's compiled call, one graph for all layers."""
+
+    def __init__(self, config: OmniSparseConfig) -> None:
+        self.run = compiled_attention(config, dynamic=False)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        """(B, H, N, D) in, (B, N, H, D) out. Causal, no padding, no cache."""
+        return self.run(query, key, value).transpose(1, 2).contiguous(), None
+
+
 @contextlib.contextmanager
 def library(model: Any, config: OmniSparseConfig) -> Iterator[Callable[[Window], tuple[Tensor, dict[str, float]]]]:
     """Windows inside run under the library's rules; yields what measures one."""
-    apply_omnisparse(model, config, min_seq_len=0)
+    before, name = model.config._attn_implementation, "quality_library"
+    AttentionInterface.register(name, LibraryAttention(config).attend)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    model.config._attn_implementation = name
     try:
-        with collect_stats(model, exact=True) as stats:
-
-            def run(window: Window) -> tuple[Tensor, dict[str, float]]:
-                states = hidden_states(model, window)
-                assert stats.recalls is not None
-                return states, shares(stats.raw, stats.recalls)
-
-            yield run
+        yield lambda window: (hidden_states(model, window), {})
     finally:
-        remove_omnisparse(model)
-
-
-def shares(raw: Tensor, recalls: Tensor) -> dict[str, float]:
-    """Shares of the whole model's dense causal attention, and true recall of sampled rows.
-
-    Args:
-        raw: (layers, len(STATS)), what ``collect_stats`` recorded; a layer without a record is dense.
-        recalls: (layers, 2, Hq), mean and minimum true recall.
-    """
-    kept, allowed, scores = (raw[:, STATS.index(f"{x}_blocks")] for x in ("kept", "allowed", "selection"))
-    sparse, total = allowed > 0, allowed.clamp(min=1e-9)
-    attention = torch.where(sparse, kept / total, 1.0).mean().item()
-    heads = torch.where(sparse[:, None], recalls[:, 0], 1.0)
-    return {
-        "kept": attention,
-        "density": attention + torch.where(sparse, scores / total, 0.0).mean().item(),
-        "recall": heads.mean().item(),
-        "recall_worst_head": heads.min().item(),
-        "recall_5th": heads.flatten().quantile(0.05).item(),
-    }
+        model.config._attn_implementation = before
 
 
 @contextlib.contextmanager

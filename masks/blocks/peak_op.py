@@ -10,7 +10,7 @@ from torch import Tensor
 
 from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.masks.blocks.layout import Layout
-from omnisparse_flex.masks.blocks.mean_pool import block_mean
+from omnisparse_flex.masks.blocks.mean_pool import block_mean, for_exact_products
 from omnisparse_flex.masks.blocks.peak import (
     CANDIDATE,
     LOWEST,
@@ -74,7 +74,7 @@ def peaks_of(
     if score is None and layout.some.shape[1] == layout.forced.shape[1] == layout.full.shape[1] == 1:
         plain = plain_mask(mask, grid.batch, grid.kv_len, query.device)
     if plain is None:
-        keys = Keys(key, block_mean(key, grid.kv_block), grid.kv_block)
+        keys = Keys(for_exact_products(key), block_mean(key, grid.kv_block), grid.kv_block)  # once for all rows
         maps = Maps(layout.full, layout.some, layout.forced)
         first = q_offset // grid.block
         made = find_peaks(PeakSite(query, keys, maps, live, base, floor, scale, first, score, mask), last_rows)
@@ -114,7 +114,7 @@ def _find_peaks(
         parts, buffers = [causal(Load(0, ()))], [offset.reshape(())]
     if real is not None:
         parts, buffers = [*parts, Load(len(buffers), (B, KV))], [*buffers, real]
-    mask = MaskProgram(conjunction(*parts), tuple(buffers))
+    mask, keys = MaskProgram(conjunction(*parts), tuple(buffers)), keys._replace(vectors=for_exact_products(key))
     first = 0 if offset is None else offset.reshape(()) // places.shape[3]
     site = PeakSite(query, keys, Maps(*maps), live, base, floor, scale, first, None, mask)
     chosen, recall, scored = find_peaks(site, last_rows, pairs=PAIRS)
