@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from omnisparse_flex.config_checks import AUTO, MIN_PEAK, check_together, count, is_real, one_of, resolve
 from omnisparse_flex.config_schema import SCHEMA, migrated, refuse_removed, refuse_removed_scoring
-from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.errors import require
 
 Budget = Literal["flattest_head", "per_head", "peak"] | int
 
@@ -16,21 +16,6 @@ Budget = Literal["flattest_head", "per_head", "peak"] | int
 SCORINGS = {"block": ("mean_pool", "tile_pool", "sampled_rows"), "token": ("one_pass",)}
 #: What ``lazy_threshold="auto"`` means for blocks whose mass is counted.
 LAZY_THRESHOLD = 0.05
-#: A default that depends on the other fields: construction puts a value in its place.
-AUTO: Any = "auto"
-#: What it is for ``budget="peak"``. Our choice: on SmolLM2 narrow blocks and a narrow window keep the fewest keys for
-#: what they lose (``benchmarks/results/side_by_side.json``).
-OF_PEAKS = {"target_recall": 0.6, "key_block": 64, "window_size": 128}
-#: The same for rules that count mass or a fixed number, as they were before the peak rule.
-OF_COUNTS = {"target_recall": 0.98, "key_block": 128, "window_size": 256}
-#: What ``min_peak`` is unless told.
-MIN_PEAK = 0.1
-#: Made here: Dynamo, which traces a config's construction, formats no number that it made a symbol of.
-MIN_PEAK_RULE = f'be left at {MIN_PEAK} without budget="peak", which alone reads it'
-LAZY_RULE = 'be left out for budget="peak", where a query block whose rows peak nowhere fetches nothing'
-GQA_CHOICES = ("group", "head")
-#: Fewest coordinates of a head that tensor cores multiply.
-LEAST_DIMS = 16
 #: Queries of a block: a segment is a whole number of them.
 SEGMENT_UNIT = 128
 #: Widths of a block of keys.
@@ -122,83 +107,41 @@ class OmniSparseConfig:
 
     def __post_init__(self) -> None:
         """Put values in place of ``AUTO``, and check every field."""
-        self._resolve()
+        resolve(self)
         if isinstance(self.target_recall, Sequence) and not isinstance(self.target_recall, str):
             object.__setattr__(self, "target_recall", tuple(self.target_recall))
             require(len(self.recalls) > 0, "target_recall", "hold one value per layer", self.target_recall)
         for recall in self.recalls:
-            require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
-        _one_of("granularity", self.granularity, tuple(SCORINGS))
+            require(is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
+        one_of("granularity", self.granularity, tuple(SCORINGS))
         refuse_removed_scoring(self.scoring)
-        _one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
+        one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
         peaks = self.budget == "peak" and self.granularity == "token"
         require(not peaks, "budget", "be per_head, flattest_head or an int at token granularity", self.budget)
         ok = type(self.key_block) is int and self.key_block in KEY_BLOCKS
         require(ok, "key_block", f"be one of {', '.join(map(str, KEY_BLOCKS))}", self.key_block)
         ok = self.key_block == SEGMENT_UNIT or self.granularity == "block"
         require(ok, "key_block", f"be {SEGMENT_UNIT} at token granularity", self.key_block)
-        self._check_peak()
-        self._check_scoring_dims()
-        self._check_gqa_choice()
-        _count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
+        check_together(self)
+        count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
         ok = self.segment_size % SEGMENT_UNIT == 0
         require(ok, "segment_size", f"be a multiple of {SEGMENT_UNIT}", self.segment_size)
-        _count("last_rows", self.last_rows, minimum=0)
+        count("last_rows", self.last_rows, minimum=0)
         require(self.last_rows % 2 == 0, "last_rows", "be even", self.last_rows)
         if isinstance(self.budget, str):
-            _one_of("budget", self.budget, BUDGETS)
+            one_of("budget", self.budget, BUDGETS)
         else:
-            _count("budget", self.budget, minimum=0)
+            count("budget", self.budget, minimum=0)
         if self.max_kv_budget is not None:
-            _count("max_kv_budget", self.max_kv_budget, minimum=0)
+            count("max_kv_budget", self.max_kv_budget, minimum=0)
         if self.lazy_threshold is not None and self.lazy_threshold != "auto":
-            ok = _is_real(self.lazy_threshold) and 0 <= float(self.lazy_threshold) <= 1
+            ok = is_real(self.lazy_threshold) and 0 <= float(self.lazy_threshold) <= 1
             require(ok, "lazy_threshold", 'be "auto", None or in [0, 1]', self.lazy_threshold)
-        _count("sink_size", self.sink_size, minimum=0)
-        _count("window_size", self.window_size, minimum=1)
+        count("sink_size", self.sink_size, minimum=0)
+        count("window_size", self.window_size, minimum=1)
         if isinstance(self.budget, int) and self.max_kv_budget is not None:
             ok = self.budget <= self.max_kv_budget
             require(ok, "budget", f"be at most max_kv_budget={self.max_kv_budget}", self.budget)
-
-    def _resolve(self) -> None:
-        """Values for the fields that are left to the rule, so that ``to_dict`` and ``replace`` see no ``AUTO``."""
-        if self.budget == AUTO:
-            asked = self.max_kv_budget is not None or self.lazy_threshold != AUTO
-            counts = asked or self.granularity == "token" or self.scoring not in (AUTO, "sampled_rows")
-            object.__setattr__(self, "budget", "per_head" if counts else "peak")
-        for name, value in (OF_PEAKS if self.budget == "peak" else OF_COUNTS).items():
-            if getattr(self, name) == AUTO:
-                object.__setattr__(self, name, value)
-
-    def _check_peak(self) -> None:
-        if isinstance(self.min_peak, Sequence) and not isinstance(self.min_peak, str):
-            object.__setattr__(self, "min_peak", tuple(self.min_peak))
-            require(len(self.peaks) > 0, "min_peak", "hold one value per layer", self.min_peak)
-        for peak in self.peaks:
-            require(_is_real(peak) and 0 <= peak < 1, "min_peak", "be in [0, 1)", self.min_peak)
-        if self.budget == "peak":
-            require(self.scorer == "sampled_rows", "scoring", 'be "sampled_rows" for budget="peak"', self.scoring)
-            require(self.max_kv_budget is None, "max_kv_budget", 'be None for budget="peak"', self.max_kv_budget)
-            require(self.lazy_threshold == AUTO, "lazy_threshold", LAZY_RULE, self.lazy_threshold)
-            return
-        require(self.scorer != "sampled_rows", "budget", 'be "peak" for scoring="sampled_rows"', self.budget)
-        require(self.min_peak == MIN_PEAK, "min_peak", MIN_PEAK_RULE, self.min_peak)
-
-    def _check_scoring_dims(self) -> None:
-        if self.scoring_dims is None:
-            return
-        _count("scoring_dims", self.scoring_dims, minimum=LEAST_DIMS)
-        require(self.scoring_dims.bit_count() == 1, "scoring_dims", "be a power of 2", self.scoring_dims)
-        require(self.scorer == "one_pass", "scoring_dims", 'be None without scoring="one_pass"', self.scoring_dims)
-
-    def _check_gqa_choice(self) -> None:
-        _one_of("gqa_choice", self.gqa_choice, GQA_CHOICES)
-        if self.gqa_choice == "group":
-            return
-        rule = 'be "group" at block granularity, where each query head always chooses'
-        require(self.granularity == "token", "gqa_choice", rule, self.gqa_choice)
-        rule = 'be "group" for the flattest head\'s budget, which needs all members of a group at once'
-        require(self.budget != "flattest_head", "gqa_choice", rule, self.gqa_choice)
 
     @property
     def recalls(self) -> tuple[float, ...]:
@@ -300,17 +243,3 @@ class OmniSparseConfig:
         unknown = sorted(set(fields) - known)
         require(not unknown, "config", f"hold only the fields {sorted(known)}", unknown)
         return cls(**fields)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _one_of(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _count(name: str, value: object, minimum: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    require(ok, name, f"be an int of at least {minimum}", value)

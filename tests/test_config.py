@@ -10,7 +10,8 @@ import re
 import pytest
 from hypothesis import given
 
-from omnisparse_flex.config import OF_COUNTS, OF_PEAKS, OmniSparseConfig
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.config_checks import OF_COUNTS, OF_PEAKS
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.testing import configs
 

@@ -83,7 +83,7 @@ class SparseCall(AttentionCall):
     Attributes:
         config: Selection rules.
         target: Recall of this call, a number or 0-d tensor.
-        min_peak: Share of a row that is a peak in this call, likewise, for the peak rule.
+        min_peak: Share of a row that is a peak in this call, likewise, for the peak rule; None: the config's first.
         visual: bool (B, S), visual tokens; None: every token is eligible. See ``text_blocks``.
         q_offset: Position of query 0 among the keys.
         static: Graphs are of one length each.
@@ -97,7 +97,7 @@ class SparseCall(AttentionCall):
 
     config: OmniSparseConfig
     target: Tensor | float = 1.0
-    min_peak: Tensor | float = 0.0
+    min_peak: Tensor | float | None = None
     visual: Tensor | None = None
     q_offset: Tensor | int = 0
     static: bool = False
@@ -106,6 +106,11 @@ class SparseCall(AttentionCall):
     exact: bool = False
     note: Callable[[Tensor, Tensor, Tensor | float], None] | None = None
     rules: str = ""
+
+    @property
+    def peak(self) -> Tensor | float:
+        """``min_peak``, or the config's first."""
+        return self.config.min_peak_of(0) if self.min_peak is None else self.min_peak
 
     def measured(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> Measured:
         """The record of a selection that this site made."""

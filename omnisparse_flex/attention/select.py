@@ -40,7 +40,7 @@ def _inline(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
         visual=site.visual,
         q_offset=site.q_offset,
         adjust=change_of_logits(grid, site.plain_score) if site.changes_scores else None,
-        min_peak=site.min_peak,
+        min_peak=site.peak,
         score=site.plain_score if site.changes_scores else None,
         layout=site.layout,
     )
