@@ -223,7 +223,7 @@ def _divergence(a: Tensor, b: Tensor) -> Tensor:
 EQUAL_SHARE = 0.23
 #: Row -> rule.
 MASKS: dict[str, Rule] = {
-    **{f"XAttention {mass}": functools.partial(strided_sums, stride=8, mass=mass) for mass in (0.95, 0.9, 0.8)},
+    **{f"XAttention {mass}": functools.partial(strided_sums, stride=8, mass=mass) for mass in (0.98, 0.95, 0.9, 0.8)},
     **{f"FlashPrefill {alpha}": functools.partial(share_of_maximum, alpha=alpha) for alpha in (0.02, 0.05, 0.1)},
     **{f"FlexPrefill {mass}": functools.partial(by_divergence, mass=mass) for mass in (0.98, 0.95, 0.9)},
     "MInference 1000+1000": functools.partial(columns_and_diagonals, rows=64, columns=1000, diagonals=1000),
