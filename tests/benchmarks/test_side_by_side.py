@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
 from benchmarks.quality import own_rules, rivals
 from benchmarks.quality.block_masks import Blocks, attend_by_pairs, causal_blocks, sampled_recall
+from benchmarks.quality.side_by_side_figures import figures, mean, needed, table
 from benchmarks.quality.windows import Window, against_dense, windows_of
 
 LENGTH, SCALE = 1024, 0.25
@@ -99,3 +101,37 @@ def test_a_window_is_judged_against_dense_attention():
     names = [w.name for w in windows_of({"a": torch.arange(20), "b": torch.arange(20)}, 10, 2)]
     assert names == ["10:a:0", "10:b:0", "10:a:1", "10:b:1"]
     assert json.dumps(same) and Window("a", 0, ids).name == "9:a:0"
+
+
+def test_the_share_that_a_rival_needs_lies_between_its_thresholds():
+    points = [(3.0, 0.2), (1.0, 0.4), (2.0, 0.3)]
+    assert needed(points, 1.5) == (pytest.approx(0.35), "between measured thresholds")
+    assert needed(points, 0.5) == (0.4, "no threshold loses so little")
+    assert needed(points, 9.0)[0] == 0.2
+
+
+def test_figures_compare_like_windows():
+    def window(nll, **more):
+        return {"nll": nll, "late": nll, "kl": 0.01, "top1": 0.9, "seconds": 1, **more}
+
+    shares = {
+        "kept": 0.2,
+        "scores": 0.05,
+        "recall": 0.9,
+        "recall_5th": 0.8,
+        "recall_worst_head": 0.7,
+        "told_recall": 0.91,
+    }
+    rows = {
+        "dense": {"8192:a:0": window(2.0), "8192:b:0": window(3.0)},
+        "peak, 64 keys, window 128": {"way": "library", "8192:a:0": window(2.01)},
+        "peak, 64 keys, window 128, as masks": {"8192:a:0": window(2.01, **shares), "8192:b:0": window(3.5, **shares)},
+        "XAttention 0.95": {"8192:a:0": window(2.005, kept=0.4)},
+        "XAttention 0.9": {"8192:a:0": window(2.015, kept=0.2)},
+    }
+    found = figures(rows)
+    assert found["peak.ppl_delta_pct.8k"][0] == pytest.approx(100 * math.expm1(0.01), abs=1e-3)
+    assert found["peak.density.8k"][0] == 0.25 and found["peak.recall_difference.8k"][0] == 0.01
+    assert found["peak.kept_over_xattention"][0] == pytest.approx(0.2 / 0.3, abs=0.01)
+    assert "| peak, 64 keys, window 128 | 0.200 | 0.250 | +1.01 % | 0.0100 | 0.900 |" in table(rows, 8192)
+    assert mean(rows, "nobody", 8192) == {}
