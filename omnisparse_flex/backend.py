@@ -28,7 +28,6 @@ from omnisparse_flex.report import Log, SiteReport
 from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
-
 #: Queries below which a device that was never measured stays dense. Our choice: twice what an H200 needs.
 UNMEASURED = 16384
 #: What a report says where no length pays.
@@ -216,8 +215,7 @@ def backend_from_options(options: Mapping[str, Any]) -> Backend:
     Raises:
         ConfigError: On unknown or invalid options.
     """
-    known = ("config", "min_seq_len", "kernel", "inner")
-    unknown = sorted(set(options) - set(known))
+    unknown = sorted(set(options) - set(known := ("config", "min_seq_len", "kernel", "inner")))
     require(not unknown, "options", f"hold only {', '.join(known)}", unknown)
     rest = {name: value for name, value in options.items() if name != "config"}
     config = options.get("config")

@@ -29,11 +29,9 @@ DISABLE_VARIABLE = "OMNISPARSE_DISABLE"
 MAX_SITES = 256
 #: Prefill and decode, short and long, train and eval, statistics: each is a graph of its own.
 RECOMPILE_LIMIT = 64
-
 #: Said by the report, and by Dynamo if the user asked for one graph.
 APART = "inside another torch.compile OmniSparse's decoder is a graph of its own: fullgraph=True cannot be had"
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
-
 
 if TYPE_CHECKING:
     CALL: Callable[..., Any]
@@ -174,8 +172,9 @@ class Entry:
         if not is_disabled():
             parameter = next(self.module.parameters(), None)
             if parameter is not None and self.state.recall.device != parameter.device:
-                self.state.recall = self.state.recall.to(parameter.device)
-                self.state.promises = self.state.promises.to(parameter.device)
+                with torch.inference_mode(False):  # they are written to outside of it too
+                    self.state.recall = self.state.recall.to(parameter.device)
+                    self.state.promises = self.state.promises.to(parameter.device)
         if self.visual_mask is not None:
             self.state.visual = self.visual_mask(args, kwargs)
 
