@@ -22,7 +22,7 @@ def test_the_random_control_spends_the_same_budgets() -> None:
 
     torch.manual_seed(0)
     query, key = 2 * torch.randn(1, 4, 1500, 16), 2 * torch.randn(1, 2, 1500, 16)
-    rules = OmniSparseConfig(target_recall=0.6)
+    rules = OmniSparseConfig(target_recall=0.6, budget="per_head")
 
     def select(target: float) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = select_blocks(query, key, causal_program(0, query.device), rules, target=target, scale=0.25)
