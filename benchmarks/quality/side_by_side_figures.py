@@ -88,7 +88,11 @@ def needed(points: Sequence[tuple[float, float]], change: float) -> tuple[float,
         if less <= change <= loss:
             part = (change - less) / max(loss - less, 1e-9)
             return more_kept + part * (kept - more_kept), "between measured thresholds"
-    return (ordered[0][1], "no threshold loses so little") if change < ordered[0][0] else (ordered[-1][1], "at most")
+    return (
+        (ordered[0][1], "or more: no threshold loses so little")
+        if change < ordered[0][0]
+        else (ordered[-1][1], "or less")
+    )
 
 
 def figures(rows: Rows, tokens: int = 8192) -> dict[str, tuple[float, str, str]]:
@@ -117,7 +121,7 @@ def figures(rows: Rows, tokens: int = 8192) -> dict[str, tuple[float, str, str]]
     ]
     if rival:
         kept, how = needed(rival, own["change"])
-        told = f"XAttention's rule at that perplexity, own code: {kept:.3f}, {how}; {windows}"
+        told = f"kept share of XAttention's rule, own code, at that perplexity: {kept:.3f}, {how}; {windows}"
         found["peak.kept_over_xattention"] = (shares["kept"] / kept, "x", told)
     return {name: (round(value, 4), unit, baseline) for name, (value, unit, baseline) in found.items()}
 

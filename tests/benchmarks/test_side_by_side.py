@@ -106,7 +106,7 @@ def test_a_window_is_judged_against_dense_attention():
 def test_the_share_that_a_rival_needs_lies_between_its_thresholds():
     points = [(3.0, 0.2), (1.0, 0.4), (2.0, 0.3)]
     assert needed(points, 1.5) == (pytest.approx(0.35), "between measured thresholds")
-    assert needed(points, 0.5) == (0.4, "no threshold loses so little")
+    assert needed(points, 0.5) == (0.4, "or more: no threshold loses so little")
     assert needed(points, 9.0)[0] == 0.2
 
 
