@@ -82,7 +82,7 @@ def measure_selection(
         always-kept ones of an active row (segment); ``discarded_share`` is that of the lazy rows;
         the recall is the estimator's own (uncalibrated).
     """
-    rows = _sampled_rows(query)
+    rows = sampled_rows(query)
     if isinstance(selection, BlockSelection):
         values, block_map = _block_stats(selection, config), _block_map(selection, config.split)
         kept = _kept_by_blocks(selection, rows, key.shape[2], BLOCK // config.split) if exact else None
@@ -102,7 +102,7 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[T
     lazy = selection.lazy & rows
     recall = selection.recall
     allowed = selection.layout.some.expand_as(selection.keep).sum() / (batch * heads)
-    cost = _scoring_blocks(selection, config, allowed)
+    cost = scoring_blocks(selection, config, allowed)
     return (
         selection.keep.sum() / (batch * heads),
         allowed,
@@ -117,7 +117,7 @@ def _block_stats(selection: BlockSelection, config: OmniSparseConfig) -> tuple[T
     )
 
 
-def _scoring_blocks(selection: BlockSelection, config: OmniSparseConfig, allowed: Tensor) -> Tensor:
+def scoring_blocks(selection: BlockSelection, config: OmniSparseConfig, allowed: Tensor) -> Tensor:
     """What choosing cost, in blocks that attention computes; the peak rule counts the blocks whose keys it takes."""
     if config.budget == "peak":
         batch, heads = selection.keep.shape[:2]
@@ -190,7 +190,8 @@ def _kept_by_blocks(selection: BlockSelection, rows: Tensor, kv_len: int, key_bl
 SAMPLED_ROWS = 32
 
 
-def _sampled_rows(query: Tensor) -> Tensor:
+def sampled_rows(query: Tensor) -> Tensor:
+    """The query indices, evenly spaced, whose true attention is computed: int64 (SAMPLED_ROWS,)."""
     steps = torch.arange(SAMPLED_ROWS, device=query.device)
     rows: Tensor = torch.ops.omnisparse.realize(((steps + 1) * query.shape[2] // SAMPLED_ROWS - 1).clamp(min=0))
     return rows

@@ -18,6 +18,7 @@ from omnisparse_flex.model.compiled_module import CompiledDecoder, check_visual,
 from omnisparse_flex.model.decoder_facts import head_shapes, refuse_several_devices
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
+from omnisparse_flex.model.promises import layer_recalls
 from omnisparse_flex.model.switches import NAME, dense_on_purpose
 from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
 from omnisparse_flex.model.wrappers import refuse_wrapped, unwrap
@@ -146,7 +147,8 @@ def rewrite_report(model: nn.Module) -> RewriteReport:
     report = entry.backend.log.report()
     report = report if report.compiled else explain(entry)
     libraries = ["torch", *(["transformers"] if is_hf else [])]
-    return dataclasses.replace(report, notes=(*newer_than_tested(*libraries), *report.notes))
+    recall = layer_recalls(entry.state.promises)  # the one place that waits for the device
+    return dataclasses.replace(report, notes=(*newer_than_tested(*libraries), *report.notes), recall=recall)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from omnisparse_flex.attention.flex_options import KERNELS, has_flash, notes
 from omnisparse_flex.compilation.inductor import CompiledFn, compile_graph, device_of, tensors_of
 from omnisparse_flex.compile_or_restore import compile_or_restore
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.config_schema import SCHEMA
 from omnisparse_flex.cost_model import LAST, Shape, costs_of, expected_share
 from omnisparse_flex.errors import BUG, ConfigError, raises_bugs, require
 from omnisparse_flex.passes import Rewrite, Settings, Snapshot, run_pipeline
@@ -26,7 +27,6 @@ from omnisparse_flex.report import Log, SiteReport
 from omnisparse_flex.seams import require_seams
 
 INNERS = ("auto", "inductor", "aot_eager", "eager")
-
 #: Queries below which a device that was never measured stays dense. Our choice: twice what an H200 needs.
 UNMEASURED_MIN_QUERIES = 16384
 #: What a report says where no length pays.
@@ -214,13 +214,12 @@ def backend_from_options(options: Mapping[str, Any]) -> Backend:
     Raises:
         ConfigError: On unknown or invalid options.
     """
-    known = ("config", "min_seq_len", "kernel", "inner")
-    unknown = sorted(set(options) - set(known))
+    unknown = sorted(set(options) - set(known := ("config", "min_seq_len", "kernel", "inner")))
     require(not unknown, "options", f"hold only {', '.join(known)}", unknown)
     others = {name: value for name, value in options.items() if name != "config"}
     config = options.get("config")
     if isinstance(config, Mapping):
-        config = OmniSparseConfig.from_dict(config)
+        config = OmniSparseConfig.from_dict({"schema": SCHEMA, **config})  # code, not rules that a version saved
     return Backend(OmniSparseConfig() if config is None else config, **others)
 
 

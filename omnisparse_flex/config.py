@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from omnisparse_flex.config_checks import AUTO, MIN_PEAK, check_together, count, is_real, one_of, resolve
 from omnisparse_flex.config_schema import SCHEMA, migrated, refuse_removed, refuse_removed_scoring
-from omnisparse_flex.errors import ConfigError, require
+from omnisparse_flex.errors import require
 
 Budget = Literal["flattest_head", "per_head", "peak"] | int
 
 #: Estimators by granularity; the first is what ``"auto"`` means.
 SCORINGS = {"block": ("mean_pool", "tile_pool", "sampled_rows"), "token": ("one_pass",)}
-#: What ``lazy_threshold="auto"`` means for blocks.
+#: What ``lazy_threshold="auto"`` means for blocks whose mass is counted.
 LAZY_THRESHOLD = 0.05
-#: What ``min_peak`` is unless told.
-MIN_PEAK = 0.1
-#: Made here: Dynamo, which traces a config's construction, formats no number that it made a symbol of.
-MIN_PEAK_RULE = f'be left at {MIN_PEAK} without budget="peak", which alone reads it'
-GQA_CHOICES = ("group", "head")
-#: Fewest coordinates of a head that tensor cores multiply.
-LEAST_DIMS = 16
 #: Queries of a block: a segment is a whole number of them.
 SEGMENT_UNIT = 128
 #: Widths of a block of keys.
@@ -36,28 +29,31 @@ class OmniSparseConfig:
 
     Attributes:
         target_recall: Softmax mass a row must keep, in (0, 1]; one value, or one
-            per decoder layer. A layer at 1.0 is dense.
+            per decoder layer. A layer at 1.0 is dense. For ``budget="peak"`` the floor of every sampled row, 0.6
+            unless told; for the rules that count, the share of the *estimated* mass, 0.98 unless told.
         granularity: Unit of the key selection: ``"block"`` (``key_block`` keys, for each block of
             128 queries) or ``"token"`` (single keys, for each segment of queries).
         key_block: Keys of a block, 64 or 128; the same in training, whose kernels take blocks of 128 and mask the half
-            that is not kept. Block granularity.
+            that is not kept. Block granularity; 64 for ``budget="peak"`` and 128 for the others unless told.
         segment_size: Queries that share one choice of tokens, a multiple of 128; without
             effect at block granularity.
-        scoring: The estimator of attention mass. For blocks ``"mean_pool"`` (block means,
-            cheapest), ``"tile_pool"`` (means of 32 tokens) or ``"sampled_rows"`` (exact rows of 16 of 128 queries,
-            for ``budget="peak"`` alone); for tokens ``"one_pass"``
-            (rows' normalisers guessed); ``"auto"``: the granularity's first.
+        scoring: The estimator of attention mass. For blocks ``"sampled_rows"`` (exact rows of 16 of 128 queries,
+            for ``budget="peak"`` alone), or ``"mean_pool"`` (block means, cheapest) or ``"tile_pool"`` (means of 32
+            tokens) for the rules that count; for tokens ``"one_pass"`` (rows' normalisers guessed); ``"auto"``: the
+            first that the budget takes.
         scoring_dims: Coordinates of each head that ``"one_pass"`` multiplies for its scores, a power of 2 from 16 to
             the head's own number: those with the largest product of mean squares in queries and keys, over all
             tokens of the call. The always-kept part, the guess and the attention take all. None: all.
         gqa_choice: Who chooses tokens: ``"group"``, the query heads of a KV head together, or ``"head"``, each query
             head for itself. Token granularity: blocks are always chosen by each query head. In tensor code (the CPU,
             changed scores) ``"head"`` copies keys and values for every query head; the kernels copy nothing.
-        budget: ``"per_head"`` gives every head of a layer the budget that it needs;
-            ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
-            is a fixed number of tokens; ``"peak"`` counts nothing: a block is fetched if one of the query block's
+        budget: ``"peak"``, the default of blocks, counts nothing: a block is fetched if one of the query block's
             sampled rows gives it at least that row's threshold. The threshold is ``min_peak``, less for rows that
-            see many key blocks, and less for rows that would keep less than ``target_recall`` of their mass. With
+            see many key blocks, and less for rows that would keep less than ``target_recall`` of their mass.
+            ``"per_head"`` gives every head of a layer the budget that it needs;
+            ``"flattest_head"`` gives all what the flattest one needs (the paper's rule); an int
+            is a fixed number of tokens. Tokens, and blocks for which ``scoring``, ``max_kv_budget`` or
+            ``lazy_threshold`` asks for counting, have ``"per_head"`` unless told. With
             ``gqa_choice="head"`` there is no flattest head: the kernels take a group's members one after the other,
             and its budget would need all of them at once.
         min_peak: Share of a row's attention that makes a block worth fetching, in [0, 1), for ``budget="peak"``;
@@ -66,11 +62,13 @@ class OmniSparseConfig:
             counted); None: no bound.
         lazy_threshold: A query (block) whose estimated mass beyond sinks and window is
             under this is lazy, in [0, 1], and attends only sinks, window and text; None: no query selection.
+            For rules that count: with ``budget="peak"`` a query block whose rows peak nowhere fetches nothing.
             ``"auto"``: 0.05 for blocks, None for tokens. There the estimate, means of 128 keys, misses what a query
             fetches from a few of them: on text 0.05 discards queries that look far (docs/limits.md); give a number
             where you measured it.
         sink_size: First tokens every query keeps, in tokens.
-        window_size: Latest tokens every query keeps, in tokens, itself included.
+        window_size: Latest tokens every query keeps, in tokens, itself included; 128 for ``budget="peak"`` and 256 for
+            the others unless told.
         last_rows: Rows of exact logits that the last two query blocks are chosen by, whatever the
             estimator: a question at the end of a prompt holds unlike words, which a block's mean
             hides. The blocks are the tensor's: of a
@@ -87,19 +85,19 @@ class OmniSparseConfig:
     +0.79 % perplexity; the group's choice, "mean" in the row's name, +1.33 % at that density).
     """
 
-    target_recall: float | tuple[float, ...] = 0.98
+    target_recall: float | tuple[float, ...] = AUTO
     granularity: str = "block"
-    key_block: int = 128
+    key_block: int = AUTO
     segment_size: int = 256
     scoring: str = "auto"
     scoring_dims: int | None = None
     gqa_choice: str = "group"
-    budget: Budget = "per_head"
+    budget: Budget = AUTO
     min_peak: float | tuple[float, ...] = MIN_PEAK
     max_kv_budget: int | None = None
     lazy_threshold: float | str | None = "auto"
     sink_size: int = 64
-    window_size: int = 256
+    window_size: int = AUTO
     last_rows: int = 64
 
     def __new__(cls, *args: Any, **fields: Any) -> OmniSparseConfig:
@@ -108,70 +106,42 @@ class OmniSparseConfig:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        """Normalise ``target_recall`` and check every field."""
+        """Put values in place of ``AUTO``, and check every field."""
+        resolve(self)
         if isinstance(self.target_recall, Sequence) and not isinstance(self.target_recall, str):
             object.__setattr__(self, "target_recall", tuple(self.target_recall))
             require(len(self.recalls) > 0, "target_recall", "hold one value per layer", self.target_recall)
         for recall in self.recalls:
-            require(_is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
-        _one_of("granularity", self.granularity, tuple(SCORINGS))
+            require(is_real(recall) and 0 < recall <= 1, "target_recall", "be in (0, 1]", self.target_recall)
+        one_of("granularity", self.granularity, tuple(SCORINGS))
         refuse_removed_scoring(self.scoring)
-        _one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
+        one_of("scoring", self.scoring, ("auto", *SCORINGS[self.granularity]))
+        peaks = self.budget == "peak" and self.granularity == "token"
+        require(not peaks, "budget", "be per_head, flattest_head or an int at token granularity", self.budget)
         ok = type(self.key_block) is int and self.key_block in KEY_BLOCKS
         require(ok, "key_block", f"be one of {', '.join(map(str, KEY_BLOCKS))}", self.key_block)
         ok = self.key_block == SEGMENT_UNIT or self.granularity == "block"
         require(ok, "key_block", f"be {SEGMENT_UNIT} at token granularity", self.key_block)
-        self._check_peak()
-        self._check_scoring_dims()
-        self._check_gqa_choice()
-        _count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
+        check_together(self)
+        count("segment_size", self.segment_size, minimum=SEGMENT_UNIT)
         ok = self.segment_size % SEGMENT_UNIT == 0
         require(ok, "segment_size", f"be a multiple of {SEGMENT_UNIT}", self.segment_size)
-        _count("last_rows", self.last_rows, minimum=0)
+        count("last_rows", self.last_rows, minimum=0)
         require(self.last_rows % 2 == 0, "last_rows", "be even", self.last_rows)
         if isinstance(self.budget, str):
-            _one_of("budget", self.budget, BUDGETS)
+            one_of("budget", self.budget, BUDGETS)
         else:
-            _count("budget", self.budget, minimum=0)
+            count("budget", self.budget, minimum=0)
         if self.max_kv_budget is not None:
-            _count("max_kv_budget", self.max_kv_budget, minimum=0)
+            count("max_kv_budget", self.max_kv_budget, minimum=0)
         if self.lazy_threshold is not None and self.lazy_threshold != "auto":
-            ok = _is_real(self.lazy_threshold) and 0 <= float(self.lazy_threshold) <= 1
+            ok = is_real(self.lazy_threshold) and 0 <= float(self.lazy_threshold) <= 1
             require(ok, "lazy_threshold", 'be "auto", None or in [0, 1]', self.lazy_threshold)
-        _count("sink_size", self.sink_size, minimum=0)
-        _count("window_size", self.window_size, minimum=1)
+        count("sink_size", self.sink_size, minimum=0)
+        count("window_size", self.window_size, minimum=1)
         if isinstance(self.budget, int) and self.max_kv_budget is not None:
             ok = self.budget <= self.max_kv_budget
             require(ok, "budget", f"be at most max_kv_budget={self.max_kv_budget}", self.budget)
-
-    def _check_peak(self) -> None:
-        if isinstance(self.min_peak, Sequence) and not isinstance(self.min_peak, str):
-            object.__setattr__(self, "min_peak", tuple(self.min_peak))
-            require(len(self.peaks) > 0, "min_peak", "hold one value per layer", self.min_peak)
-        for peak in self.peaks:
-            require(_is_real(peak) and 0 <= peak < 1, "min_peak", "be in [0, 1)", self.min_peak)
-        if self.budget == "peak":
-            require(self.scorer == "sampled_rows", "scoring", 'be "sampled_rows" for budget="peak"', self.scoring)
-            require(self.max_kv_budget is None, "max_kv_budget", 'be None for budget="peak"', self.max_kv_budget)
-            return
-        require(self.scorer != "sampled_rows", "budget", 'be "peak" for scoring="sampled_rows"', self.budget)
-        require(self.min_peak == MIN_PEAK, "min_peak", MIN_PEAK_RULE, self.min_peak)
-
-    def _check_scoring_dims(self) -> None:
-        if self.scoring_dims is None:
-            return
-        _count("scoring_dims", self.scoring_dims, minimum=LEAST_DIMS)
-        require(self.scoring_dims.bit_count() == 1, "scoring_dims", "be a power of 2", self.scoring_dims)
-        require(self.scorer == "one_pass", "scoring_dims", 'be None without scoring="one_pass"', self.scoring_dims)
-
-    def _check_gqa_choice(self) -> None:
-        _one_of("gqa_choice", self.gqa_choice, GQA_CHOICES)
-        if self.gqa_choice == "group":
-            return
-        rule = 'be "group" at block granularity, where each query head always chooses'
-        require(self.granularity == "token", "gqa_choice", rule, self.gqa_choice)
-        rule = 'be "group" for the flattest head\'s budget, which needs all members of a group at once'
-        require(self.budget != "flattest_head", "gqa_choice", rule, self.gqa_choice)
 
     @property
     def recalls(self) -> tuple[float, ...]:
@@ -199,6 +169,8 @@ class OmniSparseConfig:
     def lazy_below(self) -> float | None:
         """``lazy_threshold`` with ``"auto"`` resolved."""
         if self.lazy_threshold == "auto":
+            if self.budget == "peak":
+                return None
             return LAZY_THRESHOLD if self.granularity == "block" else None
         return None if self.lazy_threshold is None else float(self.lazy_threshold)
 
@@ -271,17 +243,3 @@ class OmniSparseConfig:
         unknown = sorted(set(fields) - known)
         require(not unknown, "config", f"hold only the fields {sorted(known)}", unknown)
         return cls(**fields)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _one_of(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _count(name: str, value: object, minimum: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    require(ok, name, f"be an int of at least {minimum}", value)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from omnisparse_flex.errors import require
 
 #: Version of what ``OmniSparseConfig.to_dict`` writes; rules without one are of schema 1 (omnisparse-flex 0.1).
-SCHEMA = 2
+SCHEMA = 3
+#: What fields meant that rules of schema 1 and 2 leave out: since schema 3 blocks are chosen by peaks unless told.
+UNTOLD = {"budget": "per_head", "target_recall": 0.98, "key_block": 128, "window_size": 256}
 
 
 class Removed(NamedTuple):
@@ -77,4 +79,8 @@ def migrated(fields: Mapping[str, Any]) -> dict[str, Any]:
         for name, (same, _) in REMOVED_FIELDS.items():
             if name in rest and rest[name] in same and not isinstance(rest[name], bool):
                 del rest[name]
-    return rest
+    if schema == SCHEMA:
+        return rest
+    if rest.get("budget") == "peak":
+        rest.pop("lazy_threshold", None)  # it was read by no one
+    return {**UNTOLD, **rest}

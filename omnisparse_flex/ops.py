@@ -1,7 +1,8 @@
-"""How our operators are defined, and two primitives that a compiler shall not look into.
+"""How our operators are defined, and primitives that a compiler shall not look into.
 
 ``realize`` is a copy that Inductor cannot fuse away. ``sort_rows`` is a sort that Inductor does not write itself:
-Triton takes up to a minute to compile a sort fused with what surrounds it.
+Triton takes up to a minute to compile a sort fused with what surrounds it. ``write_row`` writes a layer's record into
+the row of a table: with the layer's number in its kernels, Inductor would compile them anew for every layer.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ def _sort_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, order
 
 
+def _write_row(table: Tensor, row: Tensor, index: int, added_from: int) -> None:
+    part = tuple(slice(min(a, b)) for a, b in zip(table.shape[1:], row.shape, strict=True))
+    place, row = table[index][part], row[part].to(table.device)
+    place[:added_from].copy_(row[:added_from])
+    if added_from < row.shape[0]:
+        place[added_from:].add_(row[added_from:])
+
+
 define("realize(Tensor x) -> Tensor", _copy, _like)
 define("sort_rows(Tensor x) -> (Tensor, Tensor)", _sort_rows, lambda x: (_like(x), _like(x, torch.int64)))
+# Entries from ``added_from`` on are added to what is there, others replace it; both are cropped to the smaller size.
+define("write_row(Tensor(a!) table, Tensor row, int index, int added_from) -> ()", _write_row, lambda *_: None)
 register_autograd("realize", lambda ctx, grad: grad)

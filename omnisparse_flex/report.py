@@ -31,6 +31,29 @@ class SiteReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LayerRecall:
+    """What a layer kept of its attention, measured on exact rows of every query block, by the peak rule.
+
+    Attributes:
+        layer: Decoder layer, 0-based.
+        mean: Mean true recall of the rows in the last call, 0-1.
+        worst_head: The same of the head that kept least.
+        calls: Calls so far.
+        broken: Calls in which a head kept less than ``target_recall``.
+    """
+
+    layer: int
+    mean: float
+    worst_head: float
+    calls: int
+    broken: int
+
+    def __str__(self) -> str:
+        """One sentence on the last call."""
+        return f"layer {self.layer} kept {self.mean:.3f} of its attention, its worst head {self.worst_head:.3f}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RewriteReport:
     """Every attention site of a model: rewritten, or skipped with the reason.
 
@@ -40,12 +63,14 @@ class RewriteReport:
         compiled: Whether a real graph was compiled; False: a trace without weights.
         graphs: Number of graphs compiled so far.
         notes: What the user should know, e.g. a frame that ran eagerly.
+        recall: What each layer kept in the last call, if its rule samples rows; layers in checkpoints record nothing.
     """
 
     sites: tuple[SiteReport, ...] = ()
     compiled: bool = False
     graphs: int = 0
     notes: tuple[str, ...] = ()
+    recall: tuple[LayerRecall, ...] = ()
 
     @property
     def rewritten(self) -> tuple[SiteReport, ...]:
@@ -67,6 +92,7 @@ class RewriteReport:
             "rewritten": len(self.rewritten),
             "skipped": len(self.skipped),
             "sites": [dataclasses.asdict(site) for site in self.sites],
+            "recall": [dataclasses.asdict(layer) for layer in self.recall],
         }
 
     def __str__(self) -> str:
@@ -79,8 +105,23 @@ class RewriteReport:
         for site in self.sites:
             outcome = f"dense: {site.reason}" if site.reason else "omnisparse"
             seen[(str(site.layer), site.path, site.kind, site.queries, str(site.kv_heads), outcome)] = None
-        lines = [head, *(f"note: {note}" for note in self.notes)]
+        lines = [head, *(f"note: {note}" for note in self.notes), *self._recall_lines()]
         return "\n".join([*lines, *table([*rows, *seen])] if seen else lines)
+
+    def _recall_lines(self) -> list[str]:
+        """The last call's recall in a line, and what to know of the calls before."""
+        if not self.recall:
+            return []
+        worst = min(self.recall, key=lambda layer: layer.worst_head)
+        mean = sum(layer.mean for layer in self.recall) / len(self.recall)
+        lines = [f"recall of the last call's sampled rows: mean {mean:.3f}, worst head {worst.worst_head:.3f} "]
+        lines[0] += f"(layer {worst.layer})"
+        broken = [layer for layer in self.recall if layer.broken]
+        if broken:
+            most = max(layer.broken for layer in broken)
+            told = f"{most} of {worst.calls} calls kept less than target_recall, in layers "
+            lines.append(told + ", ".join(str(layer.layer) for layer in broken))
+        return lines
 
 
 @dataclasses.dataclass(eq=False)

@@ -27,6 +27,7 @@ class StateTensors(NamedTuple, Generic[Operand]):
         stats: float32 (layers, len(STATS)) to be written, or None.
         maps: uint8 (layers, H, rows, columns) to be painted, or None.
         recalls: float32 (layers, 2, Hq) for mean and minimum true recall, or None.
+        promises: float32 (layers, len(RECORD)), what each layer kept of what it promised, or None.
     """
 
     visual: Operand | None = None
@@ -34,3 +35,4 @@ class StateTensors(NamedTuple, Generic[Operand]):
     stats: Operand | None = None
     maps: Operand | None = None
     recalls: Operand | None = None
+    promises: Operand | None = None

@@ -18,6 +18,7 @@ from omnisparse_flex.compilation.cache_names import stable_name
 from omnisparse_flex.config import OmniSparseConfig
 from omnisparse_flex.masks.blocks.block_lists import map_of_lists
 from omnisparse_flex.masks.blocks.layout import Layout, block_layout
+from omnisparse_flex.masks.blocks.promise import COUNTED_FROM, one_call
 from omnisparse_flex.masks.blocks.select import grid_of
 from omnisparse_flex.masks.expr.expr import Expr, number_in
 from omnisparse_flex.masks.expr.index_mask import IndexMask
@@ -75,6 +76,7 @@ class Constants:
             layout=layout,
             write=None if state.stats is None else functools.partial(_write, self.layer, state),
             exact=state.recalls is not None,
+            note=None if state.promises is None else functools.partial(_note, self.layer, state.promises),
             **scored,
             **self.fixed,
         )
@@ -132,14 +134,15 @@ def _recall_of(recall: Tensor, layer: int, device: torch.device) -> Tensor:
 
 def _write(layer: int, state: StateTensors[Tensor], measured: SelectionStats) -> None:
     """Write one site's statistics into the rows of its layer; a picture is cropped to fit."""
-    assert state.stats is not None
-    state.stats[layer].copy_(measured.stats)
-    if state.maps is not None:
-        canvas, block_map = state.maps[layer], measured.block_map
-        heads, rows, columns = (min(a, b) for a, b in zip(canvas.shape, block_map.shape, strict=True))
-        canvas[:heads, :rows, :columns].copy_(block_map[:heads, :rows, :columns])
-    if state.recalls is not None:
-        state.recalls[layer].copy_(measured.recalls)
+    records = (state.stats, measured.stats), (state.maps, measured.block_map), (state.recalls, measured.recalls)
+    for table, row in records:
+        if table is not None:
+            torch.ops.omnisparse.write_row(table, row, layer, row.shape[0])
+
+
+def _note(layer: int, promises: Tensor, recall: Tensor, some: Tensor, target: Tensor | float) -> None:
+    """Add one call to the record of a layer."""
+    torch.ops.omnisparse.write_row(promises, one_call(recall, some, target), layer, COUNTED_FROM)
 
 
 def _mask(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.config_checks import OF_COUNTS, OF_PEAKS
 from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.testing import configs
 
@@ -26,6 +27,7 @@ VALID = [
     {"budget": "peak"},
     {"budget": "peak", "min_peak": 0, "scoring": "sampled_rows", "key_block": 64},
     {"budget": "peak", "min_peak": (0.02, 0.0, 0.5)},
+    {"min_peak": 0.2, "scoring": "sampled_rows"},
     {"budget": 0},
     {"budget": 256, "max_kv_budget": 256},
     {"max_kv_budget": 0},
@@ -76,15 +78,41 @@ INVALID = [
         for value in (1, 1.0, 1.5, -0.1, math.nan, math.inf, True, None, "0.1", (0.1, 1.0))
     ),
     ({"budget": "peak", "min_peak": ()}, "min_peak must hold one value per layer, got ()"),
-    ({"min_peak": 0.2}, 'min_peak must be left at 0.1 without budget="peak", which alone reads it, got 0.2'),
-    ({"scoring": "sampled_rows"}, 'budget must be "peak" for scoring="sampled_rows", got \'per_head\''),
+    *(
+        (
+            {"min_peak": 0.2, **fields},
+            'min_peak must be left at 0.1 without budget="peak", which alone reads it, got 0.2',
+        )
+        for fields in (
+            {"budget": "per_head"},
+            {"granularity": "token"},
+            {"max_kv_budget": 64},
+            {"scoring": "mean_pool"},
+        )
+    ),
+    (
+        {"scoring": "sampled_rows", "budget": "per_head"},
+        'budget must be "peak" for scoring="sampled_rows", got \'per_head\'',
+    ),
+    (
+        {"scoring": "sampled_rows", "max_kv_budget": 64},
+        'budget must be "peak" for scoring="sampled_rows", got \'per_head\'',
+    ),
+    *(
+        (
+            {"budget": "peak", "lazy_threshold": value},
+            'lazy_threshold must be left out for budget="peak", where a query block whose rows peak nowhere fetches '
+            f"nothing, got {value}",
+        )
+        for value in (None, 0.05)
+    ),
     (
         {"budget": "peak", "scoring": "mean_pool"},
         'scoring must be "sampled_rows" for budget="peak", got \'mean_pool\'',
     ),
     (
         {"budget": "peak", "granularity": "token"},
-        'scoring must be "sampled_rows" for budget="peak", got \'auto\'',
+        "budget must be per_head, flattest_head or an int at token granularity, got 'peak'",
     ),
     ({"budget": "peak", "max_kv_budget": 256}, 'max_kv_budget must be None for budget="peak", got 256'),
     ({"budget": -1}, "budget must be an int of at least 0, got -1"),
@@ -169,17 +197,67 @@ def test_unknown_fields_are_no_removed_ones():
 
 def test_rules_of_an_earlier_version_are_read():
     saved = {"target_recall": 0.7, "sink_size": 32, "share_layers": 1, "lazy_mode": "local"}  # 0.1 wrote no schema
-    assert OmniSparseConfig.from_dict(saved) == OmniSparseConfig(target_recall=0.7, sink_size=32)
+    assert OmniSparseConfig.from_dict(saved) == OmniSparseConfig(target_recall=0.7, sink_size=32, budget="per_head")
     assert saved["share_layers"] == 1  # the caller's dict is left as it was
-    assert OmniSparseConfig().to_dict()["schema"] == 2
+    assert OmniSparseConfig().to_dict()["schema"] == 3
     with pytest.raises(ConfigError, match="share_layers must be left out"):
         OmniSparseConfig.from_dict({"schema": 2, "share_layers": 1})
 
 
-@pytest.mark.parametrize("schema", [0, 3, "2", None, True, 1.0])
+@pytest.mark.parametrize("schema", [0, 4, "2", None, True, 1.0])
 def test_rules_of_an_unknown_schema_are_refused(schema):
-    with pytest.raises(ConfigError, match=r"^schema must be an int from 1 to 2 .* got"):
+    with pytest.raises(ConfigError, match=r"^schema must be an int from 1 to 3 .* got"):
         OmniSparseConfig.from_dict({"schema": schema})
+
+
+#: Today's name of what was the default until schema 3.
+FORMER = {"target_recall": 0.98, "key_block": 128, "budget": "per_head", "window_size": 256}
+
+
+@pytest.mark.parametrize("schema", [None, 1, 2])
+def test_rules_saved_before_peaks_were_the_default_keep_their_meaning(schema):
+    """What a field left out meant then, whether some fields were saved or all."""
+    number = {} if schema is None else {"schema": schema}
+    assert OmniSparseConfig.from_dict(number) == OmniSparseConfig(**FORMER)
+    some = {"target_recall": 0.9, "window_size": 1, "last_rows": 128, "budget": "per_head"}  # the video model's
+    read = OmniSparseConfig.from_dict({**number, **some})
+    assert (read.key_block, read.scorer, read.lazy_below) == (128, "mean_pool", 0.05)
+    tokens = OmniSparseConfig.from_dict({**number, "granularity": "token"})
+    assert (tokens.budget, tokens.target_recall, tokens.window_size) == ("per_head", 0.98, 256)
+    fixed = OmniSparseConfig.from_dict({**number, "budget": 512})
+    assert (fixed.budget, fixed.window_size, fixed.key_block) == (512, 256, 128)
+    peak = OmniSparseConfig.from_dict({**number, "budget": "peak", "lazy_threshold": None})
+    assert (peak.target_recall, peak.key_block, peak.window_size) == (0.98, 128, 256)
+
+
+def test_what_a_saved_default_says_is_complete():
+    """Every field has a value: a later default changes nothing about it."""
+    saved = OmniSparseConfig().to_dict()
+    assert {name: saved[name] for name in ("budget", *OF_PEAKS)} == {"budget": "peak", **OF_PEAKS}
+    assert OmniSparseConfig.from_dict(saved) == OmniSparseConfig()
+
+
+COUNTING = [
+    {"granularity": "token"}, {"scoring": "mean_pool"}, {"scoring": "tile_pool"}, {"max_kv_budget": 64},
+    {"lazy_threshold": None}, {"lazy_threshold": 0.05}, {"budget": "flattest_head"}, {"budget": 64},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", COUNTING, ids=str)
+def test_rules_that_count_have_the_defaults_of_counting(fields):
+    config = OmniSparseConfig(**fields)
+    assert config.budget == fields.get("budget", "per_head")
+    assert {name: getattr(config, name) for name in OF_COUNTS} == OF_COUNTS
+    told = dataclasses.replace(config, target_recall=0.5, window_size=1)
+    assert (told.target_recall, told.window_size, told.budget) == (0.5, 1, config.budget)
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_recall": 0.9}, {"sink_size": 0}, {"budget": "peak"}], ids=str)
+def test_blocks_are_chosen_by_peaks_unless_told(fields):
+    config = OmniSparseConfig(**fields)
+    assert (config.budget, config.scorer, config.granularity) == ("peak", "sampled_rows", "block")
+    expected = {name: fields.get(name, value) for name, value in OF_PEAKS.items()}
+    assert {name: getattr(config, name) for name in OF_PEAKS} == expected
 
 
 def test_a_config_is_copied_and_pickled():
@@ -222,7 +300,9 @@ def test_one_listed_target_is_still_a_list_of_one_layer():
 
 
 def test_query_selection_by_default_is_that_of_blocks():
-    assert OmniSparseConfig().lazy_below == 0.05 and OmniSparseConfig(granularity="token").lazy_below is None
+    assert OmniSparseConfig(budget="per_head").lazy_below == 0.05
+    assert OmniSparseConfig(granularity="token").lazy_below is None
+    assert OmniSparseConfig().lazy_below is None  # peaks say who is lazy
     for threshold in (None, 0, 0.4):
         for granularity in ("block", "token"):
             assert OmniSparseConfig(granularity=granularity, lazy_threshold=threshold).lazy_below == threshold
@@ -232,6 +312,7 @@ def test_paper():
     paper = OmniSparseConfig.paper()
     rules = (paper.target_recall, paper.budget, paper.lazy_threshold, paper.max_kv_budget)
     assert rules == (0.95, "flattest_head", 0.05, None)
+    assert (paper.granularity, paper.window_size, paper.key_block) == ("token", 256, 128)
 
 
 def test_a_config_error_is_a_value_error():

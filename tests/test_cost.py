@@ -19,6 +19,7 @@ from omnisparse_flex.cost_model import (
     FILE_VARIABLE,
     LAST,
     PACKAGED,
+    PEAK_SHARE,
     STEP,
     TENSOR_CODE,
     TOKENS_ON_A_GPU,
@@ -38,6 +39,8 @@ from omnisparse_flex.masks.expr.index_mask import IndexMask
 #: Estimators of mass. ``sampled_rows`` chooses by peaks instead: ``tests/masks/test_peaks.py``.
 COUNTING = tuple(name for name in SCORINGS["block"] if name != "sampled_rows")
 
+#: The rules that count mass.
+COUNTED = OmniSparseConfig(budget="per_head")
 SHAPE = Shape(8, 2, 64)
 GPU = "NVIDIA H200"
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -77,7 +80,7 @@ def test_no_coefficient_is_negative_whatever_the_noise():
 
 
 def test_from_the_break_even_on_it_pays_and_just_below_it_does_not():
-    config = OmniSparseConfig()
+    config = COUNTED
     least = TRUE.break_even(SHAPE, config, GPU)
     assert STEP < least < LAST
     for tokens in (least, 2 * least, LAST):
@@ -167,7 +170,7 @@ def test_a_fixed_budget_keeps_no_more_than_expected(blocks, budget, window):
 def test_a_bound_expects_no_more_than_no_bound():
     for tokens in (1024, 8192, 1 << 17):
         bounded = expected_share(tokens, OmniSparseConfig(max_kv_budget=1024))
-        assert bounded <= expected_share(tokens, OmniSparseConfig()) == EXPECTED_SHARE
+        assert bounded <= expected_share(tokens, COUNTED) == EXPECTED_SHARE
     assert expected_share(1 << 17, OmniSparseConfig(max_kv_budget=1024)) < 0.03
 
 
@@ -182,7 +185,8 @@ def test_the_users_own_costs_come_first(tmp_path, monkeypatch):
     backend = Backend(OmniSparseConfig())
     queries = backend.min_queries(torch.device("cpu"), SHAPE)
     assert queries == TRUE.break_even(SHAPE, backend.config, "cpu")
-    assert f"cpu: sparse from {queries} queries on, if at most 50% of the pairs are kept" in backend.log.notes
+    told = f"cpu: sparse from {queries} queries on, if at most {PEAK_SHARE:.0%} of the pairs are kept"
+    assert told in backend.log.notes
     path.write_text("{broken")
     with pytest.raises(ConfigError, match="delete it to start over"):
         costs_of("cpu")
@@ -211,9 +215,9 @@ def test_the_packaged_costs_are_those_of_measured_devices():
 
 
 def test_the_peak_rule_has_a_break_even():
-    peak = OmniSparseConfig(scoring="sampled_rows", budget="peak", target_recall=0.6)
+    peak = OmniSparseConfig()
     costs = costs_of(GPU)
     assert costs.shortest <= costs.break_even(Shape(), peak, GPU) < 1 << 15
     # Its exact rows cost time, which counts where it keeps as much as block means do.
-    assert choice_share(peak, GPU) > choice_share(OmniSparseConfig(), GPU)
-    assert expected_share(1 << 17, peak) < expected_share(1 << 17, OmniSparseConfig())
+    assert choice_share(peak, GPU) > choice_share(COUNTED, GPU)
+    assert expected_share(1 << 17, peak) < expected_share(1 << 17, COUNTED)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # A part is a module of omnisparse_flex/ or one of its folders, with the files of masks/ and its folders told apart; ""
 # is the public face, __init__.py. A part imports from its own floor and from those before it, lazily neither.
 FLOORS = (
-    {"errors", "types", "versions", "seams", "config", "config_schema", "rules_file", "report", "ops"},
+    {"errors", "types", "versions", "seams", "config", "config_checks", "config_schema", "rules_file", "report", "ops"},
     {"kernels", "compilation"},
     {"masks", "masks.expr"},
     {"masks.blocks"},

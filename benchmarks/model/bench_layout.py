@@ -42,10 +42,10 @@ def interleaved(frame: int, stamp: int, tokens: int = TOKENS) -> Tensor:
 
 def shares(visual: Tensor) -> dict[str, float]:
     """Kept shares of the causal block pairs: by rule, by sinks and window, and if every block with text stayed."""
-    count = visual.shape[1]
-    grid = Grid(1, 1, count, count, BLOCK, visual.device)
-    found = block_layout(IndexMask(causal()), grid, OmniSparseConfig(), visual=visual)
-    text = found.some & any_in_blocks(~visual, 1, grid.kv_blocks, BLOCK)[:, None, None]
+    count, config = visual.shape[1], OmniSparseConfig()
+    grid = Grid(1, 1, count, count, BLOCK, visual.device, config.split)
+    found = block_layout(IndexMask(causal()), grid, config, visual=visual)
+    text = found.some & any_in_blocks(~visual, 1, grid.kv_blocks, grid.kv_block)[:, None, None]
     maps = {"always_kept": found.forced, "near": found.near, "every_text_block": found.near | text}
     return {name: (kept.sum() / found.some.sum()).item() for name, kept in maps.items()}
 

@@ -133,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--scoring", nargs="+", choices=SCORINGS["block"], default=["mean_pool"], help="the first gives figures"
     )
-    parser.add_argument("--sinks", type=int, default=OmniSparseConfig().sink_size)
-    parser.add_argument("--window", type=int, default=OmniSparseConfig().window_size)
+    parser.add_argument("--sinks", type=int, default=64)
+    parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--inner", choices=("eager", "inductor"), default="eager", help="what compiles the graphs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no scorer after so long")
     parser.add_argument("--out", type=Path, default=RESULTS)

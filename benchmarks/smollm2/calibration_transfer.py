@@ -24,7 +24,7 @@ from benchmarks.quality.prepare import load
 from benchmarks.quality.weights import load_model
 from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.calibration.search import MAX_DENSITY
-from omnisparse_flex.config import BUDGETS, SCORINGS
+from omnisparse_flex.config import BUDGETS, LAZY_THRESHOLD, SCORINGS
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.index_mask import IndexMask
@@ -125,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, text in texts.items()
     }
     rows = []
-    for scoring, budget, lazy in itertools.product(SCORINGS["block"], BUDGETS, (OmniSparseConfig().lazy_below, None)):
+    counting = (x for x in SCORINGS["block"] if x != "sampled_rows"), (x for x in BUDGETS if x != "peak")
+    for scoring, budget, lazy in itertools.product(*counting, (LAZY_THRESHOLD, None)):
         rules = OmniSparseConfig(scoring=scoring, budget=budget, lazy_threshold=lazy)
         found = {name: [ladder(*layers[i], rules) for i in options.layers] for name, layers in captured.items()}
         names = {"scoring": scoring, "budget": budget, "lazy_threshold": lazy}

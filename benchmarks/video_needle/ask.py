@@ -21,7 +21,7 @@ from omnisparse_flex.report import table
 #: Visual tokens of the clip, and of the quick one. Which video: the first of the test split.
 LENGTH, QUICK, VIDEO = 8192, 2048, 0
 #: Rules where the model was trained without any: the defaults but for a window as narrow as the clip is short.
-CONFIG = OmniSparseConfig(target_recall=0.9, window_size=128)
+CONFIG = OmniSparseConfig(target_recall=0.9, budget="per_head", window_size=128)
 
 
 def run(weights: Path, *, quick: bool = False, rounds: int = 2, picture: Path | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from omnisparse_flex.kernels.fallback import load
 from omnisparse_flex.masks.blocks.layout import Layout
-from omnisparse_flex.masks.blocks.mean_pool import block_mean
+from omnisparse_flex.masks.blocks.mean_pool import block_mean, for_exact_products
 from omnisparse_flex.masks.blocks.peak import (
     CANDIDATE,
     LOWEST,
@@ -24,7 +24,7 @@ from omnisparse_flex.masks.blocks.peak import (
 from omnisparse_flex.masks.blocks.peak_rows import Keys, LiveRows, live_rows
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.causal_padding import as_causal_padding
-from omnisparse_flex.masks.expr.expr import KV, TRUE, B, Load, causal, conjunction
+from omnisparse_flex.masks.expr.expr import KV, TRUE, B, Expr, Load, causal, conjunction
 from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 
@@ -74,16 +74,22 @@ def peaks_of(
     if score is None and layout.some.shape[1] == layout.forced.shape[1] == layout.full.shape[1] == 1:
         plain = as_causal_padding(mask, grid.batch, grid.kv_len, query.device)
     if plain is None:
-        keys = Keys(key, block_mean(key, grid.kv_block), grid.kv_block)
+        keys = Keys(for_exact_products(key), block_mean(key, grid.kv_block), grid.kv_block)  # once for all rows
         maps = Maps(layout.full, layout.some, layout.forced)
         first = q_offset // grid.block
-        return find_peaks(PeakSite(query, keys, maps, live, base, floor, scale, first, score, mask), last_rows)
+        made = find_peaks(PeakSite(query, keys, maps, live, base, floor, scale, first, score, mask), last_rows)
+        return _everything_by_rule(made, base)
     made = torch.ops.omnisparse.find_peaks(
         query, key, layout.full, layout.some, layout.forced, live.places.to(torch.int32), live.count.to(torch.int32),
         base, torch.as_tensor(floor, dtype=torch.float32, device=query.device), plain.real, plain.offset, scale,
         grid.kv_block, last_rows,
     )  # fmt: skip
-    return Peaks(*made)
+    return _everything_by_rule(Peaks(*made), base)
+
+
+def _everything_by_rule(made: Peaks, base: Tensor) -> Peaks:
+    """A threshold of 0 keeps every block, of query blocks without a live row (padding) too."""
+    return made._replace(chosen=made.chosen | (base == 0).unsqueeze(-1))
 
 
 def _find_peaks(
@@ -103,12 +109,14 @@ def _find_peaks(
             chosen, recall, scored = made
             return chosen, recall, scored
     live = LiveRows(places.to(torch.int64), count.to(torch.int64))
-    parts, buffers = [TRUE], []
+    parts: list[Expr] = [TRUE]
+    buffers: list[Tensor] = []
     if offset is not None:
         parts, buffers = [causal(Load(0, ()))], [offset.reshape(())]
     if real is not None:
         parts, buffers = [*parts, Load(len(buffers), (B, KV))], [*buffers, real]
     mask = IndexMask(conjunction(*parts), tuple(buffers))
+    keys = keys._replace(vectors=for_exact_products(key))
     first = 0 if offset is None else offset.reshape(()) // places.shape[3]
     site = PeakSite(query, keys, Maps(*maps), live, base, floor, scale, first, None, mask)
     chosen, recall, scored = find_peaks(site, last_rows, pairs=PAIRS)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import omnisparse_flex.ops  # noqa: F401  (defines torch.ops.omnisparse.realize)
+from omnisparse_flex.masks.blocks.mean_pool import for_exact_products
 from omnisparse_flex.masks.blocks.row_mass import within
 from omnisparse_flex.masks.expr.block_bounds import Grid
 from omnisparse_flex.masks.expr.index_mask import IndexMask
@@ -38,7 +39,7 @@ class LiveRows(NamedTuple):
     """
 
     places: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuples have a method of that name
 
 
 class Keys(NamedTuple):
@@ -113,8 +114,10 @@ def row_logits(query: Tensor, key: Tensor, places: Tensor, scale: float) -> Tens
     kv_heads = key.shape[1]
     index = places.expand(batch, -1, -1).unsqueeze(-1).expand(-1, -1, -1, dim)
     rows = query.gather(2, index).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-    logits: Tensor = (rows @ key.transpose(-1, -2)).unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
-    return logits.float() * scale
+    # In float32, as attention's own logits are.
+    products = for_exact_products(rows) @ for_exact_products(key).transpose(-1, -2)
+    logits: Tensor = products.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
+    return logits.to(torch.float32) * scale
 
 
 def exact_logs(

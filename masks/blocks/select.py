@@ -79,7 +79,7 @@ def select_blocks(
     visual: Tensor | None = None,
     q_offset: Tensor | int = 0,
     adjust: Callable[..., Tensor] | None = None,
-    min_peak: Tensor | float = 0.0,
+    min_peak: Tensor | float | None = None,
     score: Callable[..., Tensor] | None = None,
     layout: Layout | None = None,
 ) -> BlockSelection:
@@ -96,7 +96,7 @@ def select_blocks(
             None: every token is eligible.
         q_offset: Position of query 0 among the keys, int or 0-d int tensor.
         adjust: The model's own change of the logits, see ``change_of_logits``, for the rules that count.
-        min_peak: Share of a row that is a peak, number or 0-d tensor, for the peak rule.
+        min_peak: Share of a row that is a peak, number or 0-d tensor, for the peak rule; None: the config's first.
         score: The model's own change of a logit, ``(logits, b, h, q, kv) -> logits``, or None, for the peak rule.
         layout: What ``block_layout`` gives for these inputs, where layers share it; None: made here.
 
@@ -110,6 +110,7 @@ def select_blocks(
         layout = block_layout(mask, grid, config, visual=visual, q_offset=q_offset)
 
     if config.budget == "peak":
+        min_peak = config.min_peak_of(0) if min_peak is None else min_peak
         peaks = peaks_of(
             query, key, mask, layout, grid, own=own_positions(grid, q_offset), q_offset=q_offset, min_peak=min_peak,
             floor=target, scale=scale, last_rows=config.last_rows, score=score,

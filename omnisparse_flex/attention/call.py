@@ -83,26 +83,34 @@ class SparseCall(AttentionCall):
     Attributes:
         config: Selection rules.
         target: Recall of this call, a number or 0-d tensor.
-        min_peak: Share of a row that is a peak in this call, likewise, for the peak rule.
+        min_peak: Share of a row that is a peak in this call, likewise, for the peak rule; None: the config's first.
         visual: bool (B, S), visual tokens; None: every token is eligible. See ``text_blocks``.
         q_offset: Position of query 0 among the keys.
         static: Graphs are of one length each.
         layout: The part of the selection that layers of one mask share; None: made here.
         write: Called with what the selection left behind, to record statistics; or None.
         exact: ``write`` wants true recalls too.
+        note: Called with the sampled rows' true recall, the layout's ``some`` and ``target``, where the rule has such
+            rows, to record what was kept of what was promised; or None.
         rules: Name under which the operators know this call's constants, where a graph is traced; or "".
     """
 
     config: OmniSparseConfig
     target: Tensor | float = 1.0
-    min_peak: Tensor | float = 0.0
+    min_peak: Tensor | float | None = None
     visual: Tensor | None = None
     q_offset: Tensor | int = 0
     static: bool = False
     layout: Layout | None = None
     write: Callable[[SelectionStats], None] | None = None
     exact: bool = False
+    note: Callable[[Tensor, Tensor, Tensor | float], None] | None = None
     rules: str = ""
+
+    @property
+    def peak(self) -> Tensor | float:
+        """``min_peak``, or the config's first."""
+        return self.config.min_peak_of(0) if self.min_peak is None else self.min_peak
 
     def stats_of(self, selection: BlockSelection | TokenSelection, query: Tensor, key: Tensor) -> SelectionStats:
         """The record of a selection that this site made."""
@@ -141,6 +149,7 @@ def register(site: SparseCall) -> str:
         layout=None,
         write=None,
         exact=False,
+        note=None,
     )
     name = hashlib.sha256(repr(bare).encode()).hexdigest()[:16]
     _CALLS[name] = bare

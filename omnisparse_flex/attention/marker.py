@@ -17,9 +17,11 @@ _lib = torch.library.Library("omnisparse", "FRAGMENT")
 _lib.define(
     "attn(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? mask, bool is_causal, "
     "float scale, int layer, float softcap, Tensor? sinks=None, Tensor? visual=None, Tensor? recall=None, "
-    "Tensor? stats=None, Tensor? maps=None, Tensor? recalls=None) -> Tensor"
+    "Tensor? stats=None, Tensor? maps=None, Tensor? recalls=None, Tensor? promises=None) -> Tensor"
 )
-_lib.define("bind(Tensor? visual, Tensor recall, Tensor? stats, Tensor? maps, Tensor? recalls) -> Tensor")
+_lib.define(
+    "bind(Tensor? visual, Tensor recall, Tensor? stats, Tensor? maps, Tensor? recalls, Tensor? promises=None) -> Tensor"
+)
 
 
 def dense_attention(
@@ -100,8 +102,9 @@ def _attn(
 
 
 def _bind(
-    visual: Tensor | None, recall: Tensor, stats: Tensor | None, maps: Tensor | None, recalls: Tensor | None
-) -> Tensor:
+    visual: Tensor | None, recall: Tensor, stats: Tensor | None, maps: Tensor | None, recalls: Tensor | None,
+    promises: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """A node that Dynamo must keep; the passes thread its operands to every site and erase it."""
     return recall.detach().clone()
 

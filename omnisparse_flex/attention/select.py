@@ -21,6 +21,8 @@ def choose(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
         The selection; made by the compiled operator where the site's rules have a name.
     """
     selection = select_op.call_select_op(query, key, site) if site.rules else _inline(query, key, site)
+    if site.note is not None and site.config.budget == "peak":
+        site.note(selection.recall, selection.layout.some, site.target)
     if site.write is not None:
         site.write(site.stats_of(selection, query, key))
     return selection
@@ -38,7 +40,7 @@ def _inline(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelection:
         visual=site.visual,
         q_offset=site.q_offset,
         adjust=change_of_logits(grid, site.plain_score) if site.changes_scores else None,
-        min_peak=site.min_peak,
+        min_peak=site.peak,
         score=site.plain_score if site.changes_scores else None,
         layout=site.layout,
     )

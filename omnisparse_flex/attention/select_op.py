@@ -72,7 +72,7 @@ def call_select_op(query: Tensor, key: Tensor, site: SparseCall) -> BlockSelecti
         key,
         list(site.layout),
         torch.as_tensor(site.target, dtype=torch.float32, device=query.device),
-        torch.as_tensor(site.min_peak, dtype=torch.float32, device=query.device),
+        torch.as_tensor(site.peak, dtype=torch.float32, device=query.device),
         list(site.mask.buffers),
         site.rules,
         site.write is not None,

@@ -43,7 +43,7 @@ def measure_costs(shape: Shape, device: torch.device, progress: Progress) -> Cos
     samples = []
     dense: dict[int, float] = {}
     for share in SHARES:
-        config = OmniSparseConfig(target_recall=share)
+        config = OmniSparseConfig(target_recall=share, budget="per_head")
         attend = compiled_attention(config, progress=progress)
         for tokens in LENGTHS[device.type]:
             inputs = _inputs(tokens, shape, device, dtype)

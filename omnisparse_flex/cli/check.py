@@ -17,6 +17,7 @@ from omnisparse_flex.cli import compare, plot, video
 from omnisparse_flex.cli.loading import auto_class, load_for_inputs, loaded, tokenizer_of
 from omnisparse_flex.cli.processor import has_processor, processed
 from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.config_schema import SCHEMA
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.model.compiled_module import compiled_decoder_of
 from omnisparse_flex.model.hf import find_decoder
@@ -73,7 +74,8 @@ def config_from(source: str | None) -> OmniSparseConfig:
         fields = json.loads(source)
     except json.JSONDecodeError as error:
         raise ConfigError(f"config must be valid JSON, got {source!r} ({error})") from error
-    return OmniSparseConfig.from_dict(fields)
+    # Text in a command is written for this version; a file without a schema, by the first one.
+    return OmniSparseConfig.from_dict({"schema": SCHEMA, **fields} if inline and isinstance(fields, dict) else fields)
 
 
 def explain_model(model_dir: Path, config: OmniSparseConfig) -> None:

@@ -321,8 +321,8 @@ def find_peaks(
         the kernels hold a number of 2 bytes per row of a program and key block: 69 MB at 128K tokens on an H100.
     """
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
-    rest = (x.contiguous() for x in (means, full, some, forced, places, count, base, floor))
-    given = Inputs(query, key, *rest, None if real is None else real.contiguous(), offset)
+    rest = [x.contiguous() for x in (means, full, some, forced, places, count, base, floor)]
+    given = Inputs._make([query, key, *rest, None if real is None else real.contiguous(), offset])
     return _launch(query, given, scale, key_block, phases, numbers)
 
 

@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     some: Tensor
     forced: Tensor
     places: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuples have a method of that name
     base: Tensor
     floor: Tensor
     real: Tensor | None

@@ -21,6 +21,7 @@ from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_history import remember
 from omnisparse_flex.model.cache_ops import Owner
 from omnisparse_flex.model.outside_masks import made, taken
+from omnisparse_flex.model.promises import Teller
 from omnisparse_flex.model.run_state import ModelState, RunState
 from omnisparse_flex.model.switches import changed_call, dense_on_purpose, is_disabled, is_off, refuse_weights
 
@@ -28,7 +29,6 @@ from omnisparse_flex.model.switches import changed_call, dense_on_purpose, is_di
 MAX_SITES = 256
 #: Prefill and decode, short and long, train and eval, statistics: each is a graph of its own.
 RECOMPILE_LIMIT = 64
-
 #: Said by the report, and by Dynamo if the user asked for one graph.
 APART = "inside another torch.compile OmniSparse's decoder is a graph of its own: fullgraph=True cannot be had"
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
@@ -65,7 +65,7 @@ class CompiledDecoder:
         recalls = backend.config.recalls
         rows = recalls if len(recalls) > 1 else recalls * _layers_of(module)
         self.state = ModelState(torch.tensor(rows, dtype=torch.float32))
-        self.owner = Owner()
+        self.owner, self.teller = Owner(), Teller()
         self.visual_mask: VisualMask | None = None
         self.configs: list[Any] = []  # that have our attention's name
         self.otherwise: VisualMask | None = None  # for calls that pass the hook by
@@ -151,6 +151,8 @@ class CompiledDecoder:
             self.note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
         if not self.checked:
             self._check_rewritten()
+        if self.backend.config.budget == "peak" and (layer := self.teller.news(self.state.promises)) is not None:
+            self.note_once(f"{layer}, under its target_recall; rewrite_report counts such calls")
 
     def _settings(self) -> dict[str, Any]:
         """Dynamo's settings for this module."""
@@ -172,7 +174,7 @@ class CompiledDecoder:
         if not is_disabled():
             parameter = next(self.module.parameters(), None)
             if parameter is not None and self.state.recall.device != parameter.device:
-                self.state.recall = self.state.recall.to(parameter.device)
+                self.state.to(parameter.device)
         told = self.state.was_told()
         mask = self.otherwise if self.visual_mask is None and not told else self.visual_mask
         if mask is not None:

@@ -14,6 +14,7 @@ from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.model.outside_masks import Recipe, carry
 from omnisparse_flex.model.run_state import RunState
 from omnisparse_flex.model.switches import NAME, warn_if_not_applied
+from omnisparse_flex.types import StateTensors
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -109,9 +110,9 @@ def attention_forward(
 
 
 def _state_operands(state: RunState | None, layer: int) -> tuple[Tensor | None, ...]:
-    """(visual, recall, stats, maps, recalls) for the marker; a layer that runs outside every graph is noted."""
+    """What the marker takes of the call's state; a layer that runs outside every graph is noted."""
     if state is None:
-        return (None,) * 5
+        return StateTensors()
     if not torch.compiler.is_dynamo_compiling():
         state.eager.add(layer)
     return state.tensors

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 
+import torch
 from torch import Tensor
 
+from omnisparse_flex.masks.blocks.promise import RECORD
 from omnisparse_flex.types import StateTensors
 
 
@@ -35,12 +37,13 @@ class ModelState:
     another one runs. The visual mask is of one call, and so of the thread that makes it.
 
     Attributes:
-        recall: As in ``StateTensors``, and so are ``stats``, ``maps`` and ``recalls``.
+        recall: As in ``StateTensors``, and so are ``stats``, ``maps``, ``recalls`` and ``promises``.
     """
 
     def __init__(self, recall: Tensor) -> None:
         """Start without a visual mask and without statistics."""
         self.recall = recall
+        self.promises = torch.zeros((recall.shape[0], len(RECORD)), dtype=torch.float32)
         self.stats: Tensor | None = None
         self.maps: Tensor | None = None
         self.recalls: Tensor | None = None
@@ -63,6 +66,12 @@ class ModelState:
         self._calls.told = False
         return told
 
+    def to(self, device: torch.device) -> None:
+        """Move what a model always keeps."""
+        with torch.inference_mode(False):  # it is written to outside of it too
+            self.recall = self.recall.to(device)
+            self.promises = self.promises.to(device)
+
     @property
     def collects(self) -> bool:
         """Whether a call writes statistics."""
@@ -70,4 +79,4 @@ class ModelState:
 
     def of_call(self) -> RunState:
         """What this thread's call hands to its attention sites."""
-        return RunState(StateTensors(self.visual, self.recall, self.stats, self.maps, self.recalls))
+        return RunState(StateTensors(self.visual, self.recall, self.stats, self.maps, self.recalls, self.promises))

@@ -97,7 +97,7 @@ def _in_order() -> bool:
 
 for _function in (warn_once, _in_order):
     # What ``torch.compiler.assume_constant_result`` sets; that decorator would load Dynamo at import.
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def is_off(configs: Sequence[Any], kwargs: Mapping[str, Any], say: Callable[[str], None]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -46,21 +47,24 @@ def attention_shapes(draw: st.DrawFn) -> AttentionShape:
 @st.composite
 def configs(draw: st.DrawFn) -> OmniSparseConfig:
     """See ``omnisparse_flex.testing.configs``."""
-    recall = st.floats(0.05, 1.0)
+    shared: dict[str, Any] = {
+        "target_recall": draw(st.floats(0.05, 1.0)),
+        "key_block": draw(st.sampled_from(KEY_BLOCKS)),
+        "last_rows": 2 * draw(st.integers(0, 130)),
+        "sink_size": draw(st.integers(0, 200)),
+        "window_size": draw(st.integers(1, 300)),
+    }
+    if draw(st.booleans()):
+        return OmniSparseConfig(min_peak=draw(st.floats(0.0, 0.99)), **shared)
     max_kv_budget = draw(st.none() | st.integers(0, 512))
     budgets: tuple[Budget, ...] = ("flattest_head", "per_head")
     fixed = st.integers(0, 512 if max_kv_budget is None else max_kv_budget)
     return OmniSparseConfig(
-        target_recall=draw(recall),
-        granularity="block",
-        key_block=draw(st.sampled_from(KEY_BLOCKS)),
         scoring=draw(st.sampled_from(("auto", *(x for x in SCORINGS["block"] if x != "sampled_rows")))),
-        last_rows=2 * draw(st.integers(0, 130)),
         budget=draw(st.sampled_from(budgets) | fixed),
         max_kv_budget=max_kv_budget,
         lazy_threshold=draw(st.sampled_from((None, "auto")) | st.floats(0.0, 1.0)),
-        sink_size=draw(st.integers(0, 200)),
-        window_size=draw(st.integers(1, 300)),
+        **shared,
     )
 
 

@@ -40,7 +40,7 @@ def causal_mask(shape, device):
     return materialize_mask(causal(shape.kv_len - shape.q_len), 1, 1, shape.q_len, shape.kv_len, device)
 
 
-def selected(shape, query, key, mask, config, *, offset=None, visual=None, target=None, adjust=None):
+def selected(shape, query, key, mask, config, *, offset=None, visual=None, target=None, adjust=None, score=None):
     """The dense (B, Hq, L, S) mask that the selection denotes."""
     selection = select_blocks(
         query.detach(),
@@ -52,6 +52,7 @@ def selected(shape, query, key, mask, config, *, offset=None, visual=None, targe
         visual=visual,
         q_offset=shape.kv_len - shape.q_len if offset is None else offset,
         adjust=adjust,
+        score=score,
     )
     kept = expand_block_map(selection.keep, shape.q_len, shape.kv_len, (BLOCK, config.key_block))
     own = materialize_mask(mask, shape.batch, shape.heads, shape.q_len, shape.kv_len, query.device)
@@ -144,7 +145,9 @@ def small_shapes(draw):
 @given(st.data(), small_shapes(), st.booleans(), st.floats(0.05, 1.0), st.integers(0, 300))
 def test_any_mask_forward_backward_and_dead_rows(data, shape, is_causal, target, window):
     case = data.draw(mask_mods(shape.batch, shape.q_len, shape.kv_len))
-    config = OmniSparseConfig(target_recall=target, sink_size=0, window_size=max(window, 1), max_kv_budget=0)
+    # The fewest blocks that counting may keep, or blocks by peaks.
+    rule = data.draw(st.sampled_from(({"max_kv_budget": 0}, {"key_block": 64}, {"key_block": 128})))
+    config = OmniSparseConfig(target_recall=target, sink_size=0, window_size=max(window, 1), **rule)
     tensors = inputs(shape, "cpu")
     order = causal_expr(Const(shape.kv_len - shape.q_len)) if is_causal else Const(True)
     program = IndexMask(order).intersect(trace_mask_mod(case.mask_mod, torch.device("cpu")))
@@ -203,7 +206,7 @@ def test_changed_logits(name, device):
     site = SparseCall(config=SPARSE, target=0.6, mask=program, **fields)
     tensors = inputs(shape, device)
     adjust = change_of_logits(Grid(1, 2, 300, 300, BLOCK, device), site.plain_score)
-    mask = selected(shape, *tensors[:2], program, SPARSE, target=0.6, adjust=adjust)
+    mask = selected(shape, *tensors[:2], program, SPARSE, target=0.6, adjust=adjust, score=site.plain_score)
     out = attend(*tensors, site)
     check(out, tensors, mask, **{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in oracle.items()})
     if "bias" in oracle:

@@ -21,7 +21,8 @@ from tests.attention.test_attention import SPARSE, check, inputs, selected
 
 SHAPES = [AttentionShape(2, 2, 2, 700, 700, 16), AttentionShape(1, 1, 7, 140, 520, 16)]
 SHAPES += [AttentionShape(1, 3, 1, 520, 520, 16), AttentionShape(1, 2, 3, 1, 700, 16)]
-PER_HEAD = dataclasses.replace(SPARSE, last_rows=8)
+#: Rules that count: the peak rule samples other rows for other numbers of a head, see ``row_of``.
+PER_HEAD = dataclasses.replace(SPARSE, budget="per_head", key_block=128, last_rows=8)
 
 
 def by_head(shape):

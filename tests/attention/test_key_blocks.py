@@ -66,7 +66,7 @@ def test_half_a_wide_block_may_be_kept():
     halves = torch.nn.functional.pad(narrow.keep, (0, 1)).unflatten(-1, (-1, 2))
     assert (halves.any(-1) & ~halves.all(-1)).any()
     share = narrow.keep.sum() / narrow.layout.some.expand_as(narrow.keep).sum()
-    wide = select_blocks(query, key, causal_mask(SHAPES[0]), SPARSE, **how)
+    wide = select_blocks(query, key, causal_mask(SHAPES[0]), dataclasses.replace(RULES, key_block=128), **how)
     assert share < wide.keep.sum() / wide.layout.some.expand_as(wide.keep).sum()
 
 

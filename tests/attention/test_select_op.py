@@ -41,7 +41,7 @@ def site_of(config, lengths, *, padded=False, seed=0, write=None):
         real = torch.ones(2, lengths[1], dtype=torch.bool)
         real[1, :200] = False
         mask = IndexMask(Apply("and", (causal(Const(offset)), Load(0, (B, KV)))), (real,))
-    layout = block_layout(mask, grid_of(query, key), config, q_offset=offset)
+    layout = block_layout(mask, grid_of(query, key, config.split), config, q_offset=offset)
     site = SparseCall(
         config=config, mask=mask, target=torch.tensor(0.7), q_offset=offset, lists=True, layout=layout, write=write
     )
@@ -57,7 +57,7 @@ def same(got, want, fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=["flattest_head", "per_head"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["peak", "per_head"])
 def test_the_operator_chooses_what_the_function_chooses(config):
     padded = config is CONFIGS[1]
     for lengths in ((700, 700), (512, 900)):  # compiled for one length, then for all
@@ -94,7 +94,8 @@ def test_all_layers_share_one_graph(monkeypatch):
     ids = torch.randint(10, 180, (1, 600), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         dense = model(input_ids=ids).logits
-        apply_omnisparse(model, OmniSparseConfig(target_recall=(0.9, 0.5), window_size=64), min_seq_len=0)
+        config = OmniSparseConfig(target_recall=(0.9, 0.5), min_peak=0.5, window_size=64)
+        apply_omnisparse(model, config, min_seq_len=0)
         sparse = model(input_ids=ids).logits
         assert len(graphs) == 1 and len(rewrite_report(model).rewritten) == 2
         with collect_stats(model) as stats:

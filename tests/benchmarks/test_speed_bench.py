@@ -52,7 +52,9 @@ def test_a_budget_for_a_share_is_the_largest_that_fits(bench, tokens, share):
 def test_random_data_keeps_the_share_that_is_asked_for(bench):
     prefill = bench("prefill.bench_prefill")
     query, key, _ = prefill.inputs(4096, "cpu", 1)[0]
-    assert kept_share(OmniSparseConfig(target_recall=0.5), query, key) == pytest.approx(0.5, abs=0.05)
+    assert kept_share(OmniSparseConfig(target_recall=0.5, budget="per_head"), query, key) == pytest.approx(
+        0.5, abs=0.05
+    )
 
 
 def test_transposed_lists_are_timed(bench):

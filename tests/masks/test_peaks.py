@@ -21,7 +21,7 @@ from omnisparse_flex.masks.blocks.select import BLOCK, BlockSelection, grid_of, 
 from omnisparse_flex.masks.expr.expr import KV, Apply, B, Const, H, Load, Q, causal, conjunction
 from omnisparse_flex.masks.expr.index_mask import IndexMask
 
-RULES = OmniSparseConfig(budget="peak", target_recall=0.3, window_size=64, last_rows=0)
+RULES = OmniSparseConfig(target_recall=0.3, key_block=128, window_size=64, last_rows=0)
 DIM = 16
 SCALE = 3 * DIM**-0.5
 

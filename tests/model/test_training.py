@@ -113,7 +113,8 @@ def test_symbolic_sizes_are_traced_once(device):
 
 def test_recall_schedule_needs_no_recompile(device):
     inputs = batch((700,), device)
-    config = dataclasses.replace(SPARSE, last_rows=0)  # whose scores would count beside the kept pairs
+    # Exact rows would count beside the kept pairs.
+    config = dataclasses.replace(SPARSE, budget="per_head", last_rows=0)
     model = apply_omnisparse(build("llama", device), config, min_seq_len=0, inner="eager")
     entry = compiled_decoder_of(model)
     densities = []

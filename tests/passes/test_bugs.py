@@ -162,7 +162,7 @@ def test_a_selection_that_fails_to_compile_runs_in_tensor_code(lenient, monkeypa
     tensors = qkv()
     config = OmniSparseConfig(target_recall=0.9, window_size=1, sink_size=0)
     bare = register(SparseCall(config=config, mask=IndexMask(causal()), lists=True))
-    layout = block_layout(IndexMask(causal()), grid_of(*tensors[:2]), config)
+    layout = block_layout(IndexMask(causal()), grid_of(*tensors[:2], config.split), config)
     inputs = (*tensors[:2], list(layout), torch.tensor(0.9), torch.tensor(0.1), [], bare, True)
     for _ in range(2):
         with pytest.warns(UserWarning, match=f"{BUG}: the compiled selection failed"):

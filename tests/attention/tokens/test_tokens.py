@@ -14,7 +14,8 @@ from omnisparse_flex.attention.functional import sparse_attention
 from omnisparse_flex.attention.lse_attention import merge
 from omnisparse_flex.attention.tokens import dispatch as token_attention
 from omnisparse_flex.attention.trace_mask import trace_mask_mod
-from omnisparse_flex.config import GQA_CHOICES, OmniSparseConfig
+from omnisparse_flex.config import OmniSparseConfig
+from omnisparse_flex.config_checks import GQA_CHOICES
 from omnisparse_flex.masks.blocks.select import BLOCK
 from omnisparse_flex.masks.expr.expr import TRUE, Const
 from omnisparse_flex.masks.expr.expr import causal as causal_expr
