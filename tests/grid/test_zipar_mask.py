@@ -124,7 +124,6 @@ def test_guidance_at_a_full_window_equals_plain_generate(family):
         prefix_allowed_tokens_fn=allowed,
         do_sample=False,
         max_new_tokens=tokens,
-        min_new_tokens=tokens,
         pad_token_id=PAD,
         logits_processor=[NoiseOfPlace()],
     )

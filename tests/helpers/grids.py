@@ -115,7 +115,6 @@ def raster(family: str, model, inputs, grid=GRID, **arguments):
         prefix_allowed_tokens_fn=allowed,
         do_sample=False,
         max_new_tokens=tokens,
-        min_new_tokens=tokens,
         pad_token_id=PAD,
         **arguments,
     )
