@@ -102,8 +102,7 @@ def test_emu3_decodes_the_picture_and_reads_the_grid_from_image_sizes():
     assert picture.shape[0] == 2 and picture.shape[-2:] == (2 * ROWS, 2 * COLUMNS)
 
 
-@pytest.mark.parametrize("window", [4, 1, "adaptive"])
-@pytest.mark.parametrize("family", ["emu3", "llama"])
+@pytest.mark.parametrize(("family", "window"), [("emu3", 4), ("emu3", "adaptive"), ("llama", 2), ("llama", "adaptive")])
 def test_attentions_and_caches_give_the_same_tokens(family, window, monkeypatch):
     from torch.nn.attention.flex_attention import flex_attention
     from transformers.integrations import flex_attention as integration
@@ -156,7 +155,7 @@ def test_prompts_and_samples_of_a_batch_are_independent():
 def test_through_apply_omnisparse_it_stays_dense_and_the_same():
     from omnisparse_flex import apply_omnisparse
 
-    model, own = build("llama", dtype=torch.float32)
-    before = zipar("llama", model, prompts(), 3, own)
+    model, own = build("llama", dtype=torch.float32, num_hidden_layers=1)
+    before = zipar("llama", model, prompts(), 2, own, grid=(2, 4))
     apply_omnisparse(model, min_seq_len=0, inner="eager")
-    assert torch.equal(zipar("llama", model, prompts(), 3, own), before)
+    assert torch.equal(zipar("llama", model, prompts(), 2, own, grid=(2, 4)), before)
