@@ -88,25 +88,29 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def figures(runs: list[dict[str, Any]]) -> dict[str, tuple[float, str, str]]:
+def figures(runs: list[dict[str, Any]], size: models.Size) -> dict[str, tuple[float, str, str]]:
     """name -> (value, unit, baseline), of the seeds' means."""
 
     def mean(name: str, field: str) -> float:
         return sum(run[name][field] for run in runs) / len(runs)
 
-    raster, saved = mean("raster.window_16", "bits"), 100 * (1 - mean("raster.window_8", "forwards") / 256)
-    against = f"raster order, 16x16 glyphs, small decoders of equal training, mean of {len(runs)} seeds"
-    return {
-        "zipar.forwards_saved_pct": (round(saved, 1), "%", "256 forwards of raster order; 16x16, window 8"),
-        "zipar.bits_ratio.w8": (round(mean("raster.window_8", "bits") / raster, 4), "x", f"{against}; as trained"),
-        "zipar.bits_ratio.w8.trained": (
-            round(mean("random_windows.window_8", "bits") / raster, 4),
-            "x",
-            f"{against}; trained under random windows",
-        ),
-        "nar.forwards.image": (int(mean("nar", "forwards")), "forwards", "256 of raster order; 16x16"),
-        "nar.bits_ratio": (round(mean("nar", "bits") / raster, 4), "x", against),
-    }
+    def bits_against_raster(name: str) -> float:
+        return round(mean(name, "bits") / mean("raster.window_16", "bits"), 4)
+
+    def saved(window: int) -> float:
+        return round(100 * (1 - mean(f"raster.window_{window}", "forwards") / 256), 1)
+
+    training = f"{size.layers} layers of {size.width}, {size.steps} steps of {size.batch}, mean of {len(runs)} seeds"
+    against = f"held-out bits of a raster model, 16x16 glyphs; {training}"
+    found = {"zipar.forwards_saved_pct": (saved(8), "%", "256 forwards of raster order; 16x16, window 8")}
+    for window in (8, 2):
+        for name, how in (("raster", "as trained"), ("random_windows", "trained under random windows")):
+            figure = f"zipar.bits_ratio.w{window}{'.trained' if name != 'raster' else ''}"
+            found[figure] = (bits_against_raster(f"{name}.window_{window}"), "x", f"{against}; {how}")
+    forwards = int(mean("nar", "forwards"))
+    found["nar.forwards.image"] = (forwards, "forwards", "256 of raster order; 16x16")
+    found["nar.bits_ratio"] = (bits_against_raster("nar"), "x", against)
+    return found
 
 
 def main() -> None:
@@ -131,7 +135,7 @@ def main() -> None:
     }
     summary.write_json(content, RESULTS)
     if options.record:
-        summary.record_results(figures(runs), content, __file__)
+        summary.record_results(figures(runs, size), content, __file__)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Request:
         min_window: Columns before the first trial of an adaptive start.
         eol: The id that ends a row; None: rows have no end.
         tail: Ids behind the last row.
+        even: Whether every step feeds the same number of tokens.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class Request:
     min_window: int
     eol: int | None
     tail: tuple[int, ...]
+    even: bool = False
 
     @property
     def line(self) -> int:
@@ -54,8 +56,16 @@ class Request:
     @property
     def slots(self) -> int:
         """The most tokens that are fed behind the prompt, an adaptive window's trials included."""
+        if self.width is not None:
+            return self.width * (self.columns + (self.rows - 1) * (self.window or self.columns) - 1)
         trials = (self.columns if self.window is None else 1) * (self.rows - 1)
         return self.rows * self.columns + trials
+
+    @property
+    def width(self) -> int | None:
+        """Tokens that every step feeds, if even: the rows that may be in progress at once, and the next one's lead."""
+        window = self.window or self.min_window
+        return min(self.rows, -(-self.columns // window)) + 1 if self.even else None
 
 
 def check_grid(grid: Any, image_sizes: Any) -> tuple[int, int]:

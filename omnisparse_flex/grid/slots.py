@@ -33,7 +33,8 @@ class Slots:
             tokens: How many more tokens may arrive.
             cache: A DynamicCache, which grows, or a StaticCache, whose empty slots are keys as well.
         """
-        batch, self.used = prompt.shape
+        batch, self._prompt = prompt.shape
+        self.used = self._prompt
         self.static = static_length(cache)
         length = self.static or self.used + tokens
         self.places = torch.full((batch, length), HIDDEN, dtype=torch.int32, device=prompt.device)
@@ -50,19 +51,20 @@ class Slots:
         places = self.places[:, : self.used]
         return by_rank("prompt", (self.places, places))
 
-    def add(self, places: Sequence[int]) -> MaskMod:
+    def add(self, places: Sequence[int], dead: int = 0) -> MaskMod:
         """Give the next slots to tokens that are fed in one forward.
 
         Args:
             places: Where each stands, counted from the prompt's first slot.
+            dead: Tokens behind them that only fill the forward up: they see the prompt, and nobody sees them.
 
         Returns:
-            The forward's ``mask_mod``, ``len(places)`` queries over ``keys`` slots.
+            The forward's ``mask_mod``, ``len(places) + dead`` queries over ``keys`` slots.
         """
-        arrived = torch.tensor(places, dtype=torch.int32, device=self.places.device)
-        self.places[:, self.used : self.used + len(places)] = arrived
-        self.used += len(places)
-        return by_rank("slots", (self.places, arrived))
+        stands = torch.tensor([*places, *[HIDDEN] * dead], dtype=torch.int32, device=self.places.device)
+        self.places[:, self.used : self.used + len(stands)] = stands
+        self.used += len(stands)
+        return by_rank("slots", (self.places, torch.where(stands == HIDDEN, self._prompt - 1, stands)))
 
     def hide(self, slot: int) -> None:
         """Let nobody see a slot from now on."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -23,7 +24,16 @@ class Stepper:
         cache: The KV cache.
     """
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor, cache: Any, tokens: int, rest: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Any,
+        tokens: int,
+        rest: dict[str, Any],
+        width: int | None = None,
+    ) -> None:
         """Nothing runs yet.
 
         Args:
@@ -33,8 +43,9 @@ class Stepper:
             cache: An empty KV cache.
             tokens: How many tokens may be fed behind the prompt.
             rest: What else the prompt's forward takes.
+            width: Tokens of every forward behind the prompt, dead ones included; None: only those that are fed.
         """
-        self.forwards, self.cache = 0, cache
+        self.forwards, self.cache, self._width = 0, cache, width
         self._model, self._ids, self._mask, self._rest = model, ids, mask, rest
         self._attention = attention_of(model.config.get_text_config(decoder=True))
         self._lengths = mask.sum(dim=1, keepdim=True)
@@ -61,11 +72,12 @@ class Stepper:
             Logits ``(B, Q, V)`` for each prompt.
         """
         rows, length = self._ids.shape
-        seen = self._slots.add([length + place for place in places])
-        mask = self._in_form(seen, len(places))
-        positions = self._lengths + torch.tensor(places, device=tokens.device)
-        ids = tokens.repeat(rows // len(tokens), 1)
-        return self._call(ids, attention_mask=mask, position_ids=positions)
+        dead = 0 if self._width is None else self._width - len(places)
+        seen = self._slots.add([length + place for place in places], dead)
+        mask = self._in_form(seen, len(places) + dead)
+        positions = self._lengths + torch.tensor([*places, *[0] * dead], device=tokens.device)
+        ids = F.pad(tokens.repeat(rows // len(tokens), 1), (0, dead))
+        return self._call(ids, attention_mask=mask, position_ids=positions)[:, : len(places)]
 
     @property
     def next_slot(self) -> int:

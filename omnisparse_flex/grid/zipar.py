@@ -53,6 +53,7 @@ def zipar_generate(
     min_window: int = 4,
     eol_token_id: int | None = None,
     tail: Sequence[int] | None = None,
+    even_steps: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | ZipARGenerateOutput:
     """Generate an image of tokens, each row ``window`` columns behind the row above it.
@@ -80,6 +81,8 @@ def zipar_generate(
         eol_token_id: The token that ends each row. None: Emu3's own, else rows have no end, and a row that
             starts before the row above has ended is led in by a copy of that row's latest token.
         tail: Tokens that end the image. None: Emu3's own, else none.
+        even_steps: Fill every forward up to the same number of tokens, so that a compiled model has one graph for
+            all steps. It takes more slots of the cache: steps times rows in progress.
         **model_kwargs: The KV cache (dynamic or static), ``attention_mask``, and what the prompt's forward takes.
 
     Returns:
@@ -96,7 +99,7 @@ def zipar_generate(
     rows, columns = checks.check_grid(grid, image_sizes)
     fixed = checks.check_window(window, min_window, columns)
     ends = checks.structure_tokens(model, eol_token_id, tail, generation_config.eos_token_id)
-    request = checks.Request(rows, columns, fixed, min_window, *ends)
+    request = checks.Request(rows, columns, fixed, min_window, *ends, even_steps)
     checks.check_mode(generation_config, model_kwargs)
     checks.check_prompt(input_ids, model_kwargs)
     stepper, picker = _prepared(model, input_ids, logits_processor, generation_config, request, model_kwargs)
@@ -128,7 +131,7 @@ def _prepared(
         require(images is None, "pixel_values", "be None under guidance: prompts are text", "images")
         ids, mask = doubled(ids, mask, guidance, pad)
     checks.check_room(model, request, ids.shape[1], cache, config.max_new_tokens)
-    return Stepper(model, ids, mask, cache, request.slots, rest), picker
+    return Stepper(model, ids, mask, cache, request.slots, rest, request.width), picker
 
 
 def _decode(rows: Rows, stepper: Stepper, picker: Picker) -> None:

@@ -152,6 +152,19 @@ def test_prompts_and_samples_of_a_batch_are_independent():
     assert tokens.shape == (3, 5 + ROWS * COLUMNS) and len(tokens.unique(dim=0)) == 3
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [7, 4, 2, 1, "adaptive"])
+@pytest.mark.parametrize("family", ["emu3", "llama"])
+def test_even_steps_feed_one_number_of_tokens_and_change_nothing(family, window, attention):
+    model, own = build(family, attention)
+    expected = zipar(family, model, prompts(padded=2), window, own, min_window=2, logits_processor=[NoiseOfPlace()])
+    calls = count_forwards(model)
+    static = {"cache_implementation": "static", "max_new_tokens": 160}
+    even = {"logits_processor": [NoiseOfPlace()], "min_window": 2, "even_steps": True, "guidance_scale": 1.0}
+    assert torch.equal(zipar(family, model, prompts(padded=2), window, own, **static, **even), expected)
+    assert len(set(calls[1:])) == 1 and calls[1] <= -(-COLUMNS // (2 if window == "adaptive" else window)) + 1
+
+
 def test_through_apply_omnisparse_it_stays_dense_and_the_same():
     from omnisparse_flex import apply_omnisparse
 
