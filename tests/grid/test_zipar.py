@@ -165,6 +165,19 @@ def test_even_steps_feed_one_number_of_tokens_and_change_nothing(family, window,
     assert len(set(calls[1:])) == 1 and calls[1] <= -(-COLUMNS // (2 if window == "adaptive" else window)) + 1
 
 
+def test_a_compiled_model_has_one_graph_for_all_even_steps():
+    from torch._dynamo.testing import CompileCounter
+
+    model, own = build("emu3", dtype=torch.float32)
+    even = {"even_steps": True, "cache_implementation": "static", "max_new_tokens": 100}
+    expected = zipar("emu3", model, prompts(), 2, own, **even)
+    graphs = CompileCounter()
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend=graphs, dynamic=False)
+    assert torch.equal(zipar("emu3", model, prompts(), 2, own, **even), expected)
+    assert graphs.frame_count == 2, "the prompt, and every step"
+
+
 def test_through_apply_omnisparse_it_stays_dense_and_the_same():
     from omnisparse_flex import apply_omnisparse
 
