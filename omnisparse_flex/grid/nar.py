@@ -15,7 +15,7 @@ from omnisparse_flex.errors import require
 from omnisparse_flex.grid.attention_mask import attention_of, in_form
 from omnisparse_flex.grid.guidance import guided
 from omnisparse_flex.grid.neighbor_heads import NeighborHeads
-from omnisparse_flex.grid.slots import Slots
+from omnisparse_flex.grid.slots import Slots, check_cache
 from omnisparse_flex.masks._checks import check_int_map
 from omnisparse_flex.masks.near_to_far import near_to_far, near_to_far_order
 from omnisparse_flex.model.cache_argument import as_cache_argument
@@ -131,8 +131,8 @@ def nar_generate(
         Tokens in raster order, and the number of forwards.
 
     Raises:
-        ConfigError: If a shape does not fit, guidance lacks ``unconditional``, a number is out of its range, or the
-            decoder's attention takes no mask.
+        ConfigError: If a shape does not fit, guidance lacks ``unconditional``, a number is out of its range, the
+            cache is used or too small, or the decoder's attention takes no mask.
 
     Source: NAR, arXiv 2503.10696, section 3 (shells), guidance of the mixed logits. Our choice: keys lie in shell
     order in the cache, each with its own position; the last shell is never fed.
@@ -168,6 +168,8 @@ class _Shells:
         self._attention, device = attention_of(config), condition.device
         self._cache = DynamicCache(config=config) if cache is None else cache
         order = near_to_far_order(*heads.grid, device=device)
+        length, needed = check_cache(self._cache), self._prefix + len(order) - 1
+        require(length is None or length >= needed, "cache", f"have at least {needed} slots", length)
         rank = sum(torch.meshgrid([torch.arange(extent) for extent in heads.grid], indexing="ij"))
         self.places: Sequence[Tensor] = order.split(torch.as_tensor(rank).flatten().bincount().tolist())
         self._slots = Slots(torch.ones_like(condition, dtype=torch.bool), len(order), self._cache)

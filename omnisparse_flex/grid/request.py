@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omnisparse_flex.errors import ConfigError, require
 from omnisparse_flex.grid.attention_mask import attention_of
-from omnisparse_flex.grid.slots import static_length
+from omnisparse_flex.grid.slots import check_cache
 from omnisparse_flex.masks._checks import check_count, is_int
 
 ADAPTIVE = "adaptive"
@@ -164,8 +164,6 @@ def check_room(model: Any, request: Request, prompt: int, cache: Any, max_new_to
     Raises:
         ConfigError: If it does not fit, or the cache is not an empty DynamicCache or StaticCache.
     """
-    from transformers import DynamicCache, StaticCache
-
     config = model.config.get_text_config(decoder=True)
     attention_of(config)
     grid = f"for a grid of {request.rows} x {request.columns}"
@@ -174,14 +172,10 @@ def check_room(model: Any, request: Request, prompt: int, cache: Any, max_new_to
     positions = getattr(config, "max_position_embeddings", None)
     fits = positions is None or prompt + request.tokens <= positions
     require(fits, "grid", f"fit {positions} positions with its prompt", prompt + request.tokens)
-    known = isinstance(cache, (DynamicCache, StaticCache))
-    require(known, "cache", "be a DynamicCache or a StaticCache", type(cache).__name__)
-    require(int(cache.get_seq_length()) == 0, "cache", "be empty", int(cache.get_seq_length()))
-    length = static_length(cache)
-    enough = length is None or length >= prompt + request.slots
-    rule = f"give the static cache {request.slots} slots behind the prompt {grid}"
-    if not enough:
-        raise ConfigError(f"max_new_tokens must {rule}, got {length - prompt}")  # type: ignore[operator]
+    length = check_cache(cache)
+    if length is not None and length < prompt + request.slots:
+        rule = f"give the static cache {request.slots} slots behind the prompt {grid}"
+        raise ConfigError(f"max_new_tokens must {rule}, got {length - prompt}")
 
 
 def check_prompt(ids: Tensor, others: Mapping[str, Any]) -> None:

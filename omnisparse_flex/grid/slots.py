@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnisparse_flex.errors import require
 from omnisparse_flex.masks._rank import by_rank
 from omnisparse_flex.types import MaskMod
 
@@ -76,3 +77,23 @@ def static_length(cache: Any) -> int | None:
     layers = getattr(cache, "layers", None)
     length = getattr(layers[0], "max_cache_len", None) if layers else None
     return None if length is None else int(length)
+
+
+def check_cache(cache: Any) -> int | None:
+    """Refuse a KV cache that cannot be filled in order of arrival.
+
+    Args:
+        cache: What the caller or ``generate`` gave.
+
+    Returns:
+        Slots of a StaticCache; None for a cache that grows.
+
+    Raises:
+        ConfigError: If it is not an empty DynamicCache or StaticCache.
+    """
+    from transformers import DynamicCache, StaticCache
+
+    known = isinstance(cache, (DynamicCache, StaticCache))
+    require(known, "cache", "be a DynamicCache or a StaticCache", type(cache).__name__)
+    require(int(cache.get_seq_length()) == 0, "cache", "be empty", int(cache.get_seq_length()))
+    return static_length(cache)

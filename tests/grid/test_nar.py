@@ -221,6 +221,10 @@ def test_bad_input_is_refused():
     decoder, heads = build("llama", (2, 3))
     calls = count(decoder)
     tokens, condition = torch.zeros(2, 6, dtype=torch.int64), conditions()
+
+    def static(length):
+        return transformers.StaticCache(config=decoder.config, max_cache_len=length)
+
     refused = [
         (lambda: NeighborHeads(decoder, 5, (2,)), "grid must be (rows, columns) or (frames, rows, columns), got (2,)"),
         (lambda: NeighborHeads(decoder, 5, (2, 0)), "grid's extents must be an int of at least 1, got 0"),
@@ -246,6 +250,14 @@ def test_bad_input_is_refused():
         ),
         (lambda: nar_generate(decoder, heads, condition, temperature=0), "temperature must be above 0, got 0"),
         (lambda: nar_generate(decoder, heads, condition, top_k=0), "top_k must be at least 1, got 0"),
+        (
+            lambda: nar_generate(decoder, heads, condition, cache=static(7)),
+            "cache must have at least 8 slots, got 7",
+        ),
+        (
+            lambda: nar_generate(decoder, heads, condition, cache=()),
+            "cache must be a DynamicCache or a StaticCache, got 'tuple'",
+        ),
         (lambda: nar_generate(decoder, decoder, condition), "heads must be NeighborHeads, got 'LlamaModel'"),
     ]
     for call, message in refused:
