@@ -22,7 +22,7 @@ FLOORS = (
     {"compile_or_restore", "backend"},
     {"model"},
     {"api", "stats", "warmup"},
-    {"cache", "calibration"},
+    {"cache", "calibration", "grid"},
     {""},
     {"cli"},
     {"__main__"},
@@ -30,7 +30,7 @@ FLOORS = (
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # Beside the floors: testing stands on the zoo and the config, and nobody stands on testing.
 TESTING_STANDS_ON = {"errors", "types", "config", "masks", "testing"}
-MAY_IMPORT_TRANSFORMERS = {"model", "cache", "cli"}
+MAY_IMPORT_TRANSFORMERS = {"model", "cache", "grid", "cli"}
 
 
 def house(root: Path) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from omnisparse_flex.masks.padding import padding
 from omnisparse_flex.masks.sinks_and_window import sinks_and_window
 from omnisparse_flex.masks.sliding_window import sliding_window
 from omnisparse_flex.masks.visual_text import visual_text
+from omnisparse_flex.masks.zipar import zipar
 from omnisparse_flex.testing.cases import AttentionShape, MaskCase
 from omnisparse_flex.types import MaskMod
 
@@ -82,7 +83,7 @@ def mask_mods(draw: st.DrawFn, B: int, L: int, S: int) -> MaskCase:
 
 
 def _draw_one(draw: st.DrawFn, B: int, L: int, S: int) -> MaskCase:
-    makers = (_causal, _window, _sinks, _document, _padding, _visual_text, _near_to_far)
+    makers = (_causal, _window, _sinks, _document, _padding, _visual_text, _near_to_far, _zipar)
     maker: Callable[[st.DrawFn, int, int, int], tuple[MaskMod, Tensor]] = draw(st.sampled_from(makers))
     mask_mod, dense = maker(draw, B, L, S)
     return MaskCase(mask_mod.__name__, mask_mod, dense.expand(B, 1, L, S).contiguous())
@@ -145,8 +146,49 @@ def _near_to_far(draw: st.DrawFn, B: int, L: int, S: int) -> tuple[MaskMod, Tens
     prefix = total - frames * height * width
     distance = torch.tensor([sum(thw) for thw in itertools.product(range(frames), range(height), range(width))])
     dense = _all(total, total).tril()
+    order = draw(st.sampled_from(("raster", "shells")))
+    distance = distance if order == "raster" else distance.sort().values
     dense[prefix:, prefix:] = distance <= distance[:, None]
-    return near_to_far(prefix, frames, height, width, device="cpu"), dense[:L, :S]
+    return near_to_far(prefix, frames, height, width, device="cpu", order=order), dense[:L, :S]
+
+
+def _zipar(draw: st.DrawFn, B: int, L: int, S: int) -> tuple[MaskMod, Tensor]:
+    total = max(L, S)
+    eol = total > 1 and draw(st.booleans())
+    room = total if eol else total + 1  # without ends of lines, rows - 1 copies stand behind the grid
+    rows = draw(st.integers(1, min(6, room // 2)))
+    columns = draw(st.integers(1, room // rows - 1))
+    prefix = room - rows * (columns + 1)
+    windows = st.lists(st.integers(1, columns), min_size=rows - 1, max_size=rows - 1)
+    starts = [list(itertools.accumulate(draw(windows), initial=0)) for _ in range(B)]
+    dense = torch.stack([_decoded(total, prefix, columns, row, eol) for row in starts])
+    mask_mod = zipar(prefix, rows, columns, torch.tensor(starts, device="cpu"), eol=eol, device="cpu")
+    return mask_mod, dense[:, None, :L, :S]
+
+
+def _decoded(total: int, prefix: int, columns: int, starts: list[int], eol: bool) -> Tensor:
+    """What each token sees while ZipAR decodes: the decoding itself, step by step."""
+    rows, line = len(starts), columns + eol
+    place = torch.arange(total)
+    fed: list[list[int]] = [[] for _ in range(starts[-1] + columns + 1)]
+    gone: list[list[int]] = [[] for _ in fed]
+    for row, start in enumerate(starts):
+        for column in range(columns):
+            fed[start + column].append(prefix + row * line + column)
+        end = prefix + row * line + columns if eol else prefix + rows * columns + row
+        if row + 1 < rows or eol:
+            fed[starts[row + 1] - 1 if row + 1 < rows else start + columns].append(end)
+        if row + 1 < rows and not eol:
+            place[end] = prefix + (row + 1) * columns - 1
+            gone[start + columns - 1].append(end)
+    dense, there = _all(total, total).tril(), torch.zeros(total, dtype=torch.bool)
+    there[:prefix] = True
+    taken = torch.zeros_like(there)
+    for arrived, left in zip(fed, gone, strict=True):
+        there[arrived], taken[left] = True, True
+        for token in arrived:
+            dense[token] = there & ~taken & (place <= place[token])
+    return dense
 
 
 def _cut(draw: st.DrawFn, total: int) -> list[int]:

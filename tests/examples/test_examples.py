@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TESTED = ("apply_to_a_model", "own_mask", "plain_gpt", "slim_cache", "train_with_trainer")
+TESTED = ("apply_to_a_model", "own_mask", "plain_gpt", "slim_cache", "train_with_trainer", "zipar")
 
 
 @pytest.fixture
@@ -66,3 +66,12 @@ def test_two_turns_share_a_smaller_cache(example) -> None:
     assert tokens.shape == (1, prompt + 6 + 12 + 6)
     assert report.length == tokens.shape[1] - 1, "the last token was never fed back"
     assert report.device < report.full and report.host > 0
+
+
+def test_fewer_forwards_for_a_picture(example) -> None:
+    zipar = example("zipar")
+    found = zipar.run(steps=60)
+    for measured in found.values():
+        assert [forwards for forwards, _, _ in measured] == [8 + 7 * window for window in zipar.WINDOWS]
+        assert all(pictures.max() <= zipar.LIGHT for _, _, pictures in measured)
+        assert all(bits < 0.7 for _, bits, _ in measured), "an untrained model needs one bit a pixel and more"

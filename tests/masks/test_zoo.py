@@ -14,11 +14,12 @@ from omnisparse_flex.errors import ConfigError
 from omnisparse_flex.masks.causal import causal
 from omnisparse_flex.masks.combine import intersect, union
 from omnisparse_flex.masks.document import document, document_ids
-from omnisparse_flex.masks.near_to_far import near_to_far
+from omnisparse_flex.masks.near_to_far import near_to_far, near_to_far_order
 from omnisparse_flex.masks.padding import padding
 from omnisparse_flex.masks.sinks_and_window import sinks_and_window
 from omnisparse_flex.masks.sliding_window import sliding_window
 from omnisparse_flex.masks.visual_text import visual_text
+from omnisparse_flex.masks.zipar import zipar
 from omnisparse_flex.testing import AttentionShape, assert_close_to_oracle, assert_mask_mod_equals, mask_mods
 from omnisparse_flex.testing.oracle import materialize_mask
 
@@ -27,6 +28,10 @@ LENGTHS = [[100, 44], [1, 29, 114]]
 SPANS = [[(10, 50), (60, 61)], [(0, 7), (100, 144)]]
 VALID = [(0, 144), (33, 144)]  # the second row is padded on the left
 PREFIX, GRID = 24, (3, 5, 8)
+ORDER = near_to_far_order(*GRID)
+LINES = (24, 6, 19)  # prefix, rows, columns; an end-of-line token after each row
+COPIES = (19, 6, 20)  # prefix, rows, columns; five copies behind the grid
+STARTS = [[0, 2, 9, 10, 28, 30], [0, 19, 21, 22, 30, 40]]
 
 VISUAL = torch.tensor([[any(start <= i < end for start, end in row) for i in range(N)] for row in SPANS])
 IDS = document_ids(LENGTHS)
@@ -55,6 +60,53 @@ def near_to_far_rule(b, i, j):
     return i >= PREFIX and shell_of(j) <= shell_of(i)
 
 
+def shells_rule(b, i, j):
+    """In shell order the same rule holds for the tokens that lie there."""
+    return near_to_far_rule(b, *(k if k < PREFIX else PREFIX + int(ORDER[k - PREFIX]) for k in (i, j)))
+
+
+def line_token(starts, i):
+    """(raster position, step) of a token; an end of line is the column before the next row."""
+    prefix, rows, columns = LINES
+    if i < prefix:
+        return i, -1
+    row, column = divmod(i - prefix, columns + 1)
+    ends = column == columns and row < rows - 1
+    return i, starts[row + 1] - 1 if ends else starts[row] + column
+
+
+def zipar_rule(starts):
+    def rule(b, i, j):
+        (q_place, q_step), (k_place, k_step) = line_token(starts[b], i), line_token(starts[b], j)
+        return k_place <= q_place and k_step <= q_step
+
+    return rule
+
+
+def copy_token(starts, i):
+    """(raster position, step, step from which it is gone) of a token or of a copy behind the grid."""
+    prefix, rows, columns = COPIES
+    if i < prefix:
+        return i, -1, None
+    if i < prefix + rows * columns:
+        row, column = divmod(i - prefix, columns)
+        return i, starts[row] + column, None
+    row = i - prefix - rows * columns
+    return prefix + (row + 1) * columns - 1, starts[row + 1] - 1, starts[row] + columns - 1
+
+
+def copies_rule(starts):
+    def rule(b, i, j):
+        (q_place, q_step, _), (k_place, k_step, gone) = copy_token(starts[b], i), copy_token(starts[b], j)
+        return k_place <= q_place and k_step <= q_step and (gone is None or q_step < gone)
+
+    return rule
+
+
+def even(rows, window):
+    return [[window * row for row in range(rows)]] * B
+
+
 CASES = {
     "causal": (causal(), lambda b, i, j: j <= i),
     "causal_offset": (causal(7), lambda b, i, j: j <= i + 7),
@@ -65,6 +117,11 @@ CASES = {
     "padding": (padding(KEPT), lambda b, i, j: VALID[b][0] <= j < VALID[b][1]),
     "visual_text": (visual_text(VISUAL), lambda b, i, j: j <= i or same_span(b, i, j)),
     "near_to_far": (near_to_far(PREFIX, *GRID), near_to_far_rule),
+    "near_to_far_shells": (near_to_far(PREFIX, *GRID, order="shells"), shells_rule),
+    "zipar": (zipar(*LINES, 4), zipar_rule(even(6, 4))),
+    "zipar_starts": (zipar(*LINES, torch.tensor(STARTS)), zipar_rule(STARTS)),
+    "zipar_copies": (zipar(*COPIES, 7, eol=False), copies_rule(even(6, 7))),
+    "zipar_copies_starts": (zipar(*COPIES, torch.tensor(STARTS), eol=False), copies_rule(STARTS)),
     "intersect": (
         intersect(causal(), document(IDS), padding(KEPT)),
         lambda b, i, j: j <= i and document_of(b, i) == document_of(b, j) and VALID[b][0] <= j < VALID[b][1],
@@ -136,7 +193,8 @@ def test_traces_to_pointwise_operations_on_small_tables(case):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_factories_can_be_called_inside_a_compiled_region(dynamic):
     def mask(visual, ids, kept, offset):
-        mask_mod = union(causal(offset), visual_text(visual), near_to_far(PREFIX, *GRID))
+        mask_mod = union(causal(offset), visual_text(visual), near_to_far(PREFIX, *GRID, order="shells"))
+        mask_mod = union(mask_mod, zipar(*LINES, 4), zipar(*COPIES, 7, eol=False))
         mask_mod = intersect(mask_mod, document(ids), padding(kept), sinks_and_window(4, 30), causal())
         i = torch.arange(N)
         return mask_mod(torch.arange(B)[:, None, None], torch.zeros(()), i[:, None], i)
@@ -218,6 +276,53 @@ def test_near_to_far_decodes_one_shell_a_pass(grid, passes):
     assert own_shell.sum() == sum(count**2 for count in own_shell.unique(dim=0).sum(-1).tolist())
 
 
+@pytest.mark.parametrize(("grid", "share"), [((1, 32, 32), 0.67), ((1, 64, 64), 0.55), ((16, 16, 16), 0.55)])
+def test_in_shell_order_flex_attention_skips_blocks(grid, share):
+    n = grid[0] * grid[1] * grid[2]
+    blocks = {
+        order: create_block_mask(near_to_far(0, *grid, order=order), None, None, n, n, device="cpu")
+        for order in ("raster", "shells")
+    }
+    kept = {order: 1 - mask.sparsity() / 100 for order, mask in blocks.items()}
+    assert kept["raster"] > 0.999 and kept["shells"] == pytest.approx(share, abs=0.005)
+
+
+def test_shell_order_is_a_permutation_of_the_same_mask():
+    order = near_to_far_order(*GRID)
+    assert torch.equal(order.sort().values, torch.arange(GRID[0] * GRID[1] * GRID[2]))
+    assert near_to_far_order(1, 2, 3).tolist() == [0, 1, 3, 2, 4, 5]
+    raster = dense(near_to_far(0, *GRID), n=len(order))[0]
+    assert torch.equal(dense(near_to_far(0, *GRID, order="shells"), n=len(order))[0], raster[order][:, order])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 7), (5, 1), (4, 6)])
+def test_zipar_with_a_window_of_a_row_is_causal(rows, columns):
+    prefix, starts = 3, columns * torch.arange(rows)[None]
+    for window in (columns, starts):
+        lines = dense(zipar(prefix, rows, columns, window), n=prefix + rows * (columns + 1))[0]
+        assert torch.equal(lines, torch.ones_like(lines).tril())
+        copies = dense(zipar(prefix, rows, columns, window, eol=False), n=prefix + rows * columns + rows - 1)[0]
+        grid = prefix + rows * columns
+        assert torch.equal(copies[:grid, :grid], torch.ones(grid, grid, dtype=torch.bool).tril())
+        assert not copies[:, grid:].any()  # the true token is always there
+        assert torch.equal(copies[grid:, :grid], copies[prefix + columns - 1 : grid - 1 : columns, :grid])
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_zipar_sees_the_row_above_up_to_its_window(window):
+    prefix, rows, columns = 2, 4, 5
+    mask = dense(zipar(prefix, rows, columns, window), n=prefix + rows * (columns + 1))[0]
+    assert mask[prefix:, :prefix].all()
+    grid = mask[prefix:, prefix:].view(rows, columns + 1, rows, columns + 1)
+    for row, column in itertools.product(range(rows), range(columns)):
+        seen = grid[row, column]
+        assert not seen[row + 1 :].any()
+        for above in range(row + 1):
+            expected = min(columns, column + 1 + window * (row - above))
+            assert seen[above, :columns].sum() == (column + 1 if above == row else expected)
+        assert seen[:row, columns].all()  # the ends of all rows that came before
+
+
 def test_near_to_far_keeps_raster_order_within_a_row_of_one():
     assert torch.equal(dense(near_to_far(0, 1, 1, N)), dense(causal()))
     assert torch.equal(dense(near_to_far(N - 1, 1, 1, 1)), dense(causal()))
@@ -246,6 +351,9 @@ def test_combinations_follow_set_algebra():
         (padding(KEPT), "padding"),
         (visual_text(VISUAL), "visual_text"),
         (near_to_far(5, 4, 16, 16), "near_to_far_5_4x16x16"),
+        (near_to_far(5, 4, 16, 16, order="shells"), "near_to_far_5_4x16x16_shells"),
+        (zipar(5, 4, 6, 3), "zipar_5_4x6_window_3"),
+        (zipar(5, 6, 6, torch.tensor(STARTS), eol=False), "zipar_5_6x6_starts_copies"),
         (intersect(causal(), document(IDS)), "causal_and_document"),
         (union(causal(), padding(KEPT)), "causal_or_padding"),
     ],
@@ -303,6 +411,17 @@ LONG = torch.zeros(2, 3, dtype=torch.int64)
         (lambda: near_to_far(0, 0, 2, 2), "frames must be an int of at least 1, got 0"),
         (lambda: near_to_far(0, 1, 2.0, 2), "height must be an int of at least 1, got 2.0"),
         (lambda: near_to_far(0, 1, 2, None), "width must be an int of at least 1, got None"),
+        (lambda: near_to_far(0, 1, 2, 2, order="rows"), "order must be one of raster, shells, got 'rows'"),
+        (lambda: near_to_far_order(1, 0, 2), "height must be an int of at least 1, got 0"),
+        (lambda: zipar(-1, 2, 2, 1), "prefix must be an int of at least 0, got -1"),
+        (lambda: zipar(0, 0, 2, 1), "rows must be an int of at least 1, got 0"),
+        (lambda: zipar(0, 2, True, 1), "columns must be an int of at least 1, got True"),
+        (lambda: zipar(0, 2, 2, 0), "window must be an int of at least 1, got 0"),
+        (lambda: zipar(0, 2, 2, 3), "window must be at most the 2 columns of a row, got 3"),
+        (
+            lambda: zipar(0, 2, 2, LONG),
+            "window must be an int or an int tensor of shape (B, 2), got a torch.int64 tensor of shape (2, 3)",
+        ),
         (lambda: intersect(), "mods must hold at least one mask_mod, got ()"),
         (lambda: union(causal(), 3), "mods must be callables (b, h, q_idx, kv_idx) -> bool tensor, got 3"),
     ],
