@@ -174,7 +174,10 @@ def _short(value: float) -> str:
 #: and the prefixes of figures for the quality they lose (the last one measured wins).
 POINTS = {
     "ttft.default": ("the default rules", ("peak", "qwen")),
-    "ttft": ("a fixed budget, whose share of the block pairs is *kept*", ()),
+    "ttft": (
+        "a fixed budget (*kept*: its share of the block pairs), not the default, whose time is not measured",
+        (),
+    ),
 }
 #: Its rows, in visual tokens, and its columns, made of figures "{prefix}.{name}.{length}".
 LENGTHS = ("8k", "32k", "128k", "256k")

@@ -159,7 +159,7 @@ def padded_attention(query, key, value, real):
 
 
 def test_a_second_length_runs_on_triton_and_the_report_says_so(traced):
-    backend = Backend(OmniSparseConfig(), min_seq_len=0, inner="inductor")
+    backend = Backend(OmniSparseConfig(key_block=128), min_seq_len=0, inner="inductor")
     compiled = torch.compile(causal_attention, backend=backend)
     for length in (256, 384):
         compiled(*(torch.randn(1, 2, length, 64) for _ in range(3)))
@@ -172,7 +172,7 @@ def test_a_second_length_runs_on_triton_and_the_report_says_so(traced):
 
 
 def test_a_mask_that_reads_tensors_runs_on_triton(traced):
-    backend = Backend(OmniSparseConfig(), min_seq_len=0, inner="inductor")
+    backend = Backend(OmniSparseConfig(key_block=128), min_seq_len=0, inner="inductor")
     query = torch.randn(1, 2, 256, 64)
     torch.compile(padded_attention, backend=backend)(query, query + 0, query * 1, torch.ones(1, 256, dtype=torch.bool))
     assert traced == [()] and any("a mask that reads tensors" in note for note in backend.log.notes)

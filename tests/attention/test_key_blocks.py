@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnisparse_flex import ConfigError, OmniSparseConfig
-from omnisparse_flex.attention import functional as attending
+from omnisparse_flex.attention import block_sparse as attending
 from omnisparse_flex.attention.block_sparse import attend
 from omnisparse_flex.attention.call import SparseCall
 from omnisparse_flex.attention.flex_options import NARROW, kernel_options

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from omnisparse_flex import OmniSparseConfig, passes
+from omnisparse_flex import OmniSparseConfig
 from omnisparse_flex.attention import select_op
 from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.backend import Backend
@@ -16,6 +16,7 @@ from omnisparse_flex.masks.blocks.layout import block_layout
 from omnisparse_flex.masks.blocks.select import grid_of, select_blocks
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.index_mask import IndexMask
+from omnisparse_flex.passes import run as runner
 from omnisparse_flex.testing import assert_close_to_oracle
 
 EVERYTHING = OmniSparseConfig(target_recall=0.9999999, lazy_threshold=None)
@@ -45,7 +46,7 @@ def checkpointed(q, k, v):
 
 def fails_at(name, layer, monkeypatch):
     """Let one pass fail at one site, after it has done its work there; None: after its last site."""
-    real = getattr(passes, name)
+    real = getattr(runner, name)
 
     def broken(rewrite):
         visit = rewrite.visit
@@ -62,7 +63,7 @@ def fails_at(name, layer, monkeypatch):
             raise PassError("a broken invariant")
 
     broken.__name__ = name
-    monkeypatch.setattr(passes, "PIPELINE", tuple(broken if x is real else x for x in passes.PIPELINE))
+    monkeypatch.setattr(runner, "PIPELINE", tuple(broken if x is real else x for x in runner.PIPELINE))
 
 
 def run(call, tensors, inner="eager"):
@@ -105,7 +106,7 @@ def test_checkpointed_bodies_are_brought_back_too(layer, lenient, monkeypatch):
 
 
 def test_a_match_that_fails_is_a_skip(lenient, monkeypatch):
-    module = importlib.import_module("omnisparse_flex.passes.find_sites")  # the package has a function of its name
+    module = importlib.import_module("omnisparse_flex.passes.find_sites")
     monkeypatch.setattr(module, "_sdpa", lambda *_: 1 / 0)
     tensors = qkv()
     out, reasons, _ = run(two_sites, tensors)
