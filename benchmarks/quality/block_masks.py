@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from omnisparse_flex.attention.functional import causal_program
+from omnisparse_flex.attention.functional import causal_index_mask
 from omnisparse_flex.masks.statistics import sampled_rows, true_recall
 
 NAME = "quality_block_masks"
@@ -133,7 +133,7 @@ def sampled_recall(kept: Kept, query: Tensor, key: Tensor, scale: float) -> Tens
     rows = sampled_rows(query)
     pairs = [kept.pairs(row, row + 1) for row in rows.tolist()]
     wide = torch.cat([F.pad(x, (0, key.shape[2] - x.shape[3])) for x in pairs], 2)
-    mask = causal_program(0, query.device)
+    mask = causal_index_mask(0, query.device)
     return true_recall(wide.expand(query.shape[0], query.shape[1], -1, -1), rows, query, key, mask, scale, None)[0]
 
 

@@ -18,7 +18,7 @@ from benchmarks.quality.block_masks import BLOCK, Blocks, Kept, Rule, attend_by_
 from benchmarks.quality.own_rules import BLOCK_RULES, peak
 from benchmarks.quality.rows import logits
 from omnisparse_flex import OmniSparseConfig
-from omnisparse_flex.attention.functional import causal_program
+from omnisparse_flex.attention.functional import causal_index_mask
 from omnisparse_flex.masks.blocks.promise import one_call
 from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.statistics import scoring_blocks
@@ -156,7 +156,7 @@ def sinks_and_window(query: Tensor, key: Tensor, scale: float, *, share: float) 
 
 def chosen_by(query: Tensor, key: Tensor, scale: float, *, config: OmniSparseConfig, shuffled: bool = False) -> Kept:
     """The library's own choice; ``shuffled``: as many blocks of each row, but which is left to chance."""
-    mask = causal_program(0, query.device)
+    mask = causal_index_mask(0, query.device)
     found = select_blocks(
         query, key, mask, config, target=config.recall_of(0), min_peak=config.min_peak_of(0), scale=scale
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omnisparse_flex import OmniSparseConfig, sparse_attention
-from omnisparse_flex.attention import functional as attention
+from omnisparse_flex.attention import block_sparse as attention
 from omnisparse_flex.attention.block_sparse import attend
 from omnisparse_flex.attention.call import SparseCall, register
 from omnisparse_flex.attention.tokens.op import call_token_op
