@@ -118,7 +118,7 @@ def test_the_cost_of_the_rows_is_counted():
     mask = IndexMask(causal())
     cost = {}
     for rows in (0, 64):
-        config = OmniSparseConfig(last_rows=rows)
+        config = OmniSparseConfig(budget="per_head", last_rows=rows)
         chosen = select_blocks(query, query, mask, config, target=0.9, scale=0.25)
         found = measure_selection(chosen, query, query, mask, config, scale=0.25, score=None, exact=False)
         cost[rows] = found.stats[STATS.index("selection_blocks")].item()
@@ -129,13 +129,13 @@ def test_the_cost_of_the_rows_is_counted():
 @pytest.mark.parametrize("wrong", [-2, 3, 1.5, True, None])
 def test_a_wrong_number_of_rows_is_refused(wrong):
     with pytest.raises(ConfigError, match="last_rows"):
-        OmniSparseConfig(last_rows=wrong)
+        OmniSparseConfig(budget="per_head", last_rows=wrong)
 
 
 def test_zero_rows_change_nothing():
     query = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(0))
     mask = IndexMask(causal())
-    chosen = select_blocks(query, query, mask, OmniSparseConfig(last_rows=0), target=0.9, scale=0.25)
+    chosen = select_blocks(query, query, mask, OmniSparseConfig(budget="per_head", last_rows=0), target=0.9, scale=0.25)
     some = chosen.layout.some
     mass = SCORERS["mean_pool"](
         query, query, some, scale=0.25, block=128, key_block=128, adjust=None, allowed=mask.pairs
