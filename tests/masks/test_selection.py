@@ -17,7 +17,7 @@ from omnisparse_flex.masks.blocks import select
 from omnisparse_flex.masks.blocks.block_lists import block_mask_from_maps, wider
 from omnisparse_flex.masks.blocks.select import BlockSelection, dense_selection, select_blocks
 from omnisparse_flex.masks.blocks.text_runs import LONG_RUN
-from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Load, Q, causal
+from omnisparse_flex.masks.expr.expr import KV, TRUE, Apply, B, Const, H, Load, Q, causal, causal_offset, number_in
 from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.masks.expr.opaque import OpaqueMask
 from omnisparse_flex.testing import AttentionShape, assert_block_mask_equals, configs, mask_mods
@@ -140,6 +140,8 @@ def cases(draw, masks=plain_masks):
             st.sampled_from((0.0, 0.5, 0.99, 1.0))
         )
     offset = shape.kv_len - shape.q_len if is_causal else 0
+    if not is_causal and isinstance(mask, IndexMask) and (position := causal_offset(mask.expr)) is not None:
+        offset = int(number_in(position, mask.buffers, CPU))  # as ``sparse_attention`` and the passes read it
     return Case(
         shape, draw(st.sampled_from((16, 16, 128))), draw(configs()), mask, offset, visual, query * sharpness, key
     )
