@@ -80,8 +80,8 @@ def _check_gqa_choice(config: Any) -> None:
 
 
 def is_real(value: object) -> bool:
-    """Whether a value is a finite number and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number and no bool; comparisons, for Dynamo knows no ``isfinite`` of a symbol."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
