@@ -45,7 +45,7 @@ def test_the_soft_cap_is_kept() -> None:
 def test_selection_leaves_something_out() -> None:
     model = gemma2()
     dense = model(IDS.repeat(1, 4)).logits
-    rules = OmniSparseConfig(target_recall=0.5, sink_size=0, window_size=16)
+    rules = OmniSparseConfig(target_recall=0.5, budget="per_head", sink_size=0, window_size=16)
     apply_omnisparse(model, rules, min_seq_len=0, inner="eager")
     assert (model(IDS.repeat(1, 4)).logits - dense).abs().max() > 1e-3
     assert len(rewrite_report(model).rewritten) == 2

@@ -139,6 +139,7 @@ def test_the_experts_that_transformers_prefers_stay_in_one_graph(device):
     assert (log.graphs, log.runs) == (1, 1) and len(rewrite_report(model).rewritten) == 2
 
 
+@pytest.mark.filterwarnings("ignore:omnisparse. attention is dense")  # called by itself
 @pytest.mark.parametrize("implementation", ["eager", "omnisparse"])
 def test_attention_dropout_keeps_the_sinks(implementation, device):
     """Dropping half of the weights changes no mean; sinks lost would change it by a lot."""
@@ -165,6 +166,7 @@ def test_attention_dropout_keeps_the_sinks(implementation, device):
     assert ((dropped.mean(0) - expected).abs() < 6 * spread + 1e-6).all()
 
 
+@pytest.mark.filterwarnings("ignore:omnisparse. attention is dense")  # called by itself
 def test_attention_dropout_is_reported(device):
     sinks = torch.full((2,), 8.0, device=device)
     tensors = [torch.randn(1, 2, 140, 16, device=device) for _ in range(3)]
@@ -175,6 +177,7 @@ def test_attention_dropout_is_reported(device):
     assert 0 < out.abs().max() < 0.2, "the sinks hold most of the mass"
 
 
+@pytest.mark.filterwarnings("ignore:omnisparse. attention is dense")  # called by itself
 def test_sinks_of_another_shape_are_refused(device):
     model = build("gpt_oss", device, num_hidden_layers=1)
     attention = model.model.layers[0].self_attn
