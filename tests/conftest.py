@@ -23,7 +23,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", metavar="FILE", help="write outcomes, times and versions there, as JSON")
+    parser.addoption("--results", metavar="FILE", help="write outcomes, times and versions there, as JSON (with =, for pytest takes a file that exists for a test)")
 
 
 def pytest_configure(config):

@@ -1,7 +1,7 @@
 """Runs of the whole test suite on several versions: kept, told as figures, and the README's line of what was tested.
 
-    make test ARGS="--results /tmp/pinned.json"
-    make test LATEST=1 WITH=transformers==5.17.0 VENV=/tmp/venv517 ARGS="--results /tmp/oldest.json"
+    make test ARGS="--results=/tmp/pinned.json"
+    make test LATEST=1 WITH=transformers==5.17.0 VENV=/tmp/venv517 ARGS="--results=/tmp/oldest.json"
     python -m benchmarks.common.lanes /tmp/pinned.json /tmp/oldest.json
 
 A lane is a version of transformers on the CPU or on a GPU; its last run counts. In README.md the line stands between
