@@ -23,7 +23,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", metavar="FILE", help="write outcomes, times and versions there, as JSON (with =, for pytest takes a file that exists for a test)")
+    # Write it with =: a file that exists would else be taken for a test.
+    parser.addoption("--results", metavar="FILE", help="write outcomes, times and versions there, as JSON")
 
 
 def pytest_configure(config):
