@@ -88,7 +88,7 @@ def test_parts_are_folders() -> None:
     reports = [Report("tests/cache/test_a.py::test_b[x/y]", 1.5), Report("tests/cache/deep/test_c.py::test_d", 2)]
     assert seconds_of([*reports, Report("tests/test_a.py::test_b", 3), object()]) == {"": 3, "cache": 3.5}
     folders = {path.name for path in (lanes.ROOT / "tests").iterdir() if any(path.glob("**/test_*.py"))}
-    assert set(BUDGETS) - {""} <= folders and sum(BUDGETS.values()) == 1440
+    assert set(BUDGETS) - {""} <= folders and sum(BUDGETS.values()) == 1740
     assert part_of("tests/attention/tokens/test_a.py::test_b") == "attention"
 
 
