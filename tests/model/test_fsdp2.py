@@ -32,6 +32,13 @@ def gradients(model, inputs):
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
 
 
+def hooks_are_checkpointed():
+    """Whether transformers checkpoints a layer's call, FSDP2's hooks included (5.17), and not its forward (5.23)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("shard_first", [False, True], ids=["apply-shard", "shard-apply"])
 def test_each_layer_sharded(shard_first, checkpointing, mesh):
@@ -49,6 +56,12 @@ def test_each_layer_sharded(shard_first, checkpointing, mesh):
     fsdp.fully_shard(model, mesh=mesh)
     if shard_first:
         apply_omnisparse(model, SPARSE, min_seq_len=0, inner="aot_eager")
+    if checkpointing and hooks_are_checkpointed():
+        with pytest.warns(
+            UserWarning, match="attention ran outside the graphs that Dynamo made: layers 0, 1 are dense"
+        ):
+            gradients(model, inputs)
+        return
     assert worst(gradients(model, inputs), expected) < 1e-5
     report = rewrite_report(model)
     assert {site.layer for site in report.rewritten} == {0, 1} and not report.skipped
