@@ -164,3 +164,14 @@ def test_the_command_runs_outside_the_checkout(installed: Path, tmp_path: Path) 
     command = installed / "bin" / "omnisparse-flex"
     shown = run(sys.executable, command, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert "demo" in shown and "check" in shown
+
+
+def test_a_checkout_without_symbolic_links_is_refused(tmp_path: Path) -> None:
+    """Where git makes no links, it writes files that hold their target."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "omnisparse_flex").mkdir()
+    (tmp_path / "omnisparse_flex" / "masks").write_text("../masks")
+    found = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 1 and "omnisparse_flex/masks must be a link" in found.stderr
