@@ -19,7 +19,7 @@ from omnisparse_flex.model.decoder_facts import head_shapes, refuse_several_devi
 from omnisparse_flex.model.dry_run import explain
 from omnisparse_flex.model.install import Undo, VisualMaskArgument, install_in_transformers
 from omnisparse_flex.model.promises import layer_recalls
-from omnisparse_flex.model.switches import NAME, dense_on_purpose
+from omnisparse_flex.model.switches import NAME, expected_call
 from omnisparse_flex.model.user_compile import REPLACED, own_call, refuse_compiled, was_replaced
 from omnisparse_flex.model.wrappers import refuse_wrapped, unwrap
 from omnisparse_flex.report import RewriteReport
@@ -166,7 +166,7 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
     assert entry is not None
     entry.module._compiled_call_impl = None
     try:
-        with dense_on_purpose():
+        with expected_call():
             yield model
     finally:
         entry.module._compiled_call_impl = entry

@@ -12,7 +12,7 @@ from omnisparse_flex import OmniSparseCache
 from omnisparse_flex.model import hf as integration
 from omnisparse_flex.model import visual_mask
 from omnisparse_flex.model.cache_argument import NEW_NAME, OLD_NAME, as_cache_argument, cache_name
-from omnisparse_flex.model.switches import dense_on_purpose
+from omnisparse_flex.model.switches import expected_call
 from tests.helpers.assumption import seam
 from tests.helpers.tiny import IMAGE, VIDEO, build
 
@@ -37,7 +37,7 @@ class Spy:
 
     def attend(self, *args, **kwargs):
         self.attention.append(inspect.signature(integration.attention_forward).bind(*args, **kwargs).arguments)
-        with dense_on_purpose():  # by its name alone, ours warns
+        with expected_call():  # by its name alone, ours warns
             return integration.attention_forward(*args, **{**kwargs, "cache": None})
 
     def mask(self, *args, **kwargs):

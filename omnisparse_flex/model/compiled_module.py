@@ -21,9 +21,9 @@ from omnisparse_flex.model.cache_argument import cache_in, with_cache_renamed
 from omnisparse_flex.model.cache_history import remember
 from omnisparse_flex.model.cache_ops import Owner
 from omnisparse_flex.model.outside_masks import made, taken
-from omnisparse_flex.model.promises import Teller
+from omnisparse_flex.model.promises import Teller, adds_one_token
 from omnisparse_flex.model.run_state import ModelState, RunState
-from omnisparse_flex.model.switches import changed_call, dense_on_purpose, is_disabled, is_off, refuse_weights
+from omnisparse_flex.model.switches import expected_call, is_disabled, is_off, refuse_weights
 
 #: Rows of the per-layer tensors of a module whose number of layers nobody states.
 MAX_SITES = 256
@@ -32,7 +32,6 @@ RECOMPILE_LIMIT = 64
 #: Said by the report, and by Dynamo if the user asked for one graph.
 APART = "inside another torch.compile OmniSparse's decoder is a graph of its own: fullgraph=True cannot be had"
 VisualMask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
-
 if TYPE_CHECKING:
     module_call: Callable[..., Any]
 
@@ -118,18 +117,20 @@ class CompiledDecoder:
         while later:
             later.pop(0)()
         if is_off(self.configs, kwargs, self.note_once):
-            with dense_on_purpose():
+            with expected_call():
                 return self.module._call_impl(*args, **kwargs)
         refuse_weights(self.module, kwargs)
         thread = self.backend.thread
         state, before = self.state.of_call(), thread.runs
         # Threads that start together would each compile the same.
         first = contextlib.nullcontext() if self._warm else self._first
-        with first, dynamo_settings(**self._settings()), changed_call():
+        with first, dynamo_settings(**self._settings()), expected_call():
             masks, rest = taken(kwargs)
             result = self.compiled(state, masks, *args, **rest)
         self._warm = True
         self._note_fallbacks(thread.runs - before, state)
+        if self.backend.config.budget == "peak" and not adds_one_token(args, kwargs):  # a decode step selects nothing
+            self._note_broken_promise()
         return result
 
     def _call_apart(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +152,9 @@ class CompiledDecoder:
             self.note_once(f"attention ran outside the graphs that Dynamo made: layers {layers} are dense")
         if not self.checked:
             self._check_rewritten()
-        if self.backend.config.budget == "peak" and (layer := self.teller.news(self.state.promises)) is not None:
+
+    def _note_broken_promise(self) -> None:
+        if (layer := self.teller.news(self.state.promises)) is not None:
             self.note_once(f"{layer}, under its target_recall; rewrite_report counts such calls")
 
     def _settings(self) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,13 @@ class Teller:
         self._host.copy_(table, non_blocking=True)
         self._done.record(torch.cuda.current_stream(table.device))
         return seen
+
+
+def adds_one_token(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a decoder's call is a decode step: its ids or embeddings hold one token."""
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    tokens = next((x for x in given if isinstance(x, Tensor)), None)
+    return tokens is not None and tokens.dim() >= 2 and tokens.shape[1] == 1
 
 
 def layer_recalls(table: Tensor) -> tuple[LayerRecall, ...]:

@@ -25,14 +25,12 @@ NOT_APPLIED = (
 
 
 class _Calls(threading.local):
-    """How many calls of changed models are in progress in this thread."""
+    """How many calls are in progress in this thread whose attention is a changed model's, or dense on purpose."""
 
     depth = 0
 
 
 _calls = _Calls()
-#: How many models run densely on purpose.
-_dense = 0
 _told: dict[int, weakref.ref[Any]] = {}
 
 
@@ -42,24 +40,13 @@ def is_disabled() -> bool:
 
 
 @contextlib.contextmanager
-def changed_call() -> Iterator[None]:
-    """Around a call of a module that ``apply_omnisparse`` changed."""
+def expected_call() -> Iterator[None]:
+    """Around a call of a changed model, or of what shall run densely: no warning that attention is dense."""
     _calls.depth += 1
     try:
         yield
     finally:
         _calls.depth -= 1
-
-
-@contextlib.contextmanager
-def dense_on_purpose() -> Iterator[None]:
-    """Around what shall run densely, without a warning that it does."""
-    global _dense
-    _dense += 1
-    try:
-        yield
-    finally:
-        _dense -= 1
 
 
 def warn_if_not_applied(config: Any) -> None:
@@ -68,7 +55,7 @@ def warn_if_not_applied(config: Any) -> None:
     Args:
         config: What the attention module reads its attention's name from.
     """
-    if not _in_order():
+    if not _is_expected():
         warn_once(config, NOT_APPLIED)
 
 
@@ -90,12 +77,12 @@ def warn_once(config: Any, text: str) -> bool:
     return True
 
 
-def _in_order() -> bool:
-    """Whether attention in this thread is a changed model's, or dense on purpose."""
-    return bool(_calls.depth or _dense or is_disabled())
+def _is_expected() -> bool:
+    """Whether this thread is inside ``expected_call``, or everything is switched off."""
+    return bool(_calls.depth or is_disabled())
 
 
-for _function in (warn_once, _in_order):
+for _function in (warn_once, _is_expected):
     # What ``torch.compiler.assume_constant_result`` sets; that decorator would load Dynamo at import.
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 

@@ -14,7 +14,7 @@ from omnisparse_flex.masks.blocks.select import select_blocks
 from omnisparse_flex.masks.expr.expr import causal
 from omnisparse_flex.masks.expr.index_mask import IndexMask
 from omnisparse_flex.model.compiled_module import compiled_decoder_of
-from omnisparse_flex.model.promises import Teller, layer_recalls
+from omnisparse_flex.model.promises import Teller, adds_one_token, layer_recalls
 from tests.helpers.tiny import build
 
 LENGTH, DIM, HEADS = 4096, 32, 4
@@ -113,3 +113,11 @@ def test_rules_that_sample_no_rows_record_nothing():
     with torch.no_grad():
         model(torch.randint(0, 90, (1, 300)))
     assert rewrite_report(model).recall == ()
+
+
+def test_a_decode_step_is_told_from_a_call_that_selects():
+    """Nothing is looked up after a decode step, which selects nothing."""
+    one, many = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long)
+    assert adds_one_token((), {"input_ids": one}) and adds_one_token((one,), {})
+    assert adds_one_token((), {"input_ids": None, "inputs_embeds": torch.zeros(2, 1, 8)})
+    assert not adds_one_token((), {"input_ids": many}) and not adds_one_token((), {})
